@@ -1,0 +1,391 @@
+# Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
+"""Sharpness-aware minimization (SAM) as perturbed forgetting, in one file that you can copy.
+
+"The paper" is "Forget Sharpness: Perturbed Forgetting of Model Biases Within SAM Dynamics" (Vani et al., ICML 2024,
+arXiv 2406.06700). Each training step makes two passes over a micro-batch:
+
+    g = grad P(theta)                    ascent pass: P is what the perturbation ascends, so as to forget it
+    gp = grad L(theta + rho g / ||g||)   descent pass: the gradient that the optimizer applies at theta
+
+Usage::
+
+    optimizer = SAM(torch.optim.AdamW(model.parameters(), lr=3e-3), model, rho=0.6)
+    forget = OutputBiasForgetting(gamma=1.0)
+    for x, y in loader:
+        with optimizer.perturbed(lambda: forget(model(x), y)):  # ascent pass; inside, the weights are perturbed
+            loss_fn(model(x), y).backward()  # descent pass
+        optimizer.step()
+        optimizer.zero_grad()
+
+What the closure returns is P: the training loss (SAM, Foret et al. 2021), ``OutputBiasForgetting`` (OBF, the paper) or
+``random_perturbation`` (RandSAM). Arguments of ``SAM`` turn on ASAM (Kwon et al. 2021) and GSAM (Zhuang et al. 2022).
+"""
+
+import contextlib
+import math
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+__all__ = ["SAM", "OutputBiasForgetting", "proportional_rho", "random_perturbation"]
+
+
+class OutputBiasForgetting:
+    """The output bias forgetting objective to ascend (the paper, section 4).
+
+    Per example, its gradient with respect to the logits is ``u - alpha p - (1 - alpha) y``: prediction p, one-hot
+    target y, uniform u = 1/K, and ``alpha = gamma max(0, (1 - lam / p_y) / (1 - lam))``, a constant. That is the
+    gradient of ``(1 - alpha) CE(p, y) - CE(p, u)``. The returned value itself has no meaning.
+
+    Args:
+        gamma: in [0, 1]. 1 pushes confident predictions towards uniform. Towards 0, the target's logit falls and all
+            others rise alike, so that no wrong prediction is ever sharpened.
+        lam: in [0, 1), the prediction p_y up to which alpha is 0; None is the paper's 1/K.
+        link: "sigmoid" (the paper) or "softmax", from logits to predictions.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, gamma: float = 1.0, lam: float | None = None, link: str = "sigmoid"):
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma is {gamma}; it must lie in [0, 1]")
+        if lam is not None and not 0 <= lam < 1:
+            raise ValueError(f"lam is {lam}; it must lie in [0, 1), or be None for 1 / number of classes")
+        if link not in ("sigmoid", "softmax"):
+            raise ValueError(f"link is {link!r}; choose 'sigmoid' or 'softmax'")
+        self.gamma, self.lam, self.link = gamma, lam, link
+
+    def __call__(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return a scalar, the mean over examples, for logits (..., K) and class indices (...), K at least 2.
+
+        Raises:
+            ValueError: the shapes do not fit, or the target holds probabilities instead of indices.
+        """
+        num_classes = logits.shape[-1]
+        if target.is_floating_point() or target.shape != logits.shape[:-1] or num_classes < 2:
+            raise ValueError(
+                f"OBF takes logits (..., K), K >= 2, and class indices (...); it got logits {tuple(logits.shape)} and "
+                f"a target {tuple(target.shape)} of {target.dtype}"
+            )
+        logits = logits.to(_wide(logits))  # 1/K beside a confident prediction needs more than half precision
+        with torch.no_grad():
+            p = logits.sigmoid() if self.link == "sigmoid" else logits.softmax(-1)
+            index = target.unsqueeze(-1)
+            lam = 1 / num_classes if self.lam is None else self.lam
+            p_target = p.gather(-1, index).clamp_min(torch.finfo(p.dtype).tiny)
+            alpha = self.gamma * ((1 - lam / p_target) / (1 - lam)).clamp_min(0)
+            coefficients = (1 / num_classes - alpha * p).scatter_add_(-1, index, alpha - 1)
+        return (coefficients * logits).sum(-1).mean()
+
+
+def random_perturbation(parameters) -> torch.Tensor:
+    """Return a scalar whose gradient is a new draw from N(0, I): RandSAM, a baseline of the paper.
+
+    If the model has batch norm, run ``model(x)`` in the same closure, so that its statistics move. Every process draws
+    from its own generator: seed them differently.
+    """
+    return sum((p * torch.randn_like(p)).sum() for p in parameters if p.requires_grad)
+
+
+def proportional_rho(optimizer, *, rho_min: float, rho_max: float, lr_min: float, lr_max: float) -> None:
+    """Set each group's rho by its lr: linear from (lr_min, rho_min) to (lr_max, rho_max), constant outside.
+
+    Call it before the first step and after each ``scheduler.step()``. The schedule is that of Zhuang et al. 2022.
+
+    Raises:
+        ValueError: a range is empty or negative.
+    """
+    if not (0 <= rho_min <= rho_max and lr_min < lr_max):
+        raise ValueError(
+            f"rho cannot follow lr from ({lr_min}, {rho_min}) to ({lr_max}, {rho_max}): "
+            f"it needs lr_min < lr_max and 0 <= rho_min <= rho_max"
+        )
+    for group in optimizer.param_groups:
+        fraction = (group["lr"] - lr_min) / (lr_max - lr_min)
+        group["rho"] = rho_min + (rho_max - rho_min) * min(max(fraction, 0.0), 1.0)
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimization around any optimizer, whose place it takes for schedulers, scalers and Accelerate.
+
+    ``param_groups``, ``state``, ``state_dict`` and hooks are the base optimizer's. rho is in ``param_groups`` like lr;
+    a group with rho 0 is trained, not perturbed. With ||.|| the L2 norm over all perturbed parameters together, the
+    perturbation is
+
+        adaptive=None       rho g / ||g||                        Foret et al. 2021, eq. 2
+        adaptive="before"   rho |theta| g / || |theta| g ||      the paper's ResNets
+        adaptive="after"    rho |theta| g / ||g||                the paper's ViTs
+        adaptive="both"     rho theta^2 g / || |theta| g ||      Kwon et al. 2021, eq. 8
+
+    and ``gsam_alpha`` turns the gradient gp into ``gp - gsam_alpha (g - <g, gp> gp / ||gp||^2)`` (Zhuang et al. 2022).
+    At the second backward it holds one parameter-sized buffer; GSAM two, and three while gradients accumulate.
+
+    Args:
+        base_optimizer: applies the gradient. Its groups that have a "rho" keep it.
+        model: the module in training; the statistics of its batch norm layers move in the ascent pass only.
+        rho: at least 0, the perturbation's L2 norm in units of the weights (ASAM: relative to them).
+        adaptive: None, "before", "after" or "both".
+        gsam_alpha: at least 0.
+        gsam_normalize: scale g to unit norm before GSAM uses it.
+
+    Attributes:
+        ascending: True in the ascent pass: the time for the closure of ``step(closure)`` to return OBF's objective.
+
+    Raises:
+        ValueError: an argument is out of its range, or the optimizer holds none of the model's parameters.
+    """
+
+    def __init__(self, base_optimizer, model, rho=0.05, *, adaptive=None, gsam_alpha=0.0, gsam_normalize=False):
+        if adaptive not in (None, "before", "after", "both"):
+            raise ValueError(f"adaptive is {adaptive!r}; choose None, 'before', 'after' or 'both'")
+        if not 0 <= gsam_alpha < math.inf:
+            raise ValueError(f"gsam_alpha is {gsam_alpha}; it must be at least 0")
+        if adaptive and gsam_alpha:
+            raise ValueError(f"adaptive={adaptive!r} (ASAM) and gsam_alpha={gsam_alpha} (GSAM) contradict: drop one")
+        if gsam_normalize and not gsam_alpha:
+            raise ValueError("gsam_normalize=True does nothing without GSAM: set gsam_alpha > 0, or drop it")
+        _check_rho({"rho": rho}, *({"rho": rho, **group} for group in base_optimizer.param_groups))
+        held = {id(p) for group in base_optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(map(id, model.parameters())):
+            raise ValueError("base_optimizer holds none of model's parameters: build it from model.parameters()")
+        # No super().__init__(): what an optimizer holds, the base optimizer holds; __getattr__ finds it there.
+        self.base_optimizer, self.model = base_optimizer, model
+        self.adaptive, self.gsam_alpha, self.gsam_normalize = adaptive, gsam_alpha, gsam_normalize
+        self.ascending = self._inside = False
+        self._set_aside = []
+        base_optimizer.defaults["rho"] = rho  # for groups that are added later
+        for group in base_optimizer.param_groups:
+            group.setdefault("rho", rho)
+
+    @contextlib.contextmanager
+    def perturbed(self, closure, *, loss_weight: float = 1.0, grad_scaler=None):
+        """Run the ascent pass, then the ``with`` body at the perturbed weights; restore the weights bit for bit.
+
+        The body's gradients add to those in ``.grad``; g never does. If g is not finite, the body runs at the weights
+        as they are; finding out takes no host synchronisation.
+
+        Args:
+            closure: returns the scalar to ascend; called once.
+            loss_weight: what the body multiplies its loss by, this micro-batch's share of the examples of one step.
+                Only GSAM depends on it.
+            grad_scaler: the ``torch.amp.GradScaler`` that the body scales its loss with: so is the ascent's, then.
+
+        Raises:
+            ValueError: the closure returns no scalar tensor, a rho is negative, or ``loss_weight`` is not finite.
+            RuntimeError: nested in itself, or the closure's loss depends on no perturbed parameter.
+        """
+        if not math.isfinite(loss_weight):
+            raise ValueError(f"loss_weight is {loss_weight}; it must be finite: this micro-batch's share of one step()")
+        device = self.param_groups[0]["params"][0].device
+        scale = (
+            torch.ones((), device=device) if grad_scaler is None else grad_scaler.scale(torch.ones((), device=device))
+        )
+
+        def ascend():
+            loss = closure()
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+                raise ValueError(f"the closure must return a loss, a tensor with one element; it returned {got}")
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "the closure's loss needs no gradient: compute it without no_grad(), detach(), item()"
+                )
+            (loss if grad_scaler is None else grad_scaler.scale(loss)).backward()
+
+        with self._two_passes(ascend, scale, loss_weight):
+            yield
+
+    def step(self, closure=None):
+        """Step the base optimizer; with a closure, make both passes first, for frameworks that own the loop.
+
+        Args:
+            closure: as for ``torch.optim.LBFGS``: calls this optimizer's ``zero_grad()``, computes the loss, calls its
+                ``backward()`` and returns it. It runs twice; there is no ``GradScaler`` in this form.
+
+        Returns:
+            The closure's loss in the ascent pass, or without a closure what the base optimizer returns.
+
+        Raises:
+            RuntimeError: called inside ``perturbed``, or the closure leaves no gradient.
+        """
+        if self._inside:
+            raise RuntimeError("step() inside perturbed() would update the perturbed weights: call it after the block")
+        if closure is None:
+            return self.base_optimizer.step()
+        losses = []
+        with torch.enable_grad(), self._two_passes(lambda: losses.append(closure()), torch.ones(()), 1.0):
+            closure()
+        self.base_optimizer.step()
+        return losses[0]
+
+    def zero_grad(self, set_to_none: bool = True):
+        self._set_aside = []
+        self.base_optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group):
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self):
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict):
+        """Load a state of SAM, or of a bare base optimizer: then rho stays as it is."""
+        rhos = [group["rho"] for group in self.param_groups]
+        self.base_optimizer.load_state_dict(state_dict)
+        for group, rho in zip(self.param_groups, rhos, strict=True):
+            group.setdefault("rho", rho)
+
+    def __getattr__(self, name):
+        if name == "base_optimizer":  # an object that is being copied does not have it yet
+            raise AttributeError(name)
+        return getattr(self.base_optimizer, name)
+
+    @contextlib.contextmanager
+    def _two_passes(self, ascend, scale, loss_weight):
+        if self._inside:
+            raise RuntimeError("perturbed() is nested in itself: leave the first block before entering the next")
+        _check_rho(*self.param_groups)
+        self._inside = True
+        norm_layers = [m for m in self.model.modules() if isinstance(m, _NormBase)]
+        undo = []
+        try:
+            chunks = self._ascend(ascend)
+            undo += [([buffer], [buffer.clone()]) for layer in norm_layers for buffer in layer.buffers(recurse=False)]
+            inverse_norm = self._weigh(chunks, scale)
+            if self.gsam_alpha:
+                # A g that is not finite counts as zero; otherwise g and gp are both on the loss scale.
+                length = scale.to(inverse_norm) * inverse_norm if self.gsam_normalize else inverse_norm.sign()
+                with self._gradients_aside([p for params, _, _ in chunks for p in params]):
+                    self._perturb(chunks, inverse_norm, undo)
+                    yield
+                    _subtract_orthogonal(chunks, loss_weight * self.gsam_alpha * length)
+            else:
+                self._perturb(chunks, inverse_norm, undo)
+                yield
+        finally:
+            with torch.no_grad():
+                for tensors, copies in undo:
+                    torch._foreach_copy_(tensors, copies)
+            self._inside = False
+
+    def _ascend(self, run):
+        """Take g, the gradient that ``run`` leaves, as chunks of (parameters, gradients, rho)."""
+        every = {*self.model.parameters(), *(p for group in self.param_groups for p in group["params"])}
+        self.ascending = True
+        try:
+            with self._gradients_aside(every):
+                run()
+                chunks = _chunks(self.param_groups)
+                for p in every:
+                    p.grad = None
+        finally:
+            self.ascending = False
+        if not chunks and any(group["rho"] > 0 for group in self.param_groups):
+            raise RuntimeError(
+                "the ascent pass gave no trained parameter with rho > 0 a gradient: is this SAM's model?"
+            )
+        return chunks
+
+    @contextlib.contextmanager
+    def _gradients_aside(self, params):
+        """Hide accumulated gradients from the block; ``zero_grad()`` inside drops them."""
+        self._set_aside = [(p, p.grad) for p in params]
+        for p in params:
+            p.grad = None
+        try:
+            yield
+        except BaseException:
+            for p in params:
+                p.grad = None
+            raise
+        finally:
+            for p, grad in self._set_aside:
+                if grad is not None:
+                    p.grad = grad if p.grad is None else grad.add_(p.grad)
+            self._set_aside = []
+
+    @torch.no_grad()
+    def _weigh(self, chunks, scale):
+        """Multiply g by ASAM's |theta|; return 1 / norm on the loss scale, or 0 where the norm is not finite."""
+        norms = [torch.zeros_like(scale)]
+        for params, grads, _ in chunks:
+            if self.adaptive in ("before", "both"):
+                torch._foreach_mul_(grads, torch._foreach_abs(params))
+            norms += torch._foreach_norm(grads, 2, dtype=_wide(grads[0]))
+            if self.adaptive in ("after", "both"):
+                torch._foreach_mul_(grads, torch._foreach_abs(params))
+        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[-1]) for n in norms]))
+        return (1 / (norm + 1e-12 * scale.to(norm))).nan_to_num(nan=0.0)
+
+    @torch.no_grad()
+    def _perturb(self, chunks, inverse_norm, undo):
+        """Add the perturbation to the weights; what undoes it is in ``undo`` before each change."""
+        for i, (params, grads, rho) in enumerate(chunks):
+            for g in grads:
+                g.nan_to_num_(0.0, 0.0, 0.0)  # the factor of 0 that a non-finite norm gives does not erase inf
+            wide = [g.to(_wide(g)) for g in grads]
+            perturbed = torch._foreach_mul(wide, rho * inverse_norm.to(wide[0]))
+            torch._foreach_add_(perturbed, params)
+            if self.gsam_alpha or any(g.untyped_storage().nbytes() != p.nbytes for p, g in zip(params, grads)):
+                copies = [torch.empty_like(p) for p in params]
+            else:
+                copies = grads  # g has served: its memory becomes the one buffer
+            torch._foreach_copy_(copies, params)
+            undo.append((params, copies))
+            torch._foreach_copy_(params, perturbed)
+            if not self.gsam_alpha:
+                chunks[i] = None
+
+
+def _check_rho(*groups):
+    for group in groups:
+        if not 0 <= group["rho"] < math.inf:
+            raise ValueError(f"rho is {group['rho']}; it must be finite and at least 0")
+
+
+def _wide(tensor):
+    """The type for norms and steps, where half precision has too few digits."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _chunks(param_groups):
+    """The perturbed parameters and their gradients, in lists alike in rho, device and type.
+
+    Multi-tensor kernels run once a chunk; its temporaries are small enough for a CPU's cache.
+    """
+    chunks, latest = [], {}
+    for group in param_groups:
+        for p in group["params"]:
+            if p.grad is None or group["rho"] == 0:
+                continue
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(f"SAM cannot follow {p.grad.layout} gradients: use sparse=False")
+            key = (group["rho"], p.device, p.dtype, p.grad.dtype)
+            if key not in latest or sum(q.numel() for q in latest[key][0]) >= 2**18:
+                latest[key] = ([], [], group["rho"])
+                chunks.append(latest[key])
+            latest[key][0].append(p)
+            latest[key][1].append(p.grad)
+    return chunks
+
+
+@torch.no_grad()
+def _subtract_orthogonal(chunks, weight):
+    """Replace each gp by gp - weight (g - <g, gp> gp / ||gp||^2), where the body left a gp."""
+    pairs = [[(p.grad, g) for p, g in zip(*lists[:2]) if p.grad is not None] for lists in chunks]
+    lists = [tuple(zip(*chunk)) for chunk in pairs if chunk]
+    if not lists:
+        return
+    products = torch.stack([_dot(gp, g).to(weight.device) for gps, gs in lists for gp, g in zip(gps, gs)])
+    squares = torch.stack([_dot(gp, gp).to(weight.device) for gps, _ in lists for gp in gps])
+    # A gp of zero, or one that overflowed, has no direction to project on.
+    projection = (weight * products.sum() / squares.sum()).nan_to_num(0.0, 0.0, 0.0)
+    for gps, gs in lists:
+        torch._foreach_mul_(gps, (1 + projection).to(gps[0]))
+        torch._foreach_mul_(gs, weight.to(gs[0]))
+        torch._foreach_sub_(gps, gs)
+
+
+def _dot(a, b):
+    return torch.dot(a.reshape(-1).to(_wide(a)), b.reshape(-1).to(_wide(a)))

@@ -1,0 +1,754 @@
+"""sam_obf.py against brute force: explicit loops over parameters in float64, with no call into the code under test."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from sam_obf import SAM, OutputBiasForgetting, proportional_rho, random_perturbation
+
+K = 5  # classes
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def network(batch_norm=False, dtype=torch.float64):
+    layers = [torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, K)]
+    if batch_norm:
+        layers.insert(1, torch.nn.BatchNorm1d(8))
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def batches(n, size=12, dtype=torch.float64):
+    return [(torch.randn(size, 6, dtype=dtype), torch.randint(0, K, (size,))) for _ in range(n)]
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_same(a, b):
+    for left, right in zip(a, b, strict=True):
+        assert torch.equal(left, right)
+
+
+def assert_close(a, b, tolerance=1e-11):
+    for left, right in zip(a, b, strict=True):
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Brute force. The ascent objectives are written as their definitions, with autograd taking the gradient.
+
+
+def obf_by_definition(logits, y, gamma=1.0, lam=None, link="sigmoid"):
+    """(1 - alpha) CE(p, y) - CE(p, u), written out example by example with alpha a Python number."""
+    k = logits.shape[1]
+    lam = 1 / k if lam is None else lam
+    total = 0
+    for z, label in zip(logits, y):
+        p = torch.sigmoid(z) if link == "sigmoid" else torch.softmax(z, 0)
+        p_y = p[label].item()
+        alpha = gamma * max(0.0, (1 - lam / p_y) / (1 - lam)) if p_y > 0 else 0.0
+        cross_entropies = []
+        for q in (torch.eye(k, dtype=z.dtype)[label], torch.full((k,), 1 / k, dtype=z.dtype)):
+            if link == "softmax":
+                cross_entropies.append(-(q * torch.log(p)).sum())
+            else:
+                cross_entropies.append(-(q * torch.log(p) + (1 - q) * torch.log(1 - p)).sum())
+        total = total + (1 - alpha) * cross_entropies[0] - cross_entropies[1]
+    return total / len(y)
+
+
+OBJECTIVES = {
+    "sam": (lambda z, y: F.cross_entropy(z, y),) * 2,
+    "obf": (OutputBiasForgetting(), obf_by_definition),
+    "obf-gamma-0": (OutputBiasForgetting(gamma=0.0), lambda z, y: obf_by_definition(z, y, gamma=0.0)),
+    "obf-softmax": (
+        OutputBiasForgetting(0.7, 0.1, "softmax"),
+        lambda z, y: obf_by_definition(z, y, 0.7, 0.1, "softmax"),
+    ),
+}
+
+
+def brute_force_gradient(model, x, y, objective, rhos, adaptive=None, gsam_alpha=0.0, gsam_normalize=False, g=None):
+    """The gradient that one micro-batch contributes, and the perturbation, as lists over parameters."""
+    params = list(model.parameters())
+    if g is None:
+        g = list(torch.autograd.grad(objective(model(x), y), params))
+    before = [p.detach().clone() for p in params]
+    weighted = []
+    for p, gi in zip(before, g):
+        weighted.append(gi * p.abs() if adaptive in ("before", "both") else gi)
+    norm = sum((w**2).sum() for w in weighted).sqrt() + 1e-12
+    eps = []
+    for p, w, rho in zip(before, weighted, rhos):
+        eps.append(rho * (w * p.abs() if adaptive in ("after", "both") else w) / norm)
+    for p, e in zip(params, eps):
+        p.data = p.data + e
+    gp = list(torch.autograd.grad(F.cross_entropy(model(x), y), params))
+    for p, b in zip(params, before):
+        p.data = b
+    if gsam_alpha:
+        if gsam_normalize:
+            length = sum((gi**2).sum() for gi in g).sqrt() + 1e-12
+            g = [gi / length for gi in g]
+        c = sum((gi * gpi).sum() for gi, gpi in zip(g, gp)) / sum((gpi**2).sum() for gpi in gp)
+        gp = [gpi - gsam_alpha * (gi - c * gpi) for gi, gpi in zip(g, gp)]
+    return gp, eps
+
+
+BASES = {
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.02, weight_decay=0.1),
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
+}
+VARIANTS = {
+    "plain": {},
+    "asam-before": {"adaptive": "before"},
+    "asam-after": {"adaptive": "after"},
+    "asam-both": {"adaptive": "both"},
+    "gsam": {"gsam_alpha": 0.4},
+    "gsam-normalize": {"gsam_alpha": 0.4, "gsam_normalize": True},
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("steps", [1, 10])
+def test_steps_equal_brute_force(base, variant, objective, steps):
+    ours, theirs = OBJECTIVES[objective]
+    model = network()
+    start, reference = weights(model), copy.deepcopy(model)
+    optimizer = SAM(BASES[base](model.parameters()), model, rho=0.3, **VARIANTS[variant])
+    reference_optimizer = BASES[base](reference.parameters())
+    for x, y in batches(steps):
+        with optimizer.perturbed(lambda: ours(model(x), y)):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        gradient, _ = brute_force_gradient(reference, x, y, theirs, [0.3] * 4, **VARIANTS[variant])
+        for p, g in zip(reference.parameters(), gradient):
+            p.grad = g
+        reference_optimizer.step()
+    assert_close(weights(model), weights(reference))
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(weights(model), start))
+
+
+def test_random_perturbation_equals_brute_force_and_is_standard_normal():
+    model = network()
+    reference = copy.deepcopy(model)
+    (x, y), (start, rng) = batches(1)[0], (weights(model), torch.get_rng_state())
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    with optimizer.perturbed(lambda: random_perturbation(model.parameters())):
+        perturbed = weights(model)
+        F.cross_entropy(model(x), y).backward()
+    torch.set_rng_state(rng)
+    noise = [torch.randn_like(p) for p in reference.parameters()]
+    gradient, eps = brute_force_gradient(reference, x, y, None, [0.3] * 4, g=noise)
+    assert_close([p.grad for p in model.parameters()], gradient)
+    assert_close([b - a for a, b in zip(start, perturbed)], eps)
+
+    big = torch.nn.Parameter(torch.randn(100_000, dtype=torch.float64))
+    (draw,) = torch.autograd.grad(random_perturbation([big]), big)
+    (other,) = torch.autograd.grad(random_perturbation([big]), big)
+    for moment, value in (
+        (draw.mean(), 0),
+        (draw.square().mean(), 1),
+        (draw.pow(3).mean(), 0),
+        (draw.pow(4).mean(), 3),
+    ):
+        assert abs(moment.item() - value) < 0.1
+    assert not torch.equal(draw, other)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "gsam" not in v])
+def test_perturbation_has_length_rho(variant):
+    model = network()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
+    x, y = batches(1)[0]
+    start = weights(model)
+    g = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        eps = [b - a for a, b in zip(start, weights(model))]
+    norm = lambda tensors: sum((t**2).sum() for t in tensors).sqrt()  # noqa: E731
+    measured = {
+        "plain": norm(eps),
+        "asam-before": norm(eps),  # || |theta| g || normalises it
+        "asam-after": norm([e / p.abs() for e, p in zip(eps, start)]),  # without |theta|, the length is rho
+        "asam-both": norm([e / p.abs() for e, p in zip(eps, start)]),
+    }[variant]
+    torch.testing.assert_close(measured, torch.tensor(0.3, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert sum((e * gi).sum() for e, gi in zip(eps, g)) > 0  # it ascends
+
+
+def test_gsam_removes_only_what_is_orthogonal():
+    model, (x, y) = network(), batches(1)[0]
+    gradients = {}
+    for alpha in (0.0, 0.4):
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, gsam_alpha=alpha)
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+            F.cross_entropy(model(x), y).backward()
+        gradients[alpha] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+    gp, difference = gradients[0.0], gradients[0.0] - gradients[0.4]
+    assert difference.norm() > 1e-3
+    assert abs(difference @ gp) < 1e-12 * difference.norm() * gp.norm() + 1e-14
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Output bias forgetting
+
+
+@pytest.mark.parametrize("link", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("lam", [0.0, None, 0.35])
+@pytest.mark.parametrize("gamma", [0.0, 1e-12, 0.6, 1.0])
+def test_obf_gradient_equals_autograd_of_its_definition(link, lam, gamma):
+    target = torch.randint(0, K, (64,))
+    logits = torch.randn(64, K, dtype=torch.float64) * 2
+    value = 1 / K if lam is None else lam
+    if value:  # the first three examples: p_y just below, at and just above lam
+        for row, p_y in enumerate((value * 0.9, value, value * 1.1)):
+            logits[row] = 0
+            odds = p_y / (1 - p_y) * (1 if link == "sigmoid" else K - 1)
+            logits[row, target[row]] = torch.log(torch.tensor(odds, dtype=torch.float64))
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    OutputBiasForgetting(gamma, lam, link)(ours, target).backward()
+    obf_by_definition(theirs, target, gamma, lam, link).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-14)
+    if value and gamma:
+        p = torch.sigmoid(logits) if link == "sigmoid" else logits.softmax(-1)
+        wrong = torch.ones_like(p).scatter_(1, target[:, None], 0).bool()
+        moved = (ours.grad * 64 - 1 / K).abs() > 1e-13  # a wrong class moves by other than u exactly where alpha > 0
+        assert moved[0][wrong[0]].logical_not().all() and moved[1][wrong[1]].logical_not().all()
+        assert moved[2][wrong[2]].all() or gamma < 1e-9
+
+
+def test_obf_at_gamma_zero_lowers_the_target_and_lifts_all_others_alike():
+    logits = torch.randn(7, K, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, K, (7,))
+    OutputBiasForgetting(gamma=0.0)(logits, target).backward()
+    expected = (torch.full((7, K), 1 / K, dtype=torch.float64) - F.one_hot(target, K)) / 7
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_obf_is_finite_at_extreme_logits_and_in_half_precision():
+    for dtype, lam in itertools.product((torch.float16, torch.bfloat16, torch.float32), (None, 0.0)):
+        logits = torch.tensor([[60000.0, -60000.0], [-60000.0, 60000.0]]).to(dtype).requires_grad_()
+        OutputBiasForgetting(lam=lam)(logits, torch.tensor([0, 0])).backward()
+        # p_y = 1: u - p for the first; p_y = 0: alpha is 0 (gamma where lam is 0) for the second.
+        alpha = 1.0 if lam == 0.0 else 0.0
+        second = [0.5 - (1 - alpha), 0.5 - alpha]
+        torch.testing.assert_close(logits.grad.float(), torch.tensor([[-0.5, 0.5], second]) / 2)
+
+
+def test_obf_takes_any_leading_dimensions():
+    logits, target = torch.randn(4, 3, 2, K, dtype=torch.float64), torch.randint(0, K, (4, 3, 2))
+    a, b = logits.clone().requires_grad_(), logits.reshape(-1, K).clone().requires_grad_()
+    OutputBiasForgetting()(a, target).backward()
+    OutputBiasForgetting()(b, target.reshape(-1)).backward()
+    assert torch.equal(a.grad.reshape(-1, K), b.grad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Invariants
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("raises", [False, True])
+def test_weights_are_restored_bit_for_bit_and_gradients_survive(dtype, variant, raises):
+    model = network(dtype=dtype)
+    with torch.no_grad():
+        model[0].weight[0, 0], model[0].weight[0, 1] = -0.0, 1e-40  # bits that arithmetic would lose
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5, **VARIANTS[variant])
+    x, y = batches(1, dtype=dtype)[0]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    start, accumulated = weights(model), [p.grad.clone() for p in model.parameters()]
+    seen = []
+
+    def body():
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+            seen.extend(weights(model))
+            if raises:
+                F.cross_entropy(model(x), y)
+                raise Interrupted
+
+    if raises:
+        with pytest.raises(Interrupted):
+            body()
+    else:
+        body()
+    as_bits = {torch.float64: torch.int64, torch.float32: torch.int32}.get(dtype, torch.int16)
+    assert_same([p.view(as_bits) for p in weights(model)], [p.view(as_bits) for p in start])
+    assert any(not torch.equal(a, b) for a, b in zip(seen, start))
+    assert_same([p.grad for p in model.parameters()], accumulated)
+    optimizer.step()  # not stuck inside
+
+
+def test_ascent_gradient_never_reaches_grad():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.0)
+    outside = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    model.register_parameter("outside", outside)  # in the model, but not the optimizer's
+    with optimizer.perturbed(lambda: 1e6 * outside * F.cross_entropy(model(x), y)):
+        F.cross_entropy(model(x), y).backward()
+    inside = [p for p in model.parameters() if p is not outside]
+    assert_close([p.grad for p in inside], torch.autograd.grad(F.cross_entropy(model(x), y), inside), 1e-15)
+    assert outside.grad is None
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_rho_zero_equals_the_base_optimizer_bit_for_bit(base, batch_norm):
+    model = network(batch_norm)
+    reference = copy.deepcopy(model)
+    optimizer = SAM(BASES[base](model.parameters()), model, rho=0.0)
+    reference_optimizer = BASES[base](reference.parameters())
+    for x, y in batches(5):
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        F.cross_entropy(reference(x), y).backward()
+        reference_optimizer.step()
+        reference_optimizer.zero_grad()
+    assert_same(model.state_dict().values(), reference.state_dict().values())
+
+
+class OwnForwardBatchNorm(torch.nn.BatchNorm1d):
+    """A subclass that ignores track_running_stats, as some do."""
+
+    def forward(self, x):
+        self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.3, self.eps)
+
+
+def _batch_norm_act(n):
+    from timm.layers import BatchNormAct2d
+
+    return torch.nn.Sequential(torch.nn.Unflatten(1, (n, 1, 1)), BatchNormAct2d(n), torch.nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.BatchNorm1d,
+        lambda n: torch.nn.BatchNorm1d(n, momentum=None),
+        torch.nn.SyncBatchNorm,
+        OwnForwardBatchNorm,
+        _batch_norm_act,
+    ],
+    ids=["torch", "cumulative", "sync", "own-forward", "timm"],
+)
+@pytest.mark.parametrize("variant", ["plain", "gsam"])
+def test_batch_norm_buffers_are_those_of_the_clean_passes_alone(layer, variant):
+    model = network()
+    model.insert(1, layer(8).double())
+    clean = copy.deepcopy(model)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=0.5, **VARIANTS[variant])
+    for x, y in batches(4):
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+            F.cross_entropy(model(x), y).backward()
+        clean(x)
+    assert_same(model.buffers(), clean.buffers())
+    assert not torch.equal(next(clean.buffers()), torch.zeros(8))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_accumulation_equals_one_larger_batch(variant):
+    m, accumulated = 3, network()
+    at_once = copy.deepcopy(accumulated)
+    data = batches(1, size=24)[0]
+
+    def micro_batches(model, optimizer, x, y, share):
+        for xs, ys in zip(x.split(m), y.split(m)):
+            weight = share * len(xs) / len(x)
+            with optimizer.perturbed(lambda: F.cross_entropy(model(xs), ys), loss_weight=weight):
+                (weight * F.cross_entropy(model(xs), ys)).backward()
+
+    one = SAM(BASES["adamw"](at_once.parameters()), at_once, rho=0.3, **VARIANTS[variant])
+    four = SAM(BASES["adamw"](accumulated.parameters()), accumulated, rho=0.3, **VARIANTS[variant])
+    micro_batches(at_once, one, *data, share=1.0)
+    for x, y in zip(data[0].chunk(4), data[1].chunk(4)):
+        micro_batches(accumulated, four, x, y, share=0.25)
+
+    # Brute force: the mean over the eight micro-batches of what each contributes.
+    reference = network()
+    reference.load_state_dict(at_once.state_dict())
+    terms = []
+    for xs, ys in zip(data[0].split(m), data[1].split(m)):
+        terms.append(brute_force_gradient(reference, xs, ys, OBJECTIVES["sam"][1], [0.3] * 4, **VARIANTS[variant])[0])
+    mean = [sum(parts) / len(parts) for parts in zip(*terms)]
+    assert_close([p.grad for p in at_once.parameters()], mean)
+    assert_close([p.grad for p in accumulated.parameters()], mean)
+    one.step(), four.step()
+    assert_close(weights(accumulated), weights(at_once))
+
+
+def test_unequal_micro_batches_weigh_by_their_examples():
+    model, (x, y) = network(), batches(1, size=10)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, gsam_alpha=0.4)
+    expected = None
+    for xs, ys in zip(x.split(4), y.split(4)):  # 4, 4 and 2
+        gradient, _ = brute_force_gradient(model, xs, ys, OBJECTIVES["sam"][1], [0.3] * 4, gsam_alpha=0.4)
+        gradient = [g * len(xs) / 10 for g in gradient]
+        expected = gradient if expected is None else [a + b for a, b in zip(expected, gradient)]
+    for xs, ys in zip(x.split(4), y.split(4)):
+        with optimizer.perturbed(lambda: F.cross_entropy(model(xs), ys), loss_weight=len(xs) / 10):
+            (F.cross_entropy(model(xs), ys) * len(xs) / 10).backward()
+    assert_close([p.grad for p in model.parameters()], expected)
+
+
+class Awkward(torch.nn.Module):
+    """Frozen, unused and tied parameters, two that get one gradient tensor, and one whose gradient is expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+        self.head, self.frozen, self.unused = torch.nn.Linear(6, K), torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.p, self.q = torch.nn.Parameter(torch.randn(12, 6)), torch.nn.Parameter(torch.randn(12, 6))
+        self.s = torch.nn.Parameter(torch.randn(12, 1).expand(12, 6).contiguous())
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return (
+            self.head(torch.tanh(self.b(torch.tanh(self.frozen(self.a(x)) + (self.p + self.q))))) + 0.1 * self.s.sum()
+        )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_frozen_unused_tied_and_aliased_parameters(variant):
+    model = Awkward().double()
+    used = [p for n, p in model.named_parameters() if not n.startswith(("frozen", "unused"))]
+    x, y = batches(1)[0]
+    mixed = lambda z, y: F.cross_entropy(z, y) + z.square().mean()  # noqa: E731
+
+    class Used(torch.nn.Module):  # what brute force sees: only the parameters that take part
+        parameters = staticmethod(lambda: iter(used))
+        forward = staticmethod(lambda x: model(x))
+
+    expected, _ = brute_force_gradient(Used(), x, y, mixed, [0.3] * len(used), **VARIANTS[variant])
+    start = weights(model)
+    optimizer = SAM(torch.optim.AdamW(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
+    with optimizer.perturbed(lambda: mixed(model(x), y)):
+        F.cross_entropy(model(x), y).backward()
+    assert_close([p.grad for p in used], expected)
+    assert_same(weights(model), start)
+    assert all(p.grad is None for p in (*model.frozen.parameters(), *model.unused.parameters()))
+
+
+def test_groups_with_different_rho_share_one_norm():
+    model, (x, y) = network(), batches(1)[0]
+    groups = [{"params": list(model[0].parameters()), "rho": 0.5}, {"params": list(model[2].parameters())}]
+    optimizer = SAM(torch.optim.SGD(groups, lr=0.1), model, rho=0.1)
+    expected, eps = brute_force_gradient(model, x, y, OBJECTIVES["sam"][1], [0.5, 0.5, 0.1, 0.1])
+    start = weights(model)
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        assert_close([b - a for a, b in zip(start, weights(model))], eps)
+        F.cross_entropy(model(x), y).backward()
+    assert_close([p.grad for p in model.parameters()], expected)
+
+
+def test_a_group_with_rho_zero_is_trained_and_not_part_of_the_norm():
+    model, (x, y) = network(), batches(1)[0]
+    groups = [{"params": list(model[0].parameters()), "rho": 0.0}, {"params": list(model[2].parameters())}]
+    optimizer = SAM(torch.optim.SGD(groups, lr=0.1), model, rho=0.2)
+    start = weights(model)
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        eps = [b - a for a, b in zip(start, weights(model))]
+        F.cross_entropy(model(x), y).backward()
+    assert_same(eps[:2], [torch.zeros_like(e) for e in eps[:2]])
+    torch.testing.assert_close(sum(e.square().sum() for e in eps).sqrt().item(), 0.2)
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_state_dict_round_trip_continues_identically(base, tmp_path):
+    data = batches(10)
+
+    def new():
+        torch.manual_seed(1)
+        model = network()
+        return model, SAM(BASES[base](model.parameters()), model, rho=0.3, adaptive="after")
+
+    def train(model, optimizer, data):
+        for x, y in data:
+            with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+                F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = new()
+    train(model, optimizer, data[:5])
+    for group in optimizer.param_groups:
+        group["rho"] = 0.2  # as a schedule would
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(model, optimizer, data[5:])
+
+    resumed, resumed_optimizer = new()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(state["model"])
+    resumed_optimizer.load_state_dict(state["optimizer"])
+    assert [group["rho"] for group in resumed_optimizer.param_groups] == [0.2]
+    train(resumed, resumed_optimizer, data[5:])
+    assert_same(weights(resumed), weights(model))
+
+
+def test_state_of_a_bare_optimizer_loads_and_rho_stays():
+    model = network()
+    bare = torch.optim.AdamW(model.parameters(), lr=0.5)
+    optimizer = SAM(torch.optim.AdamW(model.parameters(), lr=0.1), model, rho=0.3)
+    optimizer.load_state_dict(bare.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5 and optimizer.param_groups[0]["rho"] == 0.3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_non_finite_ascent_gradient_means_no_perturbation(variant, bad):
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
+    start = weights(model)
+    # 1e300 is finite, but the square of the gradient's norm is not.
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y) + bad * model[2].bias[0] + model[0].weight.sum()):
+        assert_same(weights(model), start)
+        F.cross_entropy(model(x), y).backward()
+    assert_close(
+        [p.grad for p in model.parameters()],
+        torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())),
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stale", [False, True])
+def test_step_with_closure_equals_the_with_form(variant, stale):
+    models = [network(batch_norm=True), network(batch_norm=True)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [SAM(BASES["adamw"](m.parameters()), m, rho=0.3, **VARIANTS[variant]) for m in models]
+    forget = OutputBiasForgetting()
+    for x, y in batches(4):
+        with optimizers[0].perturbed(lambda: forget(models[0](x), y)):
+            F.cross_entropy(models[0](x), y).backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+        def closure(x=x, y=y):
+            optimizers[1].zero_grad()
+            logits = models[1](x)
+            loss = forget(logits, y) if optimizers[1].ascending else F.cross_entropy(logits, y)
+            loss.backward()
+            return loss
+
+        clean = forget(copy.deepcopy(models[1])(x), y)
+        with torch.no_grad():
+            assert torch.equal(optimizers[1].step(closure), clean)
+        if not stale:
+            optimizers[1].zero_grad()
+    assert_close(models[0].state_dict().values(), models[1].state_dict().values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_with_closure_keeps_what_was_accumulated_if_the_closure_does(variant):
+    model, (first, second) = network(), batches(2)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=0.3, **VARIANTS[variant])
+    plain = torch.autograd.grad(F.cross_entropy(model(first[0]), first[1]), list(model.parameters()))
+    F.cross_entropy(model(first[0]), first[1]).backward()
+
+    def closure():
+        loss = F.cross_entropy(model(second[0]), second[1])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    own, _ = brute_force_gradient(model, *second, OBJECTIVES["sam"][1], [0.3] * 4, **VARIANTS[variant])
+    assert_close([p.grad for p in model.parameters()], [a + b for a, b in zip(plain, own)])
+
+
+@pytest.mark.parametrize("variant", ["plain", "asam-both", "gsam", "gsam-normalize"])
+def test_loss_scale_changes_nothing(variant):
+    """With a GradScaler, both passes are scaled; .grad is the scaled gradient of the unscaled computation."""
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    expected, eps = brute_force_gradient(model, x, y, OBJECTIVES["sam"][1], [0.3] * 4, **VARIANTS[variant])
+    start = weights(model)
+    losses = []
+
+    def ascent():
+        loss = F.cross_entropy(model(x), y)
+        loss.register_hook(lambda grad: losses.append(grad.item()))
+        return loss
+
+    with optimizer.perturbed(ascent, grad_scaler=scaler, loss_weight=0.5):
+        assert_close([b - a for a, b in zip(start, weights(model))], eps)
+        scaler.scale(0.5 * F.cross_entropy(model(x), y)).backward()
+    assert losses == [2.0**12]
+    assert_close([p.grad / 2**11 for p in model.parameters()], expected)
+    scaler.step(optimizer)
+    assert_close(weights(model), [p - 0.1 * g / 2 for p, g in zip(start, expected)])
+
+
+@pytest.mark.parametrize("variant", ["plain", "gsam"])
+def test_compiled_model_equals_eager(variant):
+    model = network(batch_norm=True)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizers = [SAM(BASES["adamw"](m.parameters()), m, rho=0.3, **VARIANTS[variant]) for m in (compiled, eager)]
+    for x, y in batches(3):
+        for forward, optimizer in zip((compiled, eager), optimizers):
+            with optimizer.perturbed(lambda: F.cross_entropy(forward(x), y)):
+                F.cross_entropy(forward(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_close(model.state_dict().values(), eager.state_dict().values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As an optimizer
+
+
+def test_scheduler_hooks_and_new_groups_reach_the_base_optimizer():
+    model, (x, y) = network(), batches(1)[0]
+    base = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    optimizer = SAM(base, model, rho=0.3)
+    optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 2.0})
+    assert [group["rho"] for group in base.param_groups] == [0.3, 0.3]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    handle = register_optimizer_step_pre_hook(lambda *_: calls.append(2))
+    start = weights(model)
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        F.cross_entropy(model(x), y).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    handle.remove()
+    scheduler.step()
+    assert calls == [2, 1]
+    assert [group["lr"] for group in base.param_groups] == [0.5, 1.0]
+    assert_close(weights(model), [p - lr * g for p, lr, g in zip(start, (1, 1, 2, 2), grads)])
+    assert optimizer.state is base.state and optimizer.param_groups is base.param_groups
+
+
+def test_proportional_rho_is_linear_in_lr_and_constant_outside():
+    model = network()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    for lr, rho in ((0.1, 0.2), (1.1, 0.7), (0.6, 0.45), (0.35, 0.325), (0.0, 0.2), (9.0, 0.7)):
+        optimizer.param_groups[0]["lr"] = lr
+        proportional_rho(optimizer, rho_min=0.2, rho_max=0.7, lr_min=0.1, lr_max=1.1)
+        assert optimizer.param_groups[0]["rho"] == pytest.approx(rho, rel=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"rho": -0.1}, "rho is -0.1"),
+        ({"rho": float("nan")}, "rho is nan"),
+        ({"adaptive": "elementwise"}, "'elementwise'"),
+        ({"gsam_alpha": -1.0}, "gsam_alpha is -1.0"),
+        ({"gsam_normalize": True}, "gsam_alpha > 0"),
+        ({"gsam_alpha": 0.4, "adaptive": "both"}, "contradict"),
+    ],
+)
+def test_sam_refuses(options, words):
+    model = network()
+    with pytest.raises(ValueError, match=words):
+        SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+
+
+def test_sam_refuses_another_models_optimizer():
+    with pytest.raises(ValueError, match="none of model's parameters"):
+        SAM(torch.optim.SGD(network().parameters(), lr=0.1), network())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"gamma": 1.1}, "1.1"), ({"gamma": -1}, "-1"), ({"lam": 1.0}, "1.0"), ({"link": "tanh"}, "'tanh'")],
+)
+def test_obf_refuses_arguments(options, words):
+    with pytest.raises(ValueError, match=words):
+        OutputBiasForgetting(**options)
+
+
+@pytest.mark.parametrize("target", [torch.zeros(3, K), torch.zeros(3), torch.zeros(4, dtype=torch.int64)])
+def test_obf_refuses_targets(target):
+    with pytest.raises(ValueError, match="class indices"):
+        OutputBiasForgetting()(torch.zeros(3, K), target)
+
+
+@pytest.mark.parametrize("ranges", [(0.5, 0.1, 0, 1), (-0.1, 0.1, 0, 1), (0.1, 0.5, 1, 1)])
+def test_proportional_rho_refuses(ranges):
+    model = network()
+    names = ("rho_min", "rho_max", "lr_min", "lr_max")
+    with pytest.raises(ValueError, match="lr_min < lr_max"):
+        proportional_rho(torch.optim.SGD(model.parameters(), lr=0.1), **dict(zip(names, ranges)))
+
+
+@pytest.mark.parametrize(
+    "closure, error, words",
+    [
+        (lambda model, x: None, ValueError, "NoneType"),
+        (lambda model, x: model(x), ValueError, r"shape \(12, 5\)"),
+        (lambda model, x: model(x).sum().detach(), RuntimeError, "needs no gradient"),
+        (lambda model, x: torch.ones((), requires_grad=True) * 1, RuntimeError, "SAM's model"),
+    ],
+)
+def test_perturbed_refuses_closures_before_any_weight_moves(closure, error, words):
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    F.cross_entropy(model(x), y).backward()
+    start, accumulated = weights(model), [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(error, match=words):
+        with optimizer.perturbed(lambda: closure(model, x)):
+            pytest.fail("the body ran")
+    assert_same(weights(model), start)
+    assert_same([p.grad for p in model.parameters()], accumulated)
+
+
+def test_perturbed_refuses_nesting_stepping_inside_and_a_bad_weight():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    loss = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    start = weights(model)
+    with pytest.raises(RuntimeError, match="nested"):
+        with optimizer.perturbed(loss), optimizer.perturbed(loss):
+            pytest.fail("the body ran")
+    assert_same(weights(model), start)
+    for closure in (None, loss):
+        with pytest.raises(RuntimeError, match="after the block"):
+            with optimizer.perturbed(loss):
+                optimizer.step(closure)
+        assert_same(weights(model), start)
+    with pytest.raises(ValueError, match="loss_weight is nan"):
+        with optimizer.perturbed(loss, loss_weight=float("nan")):
+            pytest.fail("the body ran")
+    optimizer.param_groups[0]["rho"] = -1.0
+    with pytest.raises(ValueError, match=r"rho is -1\.0"):
+        with optimizer.perturbed(loss):
+            pytest.fail("the body ran")
+    assert_same(weights(model), start)
+
+
+def test_sparse_gradients_are_refused():
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(10, K, sparse=True, mode="sum"))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        with optimizer.perturbed(lambda: model(torch.tensor([[1, 2]])).sum()):
+            pytest.fail("the body ran")
