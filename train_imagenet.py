@@ -1,0 +1,42 @@
+"""Train a timm model from scratch with SAM, OBF or a baseline, on ImageNet-1k, a folder of images or the bundled digits."""
+
+import difflib
+
+import timm
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+
+import data
+import training
+
+
+def create_model(args, num_classes):
+    """The timm model of a run.
+
+    Raises:
+        InputError: timm has no such model (with the nearest names), or it does not take ``model_kwargs``.
+    """
+    try:
+        return timm.create_model(args.model, num_classes=num_classes, **args.model_kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        message = f"timm cannot create {args.model!r} with {args.model_kwargs}: {error}"
+        if not timm.is_model(args.model):
+            nearest = ", ".join(difflib.get_close_matches(args.model, timm.list_models(), 3, 0.0))
+            message = f"timm has no model {args.model!r}; the nearest are {nearest}"
+        raise data.InputError(message) from error
+
+
+def main(argv=None):
+    args = training.parse(training.parser(__doc__), argv)
+    loader_config = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
+    accelerator = Accelerator(dataloader_config=loader_config)
+    with accelerator.main_process_first():  # one process downloads
+        splits = data.load(args.dataset)
+    set_seed(args.seed)
+    model = create_model(args, splits["train"].features["label"].num_classes)
+    return training.train(args, accelerator, splits, model)
+
+
+if __name__ == "__main__":
+    with training.clear_errors():
+        main()
