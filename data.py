@@ -133,7 +133,7 @@ def transforms(config: dict, *, scale, ratio, hflip: float):
 
 
 def digits(seed: int = 0) -> datasets.DatasetDict:
-    """scikit-learn's 1797 handwritten digits as 32 x 32 RGB: train 900, validation 200, test 697, and five shifts of test.
+    """scikit-learn's 1797 handwritten digits as 32 x 32 RGB: train 900, validation 200, test 697, five shifts of test.
 
     Each digit is tinted; the tint is that of its class half of the time and of another class otherwise. The shifts are
     recoloured (always another class's tint), rotated (up to 30 degrees and 2 pixels), sketch (an edge map), occluded (a

@@ -1,4 +1,4 @@
-"""Train a timm model from scratch with SAM, OBF or a baseline, on ImageNet-1k, a folder of images or the bundled digits."""
+"""Train a timm model from scratch with SAM, OBF or a baseline: on ImageNet-1k, a folder of images or the digits."""
 
 import difflib
 
@@ -7,6 +7,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 
 import data
+import settings
 import training
 
 
@@ -27,7 +28,7 @@ def create_model(args, num_classes):
 
 
 def main(argv=None):
-    args = training.parse(training.parser(__doc__), argv)
+    args = settings.parse(settings.parser(__doc__), argv)
     loader_config = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
     accelerator = Accelerator(dataloader_config=loader_config)
     with accelerator.main_process_first():  # one process downloads

@@ -1,0 +1,252 @@
+# Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
+"""Measure what one step of SAM, OBF, ASAM and GSAM costs, in time and memory.
+
+The yardstick ("limit") is what no two-pass method can beat: two forward-backward passes and the base optimizer's step.
+The peer is ``pip install pytorch_optimizer``, an optional dependency of this script alone. Every round runs all of them
+once, in random order; a ratio compares two times of the same round, so that a machine's slow drift cancels out. Extra
+memory is counted from the allocator's own events (``torch.profiler``), over each contestant's whole life.
+
+    python benchmarks/step.py                          # both models on a GPU if there is one, else on the CPU
+    python benchmarks/step.py --models resnet50 --batch-size 8 --rounds 5
+    python benchmarks/step.py --device cuda --batch-size 64 --amp bf16 --compile
+"""
+
+import argparse
+import copy
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sam_obf import SAM, OutputBiasForgetting
+
+try:
+    import pytorch_optimizer as peer
+except ImportError:
+    peer = None
+
+MODELS = {  # one per family: image size, base optimizer and its options
+    "vit_small_patch32_224": (224, torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 0.3}),
+    "resnet50": (160, torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}),
+}
+OURS = {"SAM": {}, "OBF": {}, "ASAM": {"adaptive": "both"}, "GSAM": {"gsam_alpha": 0.4}}  # name: SAM's arguments
+PEER_OF = {"SAM": "peer SAM", "OBF": "peer SAM", "ASAM": "peer SAM", "GSAM": "peer GSAM"}
+RHO = 0.05
+MAX_RATIO_TO_LIMIT, MAX_RATIO_TO_PEER = 1.03, 1.00
+MAX_COPIES = {"SAM": 1, "OBF": 1, "ASAM": 1, "GSAM": 2}
+
+
+def make_step(name, model, x, y, base, options, amp):
+    """Return a function that makes one step of contestant ``name`` on (x, y) and leaves no gradient."""
+
+    def loss():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp == "bf16"):
+            return F.cross_entropy(model(x), y)
+
+    def forward_backward():
+        value = loss()
+        with record_function("backward"):  # count_memory() looks at the last one of a step
+            value.backward()
+
+    if name == "limit":
+        optimizer = base(model.parameters(), **options)
+
+        def step():
+            forward_backward()
+            optimizer.zero_grad()
+            forward_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    elif name == "peer SAM":
+        optimizer = peer.SAM(model.parameters(), base, rho=RHO, **options)
+
+        def closure():
+            optimizer.zero_grad()
+            forward_backward()
+
+        def step():
+            closure()
+            optimizer.step(closure)
+            optimizer.zero_grad()
+
+    elif name == "peer GSAM":
+        inner = base(model.parameters(), **options)
+        lr_scheduler = torch.optim.lr_scheduler.ConstantLR(inner, factor=1.0)
+        rho_scheduler = peer.lr_scheduler.ProportionScheduler(
+            lr_scheduler, max_lr=options["lr"], max_value=RHO, min_value=RHO
+        )
+        optimizer = peer.GSAM(model.parameters(), inner, model, rho_scheduler, alpha=OURS["GSAM"]["gsam_alpha"])
+
+        def closure():  # what its set_closure() makes, with our forward_backward()
+            inner.zero_grad()
+            with torch.enable_grad():
+                forward_backward()
+            return None, None
+
+        def step():
+            optimizer.step(closure)
+            lr_scheduler.step()
+            optimizer.update_rho_t()
+            inner.zero_grad()
+
+    else:
+        optimizer = SAM(base(model.parameters(), **options), model, RHO, **OURS[name])
+        forget = OutputBiasForgetting()
+
+        def forget_loss():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp == "bf16"):
+                return forget(model(x), y)
+
+        def step():
+            with optimizer.perturbed(forget_loss if name == "OBF" else loss):
+                forward_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def count_memory(make, device):
+    """Make a contestant and run two steps; return its step function and its live bytes in the second step.
+
+    Everything that it has allocated since before it existed counts: weights, optimizer state, activations, gradients
+    and what it keeps from step to step. The bytes are those at the start, at the end and at the peak of the second
+    backward, and at the peak of the whole step; only their differences between contestants have a meaning.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step = make()
+        step()
+        with record_function("step"):
+            step()
+    events = profiler.profiler.kineto_results.events()
+    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_type() == kind]
+    times, live = [], [0]
+    for when, nbytes in sorted(changes, key=lambda change: change[0]):
+        times.append(when)
+        live.append(live[-1] + nbytes)  # live[i]: before the i-th change
+
+    def during(span):  # the live bytes on entry and after each change inside
+        first = sum(t < span.start_ns() for t in times)
+        last = sum(t <= span.start_ns() + span.duration_ns() for t in times)
+        return live[first : last + 1]
+
+    backward = during(max((e for e in events if e.name() == "backward"), key=lambda e: e.start_ns()))
+    whole = during(next(e for e in events if e.name() == "step"))
+    return step, {"start": backward[0], "end": backward[-1], "peak": max(backward), "step": max(whole)}
+
+
+def measure(model_name, names, args, device):
+    """Return one row per contestant."""
+    size, base, options = MODELS[model_name]
+    torch.manual_seed(0)
+    model = timm.create_model(model_name, pretrained=False).to(device).train()
+    x = torch.randn(args.batch_size, 3, size, size, device=device)
+    y = torch.randint(model.num_classes, (args.batch_size,), device=device)
+    parameter_bytes = sum(p.nbytes for p in model.parameters())
+
+    def make(name):
+        own = copy.deepcopy(model)
+        return make_step(name, torch.compile(own) if args.compile else own, x, y, base, options, args.amp)
+
+    make("limit")()  # what libraries allocate once (workspaces, caches) is nobody's extra
+    steps, memory = {}, {}
+    for name in tqdm(names, f"{model_name}: memory", leave=False):
+        steps[name], memory[name] = count_memory(lambda: make(name), device)
+
+    times = {name: [] for name in names}
+    order = random.Random(0)
+    for i in tqdm(range(args.warmup + args.rounds), f"{model_name}: rounds", leave=False):
+        for name in order.sample(names, len(names)):
+            start = time.perf_counter()
+            steps[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i >= args.warmup:
+                times[name].append(time.perf_counter() - start)
+
+    rows = []
+    for name in names:
+        extra = {key: memory[name][key] - memory["limit"][key] for key in memory[name]}
+        row = {"model": model_name, "contestant": name, "seconds": times[name]}
+        row["to_limit"] = [a / b for a, b in zip(times[name], times["limit"])]
+        if PEER_OF.get(name) in names:
+            row["to_peer"] = [a / b for a, b in zip(times[name], times[PEER_OF[name]])]
+        row["extra_copies"] = max(extra["start"], extra["end"], extra["peak"]) / parameter_bytes
+        row["peak_extra_mib"] = extra["step"] / 2**20
+        rows.append(row)
+    return rows
+
+
+def print_table(rows):
+    def spread(ratios):
+        return f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "-"
+
+    def verdict(value, target):
+        return f"<= {target:.2f} {'ok' if round(value, len(str(target)) and 3) <= target else 'MISSED'}"
+
+    heads = ["contestant", "ms/step", "ratio to limit", "target", "ratio to peer", "target"]
+    lines = [[*heads, "extra copies", "target", "peak extra MiB"]]
+    for row in rows:
+        name, to_limit, to_peer, copies = row["contestant"], row["to_limit"], row.get("to_peer"), row["extra_copies"]
+        ours = name in OURS
+        lines.append(
+            [
+                name,
+                f"{1e3 * statistics.median(row['seconds']):.1f}",
+                spread(to_limit),
+                verdict(statistics.median(to_limit), MAX_RATIO_TO_LIMIT) if ours else "",
+                spread(to_peer),
+                verdict(statistics.median(to_peer), MAX_RATIO_TO_PEER) if to_peer else "",
+                f"{copies:.2f}",
+                verdict(round(copies, 2), MAX_COPIES[name]) if ours else "",
+                f"{row['peak_extra_mib']:.1f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", choices=["bf16"], help="autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the models")
+    parser.add_argument("--json", type=Path, help="write every time and ratio to this file")
+    args = parser.parse_args()
+
+    names = ["limit", *OURS, "peer SAM", "peer GSAM"]
+    if peer is None:
+        print("No peer to compare with: pip install pytorch_optimizer")
+        names = ["limit", *OURS]
+    device = torch.device(args.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    setup = f"torch {torch.__version__}, {where}, batch {args.batch_size}, {args.rounds} rounds"
+    rows = []
+    for model_name in args.models:
+        rows.append(measure(model_name, names, args, device))
+        size, base, _ = MODELS[model_name]
+        print(f"\n{model_name} at {size} px, {base.__name__}; {setup}; median (min-max)")
+        print_table(rows[-1])
+    if args.json:
+        args.json.write_text(json.dumps({"setup": setup, "rows": sum(rows, [])}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

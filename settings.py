@@ -1,0 +1,153 @@
+"""Settings: flags, recipes and methods; a recipe's keys are the flags' names."""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+
+import yaml
+from timm.utils import ParseKwargs
+
+from data import InputError
+
+# What the perturbation ascends, and the variant of the step.
+METHODS = {
+    "base": (None, None),
+    "sam": ("loss", "sam"),
+    "obf": ("obf", "sam"),
+    "random": ("noise", "sam"),
+    "gsam": ("loss", "gsam"),
+    "asam": ("loss", "asam"),
+    "gsam+obf": ("obf", "gsam"),
+    "asam+obf": ("obf", "asam"),
+}
+# Settings that only some methods use: their default, and which. Given to another method, they are an error.
+PERTURBATION = {
+    "rho": (0.05, lambda ascent, variant: variant is not None),
+    "rho_min": (None, lambda ascent, variant: variant is not None),
+    "gamma": (1.0, lambda ascent, variant: ascent == "obf"),
+    "lam": (None, lambda ascent, variant: ascent == "obf"),
+    "link": ("sigmoid", lambda ascent, variant: ascent == "obf"),
+    "adaptive": ("both", lambda ascent, variant: variant == "asam"),
+    "gsam_alpha": (0.4, lambda ascent, variant: variant == "gsam"),
+    "gsam_normalize": (False, lambda ascent, variant: variant == "gsam"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Flags, which are also the keys of a recipe."""
+    p = Parser(description=description, allow_abbrev=False)
+    boolean = argparse.BooleanOptionalAction
+    p.add_argument("--recipe", help="YAML file of settings; flags override it")
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", default="ILSVRC/imagenet-1k", help="'digits', a folder or a Hub dataset (%(default)s)")
+    g.add_argument("--img-size", type=int, help="pixels (the model's own)")
+    g.add_argument(
+        "--crop-pct", type=float, help="centre crop of the evaluation, fraction of the side (the model's own)"
+    )
+    g.add_argument("--interpolation", help="of the evaluation and training resize (the model's own)")
+    g.add_argument("--scale", type=float, nargs=2, default=(0.05, 1.0), help="crop's share of the area (0.05 1)")
+    g.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="crop's aspect ratio (0.75 1.33)")
+    g.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
+    g.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
+    g = p.add_argument_group("model and loss")
+    g.add_argument("--model", default="resnet50", help="timm architecture, trained from scratch (%(default)s)")
+    g.add_argument("--model-kwargs", nargs="*", action=ParseKwargs, default={}, help="KEY=VALUE for timm.create_model")
+    g.add_argument("--loss", choices=["ce", "bce"], default="ce", help="bce sums over classes (%(default)s)")
+    g.add_argument("--smoothing", type=float, default=0.0, help="label smoothing (%(default)s)")
+    g = p.add_argument_group("optimization")
+    g.add_argument("--opt", default="sgd", help="base optimizer, any of timm's (%(default)s)")
+    g.add_argument("--lr", type=float, default=0.1, help="highest learning rate (%(default)s)")
+    g.add_argument("--min-lr", type=float, default=0.0, help="lowest, at the end (%(default)s)")
+    g.add_argument("--warmup-lr", type=float, default=0.0, help="first, before warm-up (%(default)s)")
+    g.add_argument(
+        "--sched", choices=["poly", "cosine", "constant"], default="poly", help="poly is linear (%(default)s)"
+    )
+    g.add_argument("--epochs", type=int, default=90, help="warm-up included (%(default)s)")
+    g.add_argument("--warmup-epochs", type=int, default=0, help="(%(default)s)")
+    g.add_argument("--momentum", type=float, default=0.9, help="(%(default)s)")
+    g.add_argument("--weight-decay", type=float, default=0.0, help="none on biases and norms (%(default)s)")
+    g.add_argument("--clip-grad", type=float, help="largest L2 norm of the gradient of an update (none)")
+    g.add_argument(
+        "--batch-size", type=int, default=256, help="examples of one update, over all processes (%(default)s)"
+    )
+    g.add_argument("--device-batch-size", type=int, help="examples a process loads at once (all of its share)")
+    g.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    g = p.add_argument_group("perturbation")
+    g.add_argument("--method", choices=METHODS, default="obf", help="(%(default)s)")
+    g.add_argument("--m", type=int, help="examples that share a perturbation: m-sharpness (the device batch)")
+    g.add_argument("--rho", type=float, help="L2 norm of the perturbation (0.05)")
+    g.add_argument("--rho-min", type=float, help="makes rho follow lr, down to this at min-lr (constant)")
+    g.add_argument("--gamma", type=float, help="OBF: 1 pushes to uniform, 0 only lowers the target (1.0)")
+    g.add_argument("--lam", type=float, help="OBF: target prediction below which gamma does not act (1 / classes)")
+    g.add_argument("--link", choices=["sigmoid", "softmax"], help="OBF: from logits to predictions (sigmoid)")
+    g.add_argument("--adaptive", choices=["before", "after", "both"], help="ASAM: where |theta| enters (both)")
+    g.add_argument("--gsam-alpha", type=float, help="GSAM: weight of the orthogonal part (0.4)")
+    g.add_argument("--gsam-normalize", action=boolean, help="GSAM: scale g to unit norm first (no)")
+    g = p.add_argument_group("output")
+    g.add_argument("--output", help="folder of the run (outputs/DATASET-METHOD)")
+    g.add_argument("--overwrite", action=boolean, default=False, help="replace an earlier run in that folder")
+    return p
+
+
+def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+    """Read the recipe's settings, then the flags, which win.
+
+    Raises:
+        InputError: an unknown key (with the nearest valid one), a bad value, or settings that contradict each other.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    recipe = p.parse_known_args(argv)[0].recipe
+    args = p.parse_args((_recipe_flags(p, recipe) if recipe else []) + argv)
+    method = METHODS[args.method]
+    for key, (default, used) in PERTURBATION.items():
+        if getattr(args, key) is None:
+            setattr(args, key, default if used(*method) else None)
+        elif not used(*method):
+            users = ", ".join(name for name, other in METHODS.items() if used(*other))
+            raise InputError(f"{key} contradicts method {args.method}: drop it, or choose --method from {users}")
+    for key in ("batch_size", "epochs", "m", "device_batch_size", "img_size"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise InputError(f"{key} is {getattr(args, key)}; it must be at least 1")
+    if not 0 <= args.warmup_epochs < args.epochs:
+        raise InputError(f"warmup_epochs is {args.warmup_epochs}; it must lie between 0 and epochs, {args.epochs}")
+    if args.rho_min is not None and not (0 <= args.rho_min <= args.rho and args.min_lr < args.lr):
+        raise InputError(
+            f"rho cannot follow lr from ({args.min_lr}, {args.rho_min}) to ({args.lr}, {args.rho}): rho_min must lie in "
+            f"[0, rho] and min_lr below lr, or drop rho_min for a constant rho"
+        )
+    args.output = args.output or f"outputs/{Path(args.dataset).name}-{args.method}"
+    if Path(args.output).exists() and not args.overwrite:
+        raise InputError(f"{args.output} exists: choose another --output, or replace it with --overwrite")
+    return args
+
+
+def _recipe_flags(p, path):
+    """The recipe as flags, so that argparse checks it like them."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the recipe {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"the recipe {path} must be a mapping of settings, KEY: VALUE; it is {settings!r}")
+    actions = {action.dest: action for action in p._actions if action.dest not in ("help", "recipe", "overwrite")}
+    flags = []
+    for key, value in settings.items():
+        if key not in actions:
+            nearest = difflib.get_close_matches(str(key), actions, 1, 0.0)[0]
+            raise InputError(f"the recipe {path} has an unknown key {key!r}: did you mean {nearest!r}?")
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(actions[key], argparse.BooleanOptionalAction) and isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        elif isinstance(value, dict):
+            flags += [flag, *(f"{name}={entry}" for name, entry in value.items())]
+        elif value is not None:
+            flags.append(f"{flag}={value}")
+    return flags

@@ -1,0 +1,187 @@
+"""Datasets by name: what the bundled digits hold, folders as they are found, and what a user reads when data is bad."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from timm.data import create_transform
+
+import data
+
+
+def write_folder(root, splits=("train", "val"), classes=("cat", "dog"), images=3):
+    rng = np.random.RandomState(0)
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(images):
+                pixels = rng.randint(0, 255, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{split}_{name}_{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.digits()
+
+
+def pixels(ds):
+    images = data.Images(lambda image: torch.from_numpy(np.array(image)))
+    return torch.stack(
+        images({"image": ds.cast_column("image", datasets.Image(decode=False))["image"], "label": []})["image"]
+    )
+
+
+def test_digits_have_the_splits_sizes_and_types_of_the_design(digits):
+    sizes = {"train": 900, "validation": 200, "test": 697, **dict.fromkeys(data.SHIFTS, 697)}
+    assert {name: len(split) for name, split in digits.items()} == sizes
+    assert data.SHIFTS == ("recoloured", "rotated", "sketch", "occluded", "noisy")
+    for split in digits.values():
+        assert split.features["label"].names == [str(i) for i in range(10)]
+        assert pixels(split).shape == (len(split), 32, 32, 3)
+
+
+def test_digits_use_every_image_of_scikit_learn_once(digits):
+    """A tint scales a grey image, so dividing by its brightest channel leaves the shape, whatever the tint."""
+    rows = torch.cat([pixels(digits[split]) for split in ("train", "validation", "test")]).float().amax(-1)
+    shapes = (rows / rows.amax((1, 2), keepdim=True)).flatten(1)
+    raw = load_digits()
+    resized = [
+        np.asarray(Image.fromarray((i * 15.9375).astype(np.uint8)).resize((32, 32), Image.BICUBIC)) for i in raw.images
+    ]
+    originals = torch.tensor(np.array(resized)).float().flatten(1)
+    originals = originals / originals.amax(1, keepdim=True)
+    labels = np.concatenate([digits[split]["label"] for split in ("train", "validation", "test")])
+    nearest = torch.cdist(shapes, originals).argmin(1).numpy()
+    assert len(np.unique(nearest)) == len(np.unique(originals.numpy(), axis=0)) == 1797
+    assert (raw.target[nearest] == labels).all()
+
+
+def tints(images):
+    """Which tint each image has: that nearest in hue to its brightest pixel."""
+    flat = images.flatten(1, 2).float()
+    brightest = flat[torch.arange(len(flat)), flat.sum(-1).argmax(1)]
+    known = torch.tensor(data.TINTS).float()
+    cosine = torch.nn.functional.cosine_similarity(brightest[:, None], known[None], dim=-1)
+    assert cosine.amax(1).min() > 0.999
+    return cosine.argmax(1).numpy()
+
+
+def test_tint_agrees_with_the_class_half_of_the_time_and_never_when_recoloured(digits):
+    for split in ("train", "test"):
+        labels = np.array(digits[split]["label"])
+        agreement = (tints(pixels(digits[split])) == labels).mean()
+        assert abs(agreement - 0.5) < 3 * 0.5 / len(labels) ** 0.5
+    assert (tints(pixels(digits["recoloured"])) != np.array(digits["recoloured"]["label"])).all()
+
+
+def test_shifts_change_every_image_and_keep_its_label(digits):
+    plain = pixels(digits["test"]).float()
+    for shift in data.SHIFTS:
+        assert digits[shift]["label"] == digits["test"]["label"]
+        changed = (pixels(digits[shift]).float() - plain).flatten(1).abs().amax(1) > 20
+        # A tint that was another class's already stays in "recoloured"; a turn may be small.
+        assert changed.float().mean() > (0.4 if shift == "recoloured" else 0.95)
+    occluded = (pixels(digits["occluded"]) == 128).all(-1).flatten(1).sum(1)
+    assert (occluded >= 100).all()
+
+
+def test_digits_are_deterministic_by_seed(digits):
+    again, other = data.digits(), data.digits(seed=1)
+    for split in digits:
+        assert torch.equal(pixels(digits[split]), pixels(again[split]))
+        assert not torch.equal(pixels(digits[split]), pixels(other[split]))
+
+
+def test_folder_loads_with_class_names_and_decodes_to_rgb(tmp_path):
+    root = write_folder(tmp_path)
+    Image.new("L", (20, 20), 7).save(root / "train" / "cat" / "grey.png")
+    Image.new("RGBA", (20, 20), (1, 2, 3, 4)).save(root / "train" / "cat" / "alpha.png")
+    splits = data.load(str(root))
+    assert list(splits) == ["train", "validation"]
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+    batch = splits["train"].with_transform(data.Images(create_transform(8)))[:]
+    assert torch.stack(batch["image"]).shape == (8, 3, 8, 8)
+    assert sorted(batch["label"].tolist()) == [0] * 5 + [1] * 3
+
+
+def test_hub_columns_are_found_by_type_and_unlabelled_splits_left_out(monkeypatch):
+    def ds(labels):
+        features = {
+            "img": datasets.Image(),
+            "fine_label": datasets.ClassLabel(names=["a", "b"]),
+            "id": datasets.Value("int64"),
+        }
+        columns = {"img": [Image.new("RGB", (4, 4))] * 2, "fine_label": labels, "id": [5, 6]}
+        return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+    hub = datasets.DatasetDict(train=ds([0, 1]), validation=ds([1, 0]), test=ds([-1, -1]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
+    splits = data.load("somebody/something")
+    assert {name: split.column_names for name, split in splits.items()} == {
+        "train": ["image", "label"],
+        "validation": ["image", "label"],
+    }
+    assert splits["validation"]["label"] == [1, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_class_missing_from_validation_is_named(tmp_path):
+    root = write_folder(tmp_path)
+    for file in (root / "val" / "dog").iterdir():
+        file.unlink()
+    with pytest.raises(data.InputError, match=r"1 of 2 classes have images in train but none in validation \('dog'\)"):
+        data.load(str(root))
+
+
+def test_folder_without_validation_says_what_to_add(tmp_path):
+    root = write_folder(tmp_path, splits=("train",))
+    with pytest.raises(data.InputError, match="no validation split, only train"):
+        data.load(str(root))
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(data.InputError, match=str(tmp_path)):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_unreadable_image_is_named(tmp_path, content):
+    root = write_folder(tmp_path)
+    bad = root / "train" / "cat" / "bad.png"
+    whole = (root / "train" / "cat" / "train_cat_0.png").read_bytes()
+    bad.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    ds = data.load(str(root))["train"].with_transform(data.Images(create_transform(8)))
+    with pytest.raises(data.InputError, match=str(bad)):
+        ds[:]
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "accept its terms"),
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"), "no such dataset on the Hub"),
+        (ConnectionError("Couldn't reach the Hub"), "cannot be reached"),
+        (RuntimeError("Dataset scripts are no longer supported, but found b.py"), "no longer supported"),
+    ],
+)
+def test_hub_errors_say_what_to_do(monkeypatch, error, words):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(data.InputError, match=words) as caught:
+        data.load("a/b")
+    assert "'a/b'" in str(caught.value)
+
+
+def test_columns_that_do_not_fit_are_listed(monkeypatch):
+    text = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"], "label": [0]}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: text)
+    with pytest.raises(data.InputError, match=r"text \(Value\), label \(Value\)"):
+        data.load("a/b")

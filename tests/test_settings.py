@@ -1,0 +1,87 @@
+"""Recipes and flags: who wins, and what a user reads when they are wrong."""
+
+import pytest
+import yaml
+
+import settings
+from data import InputError
+
+
+def parse(tmp_path, recipe=None, *flags):
+    argv = list(flags)
+    if recipe is not None:
+        (tmp_path / "recipe.yaml").write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+        argv += ["--recipe", str(tmp_path / "recipe.yaml")]
+    return settings.parse(settings.parser("test"), ["--output", str(tmp_path / "run"), *argv])
+
+
+def test_flags_override_the_recipe_and_both_the_defaults(tmp_path):
+    recipe = {"lr": 0.3, "scale": [0.5, 1.0], "model_kwargs": {"drop_rate": 0.1, "global_pool": "avg"}, "workers": 3}
+    args = parse(tmp_path, recipe, "--lr", "0.7", "--m", "8")
+    assert (args.lr, args.scale, args.workers, args.m) == (0.7, [0.5, 1.0], 3, 8)
+    assert args.model_kwargs == {"drop_rate": 0.1, "global_pool": "avg"}
+    assert args.hflip == 0.5
+
+
+def test_every_flag_is_a_recipe_key_and_every_recipe_key_a_flag(tmp_path):
+    chosen = {
+        "adaptive": "after", "batch_size": 8, "clip_grad": 1.0, "crop_pct": 0.9, "dataset": "digits",
+        "device_batch_size": 4, "epochs": 7, "gamma": 0.5, "gsam_alpha": 0.1, "gsam_normalize": True, "hflip": 0.1,
+        "img_size": 48, "interpolation": "bicubic", "lam": 0.2, "link": "softmax", "loss": "bce", "lr": 3e-3, "m": 2,
+        "method": "gsam+obf", "min_lr": -0.0, "model": "vit", "model_kwargs": {"a": 1}, "momentum": 0.8, "opt": "adamw",
+        "output": "elsewhere", "ratio": [0.8, 1.2], "rho": 0.6, "rho_min": 0.1, "scale": [0.1, 0.9], "sched": "cosine",
+        "seed": 5, "smoothing": 0.1, "warmup_epochs": 2, "warmup_lr": 1e-6, "weight_decay": 0.3, "workers": 0,
+    }  # fmt: skip
+    parser = settings.parser("test")
+    keys = {action.dest for action in parser._actions} - {"help", "recipe", "overwrite"}
+    assert keys == set(chosen)
+    del chosen["adaptive"], chosen["output"]
+    from_recipe = vars(parse(tmp_path, chosen))
+    assert {key: from_recipe[key] for key in chosen} == chosen
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    assert parse(tmp_path, "lr: 3e-3\n").lr == 0.003
+
+
+@pytest.mark.parametrize("method", settings.METHODS)
+def test_methods_resolve_their_own_settings_and_no_others(tmp_path, method):
+    args = parse(tmp_path, {"method": method})
+    assert (args.rho is None) == (method == "base")
+    assert (args.gamma is None) == ("obf" not in method)
+    assert (args.adaptive is None) == ("asam" not in method)
+    assert (args.gsam_alpha is None) == ("gsam" not in method)
+
+
+@pytest.mark.parametrize(
+    "recipe, flags, words",
+    [
+        ({"roh": 0.1}, (), "unknown key 'roh': did you mean 'rho'"),
+        ({"weight-decay": 0.1}, (), "did you mean 'weight_decay'"),
+        ({"lr": "fast"}, (), "invalid float value: 'fast'"),
+        ({"method": "sharp"}, (), "invalid choice: 'sharp'"),
+        ("- lr\n", (), "must be a mapping"),
+        ("lr: [", (), "cannot read the recipe"),
+        (None, ("--recipe", "nowhere.yaml"), "cannot read the recipe nowhere.yaml"),
+        (None, ("--method", "sharp"), "invalid choice: 'sharp'"),
+        (None, ("--roh", "0.1"), "--roh"),
+        ({}, ("--method", "sam", "--gamma", "1"), "gamma contradicts method sam: .* obf, gsam"),
+        ({}, ("--method", "obf", "--gsam-alpha", "1"), "gsam_alpha contradicts method obf"),
+        ({}, ("--method", "gsam", "--adaptive", "both"), "adaptive contradicts method gsam"),
+        ({"rho": 0.1}, ("--method", "base"), "rho contradicts method base"),
+        ({"m": 0}, (), "m is 0"),
+        ({"epochs": 3, "warmup_epochs": 3}, (), "warmup_epochs is 3"),
+        ({"rho_min": 0.0, "lr": 0.1, "min_lr": 0.1}, (), "min_lr below lr"),
+        ({"rho": 0.1, "rho_min": 0.2}, (), r"rho_min must lie in \[0, rho\]"),
+    ],
+)
+def test_wrong_settings_are_named_with_the_remedy(tmp_path, recipe, flags, words):
+    with pytest.raises(InputError, match=words):
+        parse(tmp_path, recipe, *flags)
+
+
+def test_an_earlier_run_is_not_replaced_unasked(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="--overwrite"):
+        parse(tmp_path)
+    assert parse(tmp_path, None, "--overwrite").overwrite

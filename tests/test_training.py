@@ -1,0 +1,252 @@
+"""The training loop: what an update is, and a run from the command line to a checkpoint that timm opens elsewhere."""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from test_data import write_folder
+
+import settings
+import train_imagenet
+import training
+from data import InputError
+from sam_obf import SAM
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    return Accelerator(cpu=True)
+
+
+def small_recipe(tmp_path, dataset, **changes):
+    recipe = {
+        "dataset": str(dataset), "model": "test_resnet", "img_size": 32, "crop_pct": 1.0, "epochs": 1, "batch_size": 4,
+        "workers": 0, "lr": 0.01, "hflip": 0.0, "m": 2, "output": str(tmp_path / "run"), **changes,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--recipe", str(tmp_path / "recipe.yaml")]
+
+
+def run_script(*argv):
+    command = [sys.executable, str(ROOT / "train_imagenet.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("m", [2, 4])
+def test_update_is_the_mean_over_micro_batches_of_the_gradient_at_their_own_perturbed_weights(
+    accelerator, m, accumulation
+):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3).double()
+    reference = copy.deepcopy(model)
+    images, labels = torch.randn(4 * accumulation, 6).double(), torch.randint(0, 3, (4 * accumulation,))
+
+    model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3))
+    for i in range(accumulation):
+        batch = {"image": images[4 * i : 4 * i + 4], "label": labels[4 * i : 4 * i + 4]}
+        training.forward_backward(
+            accelerator, model, optimizer, batch, objective=F.cross_entropy, criterion=F.cross_entropy,
+            m=m, share=m / (4 * accumulation), sync=i == accumulation - 1,
+        )  # fmt: skip
+
+    params, total = list(reference.parameters()), None
+    for x, y in zip(images.split(m), labels.split(m)):
+        g = torch.autograd.grad(F.cross_entropy(reference(x), y), params)
+        norm = sum((gi**2).sum() for gi in g).sqrt()
+        moved = copy.deepcopy(reference)
+        for p, gi in zip(moved.parameters(), g):
+            p.data += 0.3 * gi / norm
+        gp = torch.autograd.grad(F.cross_entropy(moved(x), y), list(moved.parameters()))
+        total = gp if total is None else [a + b for a, b in zip(total, gp)]
+    for p, gradient in zip(model.parameters(), total):
+        torch.testing.assert_close(p.grad, gradient * m / len(images), rtol=1e-10, atol=1e-12)
+
+
+def batch_settings(**values):
+    return argparse.Namespace(**({"batch_size": 4096, "device_batch_size": None, "m": None} | values))
+
+
+def test_batch_splits_into_loader_batches_and_micro_batches():
+    assert training.split_batch(batch_settings(), 8) == (512, 1, 512)
+    assert training.split_batch(batch_settings(device_batch_size=128, m=64), 8) == (128, 4, 64)
+
+
+@pytest.mark.parametrize(
+    "values, processes, words",
+    [
+        ({"m": 48}, 8, "m 48 does not divide .* 512 .* choose one of 1, 2, 4,"),
+        ({"device_batch_size": 100}, 8, "device_batch_size 100 does not divide"),
+        ({}, 3, "4096 does not split over 3 processes"),
+    ],
+)
+def test_batch_that_does_not_split_names_the_possible_sizes(values, processes, words):
+    with pytest.raises(InputError, match=words):
+        training.split_batch(batch_settings(**values), processes)
+
+
+@pytest.mark.parametrize("method", settings.METHODS)
+def test_method_selects_objective_and_step(method):
+    args = settings.parse(settings.parser(""), ["--method", method, "--output", "/nowhere"])
+    model, criterion = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
+    optimizer, objective = training.build_optimizer(args, model), training.build_objective(args, model, criterion)
+    assert isinstance(optimizer, SAM) == (method != "base") == (objective is not None)
+    if method == "base":
+        return
+    assert optimizer.adaptive == ("both" if "asam" in method else None)
+    assert optimizer.gsam_alpha == (0.4 if "gsam" in method else 0.0)
+    # The target's logit falls in OBF, rises in none, and no logit matters to random perturbations.
+    logits = torch.tensor([[2.0, 0.0, -1.0]], requires_grad=True)
+    (g,) = torch.autograd.grad(objective(logits, torch.tensor([0])) + 0 * logits.sum(), logits)
+    expected = {"loss": logits.detach().softmax(-1) - torch.tensor([[1.0, 0, 0]]), "noise": torch.zeros(1, 3)}
+    p = logits.detach().sigmoid()
+    alpha = ((1 - 1 / 3 / p[0, 0]) / (1 - 1 / 3)).item()
+    expected["obf"] = 1 / 3 - alpha * p - (1 - alpha) * torch.tensor([[1.0, 0, 0]])
+    torch.testing.assert_close(g, expected[settings.METHODS[method][0]])
+
+
+def test_schedule_is_linear_after_warm_up_and_rho_follows():
+    flags = "--lr 1 --min-lr 0.2 --warmup-epochs 2 --epochs 6 --rho 0.5 --rho-min 0.1 --output /nowhere --method sam"
+    args = settings.parse(settings.parser(""), flags.split())
+    model = torch.nn.Linear(2, 3)
+    optimizer = training.build_optimizer(args, model)
+    schedule = training.build_schedule(args, optimizer, updates_per_epoch=10)
+    for update, lr in ((0, 0.0), (10, 0.5), (20, 1.0), (40, 0.6), (59, 0.2 + 0.8 / 40), (60, 0.2)):
+        schedule(update)
+        group = optimizer.param_groups[0]
+        assert group["lr"] == pytest.approx(lr)
+        assert group["rho"] == pytest.approx(0.1 + 0.4 * max(lr - 0.2, 0) / 0.8)
+
+
+@pytest.mark.parametrize("size", [1, 5, 7, 10])
+def test_top1_counts_every_example_once(accelerator, size):
+    torch.manual_seed(size)
+    logits, labels = torch.randn(size, 4), torch.randint(0, 4, (size,))
+    examples = [{"image": row, "label": label} for row, label in zip(logits, labels)]
+    loader = accelerator.prepare(torch.utils.data.DataLoader(examples, batch_size=3))
+    top1 = training.evaluate_top1(accelerator, torch.nn.Identity(), loader)
+    assert top1 == pytest.approx(sum(row.argmax() == label for row, label in zip(logits, labels)).item() / size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+OPENED_ELSEWHERE = """
+import sys, timm, torch, data
+from timm.data import create_transform, resolve_data_config
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+images = data.Images(create_transform(**resolve_data_config({}, model=model)))
+loader = torch.utils.data.DataLoader(data.load("digits")["test"].with_transform(images), 100)
+with torch.no_grad():
+    right = sum((model(batch["image"]).argmax(-1) == batch["label"]).sum().item() for batch in loader)
+print(right / 697)
+"""
+
+
+def test_digits_run_leaves_a_checkpoint_that_another_process_opens_with_the_same_accuracy(tmp_path):
+    flags = [
+        "--recipe",
+        "recipes/digits.yaml",
+        "--epochs",
+        "4",
+        "--warmup-epochs",
+        "1",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    done = run_script(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "loss=" in done.stderr and "lr=" in done.stderr and "rho=" in done.stderr  # the progress bar
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results) == ["validation", "test", "recoloured", "rotated", "sketch", "occluded", "noisy"]
+    for split, top1 in results.items():
+        assert any(line.startswith(split) and f"{top1:.2%}" in line for line in done.stdout.splitlines())
+    assert results["test"] > 0.5  # four epochs, ten classes
+    epochs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in epochs] == [0, 1, 2, 3]
+    assert results["validation"] == max(line["validation"] for line in epochs)
+    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["gamma"] == 1.0
+
+    best = tmp_path / "run" / "best"
+    assert sorted(file.name for file in best.iterdir()) == ["config.json", "model.safetensors"]
+    opened = subprocess.run(
+        [sys.executable, "-c", OPENED_ELSEWHERE, str(best)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert float(opened.stdout) == results["test"], opened.stderr
+
+
+@pytest.mark.parametrize("method", settings.METHODS)
+def test_every_method_trains_on_a_folder(tmp_path, method, accelerator):
+    dataset = write_folder(tmp_path / "images", images=5)
+    options = {
+        "method": method,
+        "device_batch_size": 4,
+        "batch_size": 8,
+        "clip_grad": 1.0,
+        "loss": "bce",
+        "smoothing": 0.1,
+    }
+    argv = small_recipe(tmp_path, dataset, epochs=2, opt="adamw", weight_decay=0.1, **options)
+    assert set(train_imagenet.main(argv)) == {"validation"}
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, accelerator):
+    dataset = write_folder(tmp_path / "images", images=8)
+    weights = []
+    for seed in (0, 0, 1):
+        argv = [*small_recipe(tmp_path, dataset, method="random", workers=2), "--seed", str(seed), "--overwrite"]
+        train_imagenet.main(argv)
+        weights.append((tmp_path / "run" / "best" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: the message is the last word, and there is no traceback
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_ends_the_run_with_its_name(tmp_path, workers):
+    dataset = write_folder(tmp_path / "images")
+    bad = dataset / "train" / "dog" / "bad.jpg"
+    bad.write_bytes(b"not an image")
+    done = run_script(*small_recipe(tmp_path, dataset, workers=workers, batch_size=7, m=7))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: cannot read the image {bad}: replace or remove it"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model": "resnet51"}, "timm has no model 'resnet51'; the nearest are .*resnet50"),
+        ({"model_kwargs": {"depth": 3}}, "timm cannot create 'test_resnet' with {'depth': 3}"),
+        ({"opt": "sdg"}, "sdg"),
+        ({"batch_size": 512, "m": 512}, "batch_size 512 exceeds the 6 training images"),
+        ({"rho": -1.0}, "rho is -1.0"),
+        ({"gamma": 2.0}, "gamma is 2.0"),
+        ({"batch_size": 6, "m": 4}, "m 4 does not divide"),
+    ],
+)
+def test_settings_that_do_not_fit_end_before_anything_is_written(tmp_path, accelerator, changes, words):
+    dataset = write_folder(tmp_path / "images")
+    with pytest.raises(InputError, match=words):
+        train_imagenet.main(small_recipe(tmp_path, dataset, **changes))
+    assert not (tmp_path / "run").exists()
