@@ -177,10 +177,6 @@ class SAM(torch.optim.Optimizer):
         """
         if not math.isfinite(loss_weight):
             raise ValueError(f"loss_weight is {loss_weight}; it must be finite: this micro-batch's share of one step()")
-        device = self.param_groups[0]["params"][0].device
-        scale = (
-            torch.ones((), device=device) if grad_scaler is None else grad_scaler.scale(torch.ones((), device=device))
-        )
 
         def ascend():
             loss = closure()
@@ -188,12 +184,10 @@ class SAM(torch.optim.Optimizer):
                 got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
                 raise ValueError(f"the closure must return a loss, a tensor with one element; it returned {got}")
             if not loss.requires_grad:
-                raise RuntimeError(
-                    "the closure's loss needs no gradient: compute it without no_grad(), detach(), item()"
-                )
+                raise RuntimeError("the closure's loss needs no gradient: compute it without no_grad() or detach()")
             (loss if grad_scaler is None else grad_scaler.scale(loss)).backward()
 
-        with self._two_passes(ascend, scale, loss_weight):
+        with self._two_passes(ascend, loss_weight, grad_scaler):
             yield
 
     def step(self, closure=None):
@@ -214,7 +208,7 @@ class SAM(torch.optim.Optimizer):
         if closure is None:
             return self.base_optimizer.step()
         losses = []
-        with torch.enable_grad(), self._two_passes(lambda: losses.append(closure()), torch.ones(()), 1.0):
+        with torch.enable_grad(), self._two_passes(lambda: losses.append(closure())):
             closure()
         self.base_optimizer.step()
         return losses[0]
@@ -242,25 +236,22 @@ class SAM(torch.optim.Optimizer):
         return getattr(self.base_optimizer, name)
 
     @contextlib.contextmanager
-    def _two_passes(self, ascend, scale, loss_weight):
+    def _two_passes(self, ascend, loss_weight=1.0, grad_scaler=None):
         if self._inside:
             raise RuntimeError("perturbed() is nested in itself: leave the first block before entering the next")
         _check_rho(*self.param_groups)
-        self._inside = True
         norm_layers = [m for m in self.model.modules() if isinstance(m, _NormBase)]
         undo = []
+        self._inside = True
         try:
             chunks = self._ascend(ascend)
-            undo += [([buffer], [buffer.clone()]) for layer in norm_layers for buffer in layer.buffers(recurse=False)]
+            scale = torch.ones((), device=next(self.model.parameters()).device)
+            if grad_scaler is not None:
+                scale = grad_scaler.scale(scale)
             inverse_norm = self._weigh(chunks, scale)
-            if self.gsam_alpha:
-                # A g that is not finite counts as zero; otherwise g and gp are both on the loss scale.
-                length = scale.to(inverse_norm) * inverse_norm if self.gsam_normalize else inverse_norm.sign()
-                with self._gradients_aside([p for params, _, _ in chunks for p in params]):
-                    self._perturb(chunks, inverse_norm, undo)
-                    yield
-                    _subtract_orthogonal(chunks, loss_weight * self.gsam_alpha * length)
-            else:
+            undo += [([buffer], [buffer.clone()]) for layer in norm_layers for buffer in layer.buffers(recurse=False)]
+            gsam = self._orthogonal(chunks, scale, inverse_norm, loss_weight)
+            with gsam if self.gsam_alpha else contextlib.nullcontext():
                 self._perturb(chunks, inverse_norm, undo)
                 yield
         finally:
@@ -282,9 +273,7 @@ class SAM(torch.optim.Optimizer):
         finally:
             self.ascending = False
         if not chunks and any(group["rho"] > 0 for group in self.param_groups):
-            raise RuntimeError(
-                "the ascent pass gave no trained parameter with rho > 0 a gradient: is this SAM's model?"
-            )
+            raise RuntimeError("the ascent pass left no gradient to perturb along: is the loss that of SAM's model?")
         return chunks
 
     @contextlib.contextmanager
@@ -304,6 +293,16 @@ class SAM(torch.optim.Optimizer):
                 if grad is not None:
                     p.grad = grad if p.grad is None else grad.add_(p.grad)
             self._set_aside = []
+
+    @contextlib.contextmanager
+    def _orthogonal(self, chunks, scale, inverse_norm, loss_weight):
+        """GSAM: replace the gradient gp that the block leaves by gp - gsam_alpha (g - <g, gp> gp / ||gp||^2)."""
+        with self._gradients_aside([p for params, _, _ in chunks for p in params]):
+            yield
+            # g and gp are both on the loss scale; a g that was not finite counts as zero.
+            length = scale.to(inverse_norm) * inverse_norm if self.gsam_normalize else inverse_norm.sign()
+            pairs = [[(p.grad, g) for p, g in zip(params, grads) if p.grad is not None] for params, grads, _ in chunks]
+            _subtract_orthogonal([chunk for chunk in pairs if chunk], loss_weight * self.gsam_alpha * length)
 
     @torch.no_grad()
     def _weigh(self, chunks, scale):
@@ -372,20 +371,17 @@ def _chunks(param_groups):
 
 @torch.no_grad()
 def _subtract_orthogonal(chunks, weight):
-    """Replace each gp by gp - weight (g - <g, gp> gp / ||gp||^2), where the body left a gp."""
-    pairs = [[(p.grad, g) for p, g in zip(*lists[:2]) if p.grad is not None] for lists in chunks]
-    lists = [tuple(zip(*chunk)) for chunk in pairs if chunk]
-    if not lists:
+    """Replace gp by gp - weight (g - <g, gp> gp / ||gp||^2), for chunks of pairs (gp, g)."""
+    flat = [[t.reshape(-1).to(_wide(t)) for t in pair] for chunk in chunks for pair in chunk]
+    if not flat:
         return
-    products = torch.stack([_dot(gp, g).to(weight.device) for gps, gs in lists for gp, g in zip(gps, gs)])
-    squares = torch.stack([_dot(gp, gp).to(weight.device) for gps, _ in lists for gp in gps])
+    product, square = (
+        torch.stack([torch.dot(gp, other).to(weight) for gp, other in terms]).sum()
+        for terms in (flat, [(gp, gp) for gp, _ in flat])
+    )
     # A gp of zero, or one that overflowed, has no direction to project on.
-    projection = (weight * products.sum() / squares.sum()).nan_to_num(0.0, 0.0, 0.0)
-    for gps, gs in lists:
+    projection = (weight * product / square).nan_to_num(0.0, 0.0, 0.0)
+    for chunk in chunks:
+        gps, gs = map(list, zip(*chunk))
         torch._foreach_mul_(gps, (1 + projection).to(gps[0]))
-        torch._foreach_mul_(gs, weight.to(gs[0]))
-        torch._foreach_sub_(gps, gs)
-
-
-def _dot(a, b):
-    return torch.dot(a.reshape(-1).to(_wide(a)), b.reshape(-1).to(_wide(a)))
+        torch._foreach_sub_(gps, torch._foreach_mul(gs, weight.to(gs[0])))
