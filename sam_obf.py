@@ -320,21 +320,15 @@ class SAM(torch.optim.Optimizer):
     @torch.no_grad()
     def _perturb(self, chunks, inverse_norm, undo):
         """Add the perturbation to the weights; what undoes it is in ``undo`` before each change."""
+        finite = inverse_norm.is_cpu and inverse_norm > 0  # reading it from another device would wait for the device
         for i, (params, grads, rho) in enumerate(chunks):
-            for g in grads:
-                g.nan_to_num_(0.0, 0.0, 0.0)  # the factor of 0 that a non-finite norm gives does not erase inf
+            if not finite:
+                grads = [g.nan_to_num_(0.0, 0.0, 0.0) for g in grads]  # a step of 0 does not erase inf and nan
+            undo.append((params, [p.clone() for p in params]))
             wide = [g.to(_wide(g)) for g in grads]
-            perturbed = torch._foreach_mul(wide, rho * inverse_norm.to(wide[0]))
-            torch._foreach_add_(perturbed, params)
-            if self.gsam_alpha or any(g.untyped_storage().nbytes() != p.nbytes for p, g in zip(params, grads)):
-                copies = [torch.empty_like(p) for p in params]
-            else:
-                copies = grads  # g has served: its memory becomes the one buffer
-            torch._foreach_copy_(copies, params)
-            undo.append((params, copies))
-            torch._foreach_copy_(params, perturbed)
+            torch._foreach_add_(params, torch._foreach_mul(wide, rho * inverse_norm.to(wide[0])))
             if not self.gsam_alpha:
-                chunks[i] = None
+                chunks[i] = None  # frees g: one parameter-sized buffer is left beside the weights
 
 
 def _check_rho(*groups):
