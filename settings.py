@@ -118,7 +118,7 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
         raise InputError(f"warmup_epochs is {args.warmup_epochs}; it must lie between 0 and epochs, {args.epochs}")
     if args.rho_min is not None and not (0 <= args.rho_min <= args.rho and args.min_lr < args.lr):
         raise InputError(
-            f"rho cannot follow lr from ({args.min_lr}, {args.rho_min}) to ({args.lr}, {args.rho}): rho_min must lie in "
+            f"rho cannot follow lr from ({args.min_lr}, {args.rho_min}) to ({args.lr}, {args.rho}): choose rho_min in "
             f"[0, rho] and min_lr below lr, or drop rho_min for a constant rho"
         )
     args.output = args.output or f"outputs/{Path(args.dataset).name}-{args.method}"

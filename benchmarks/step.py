@@ -6,9 +6,9 @@ The peer is ``pip install pytorch_optimizer``, an optional dependency of this sc
 once, in random order; a ratio compares two times of the same round, so that a machine's slow drift cancels out. Extra
 memory is counted from the allocator's own events (``torch.profiler``), over each contestant's whole life.
 
-On a CPU the script restarts itself so that malloc keeps the memory it is given back. By default glibc returns it to the
-kernel, and whoever allocates next pays for getting it again, page by page: that cost falls on the contestants by chance.
-A GPU's allocator, jemalloc and tcmalloc keep it too.
+On a CPU the script restarts itself so that malloc keeps the memory that it is given back. By default glibc returns it
+to the kernel, and whoever allocates next pays for getting it again, page by page; by chance, that is one contestant or
+another. A GPU's allocator, jemalloc and tcmalloc keep it too.
 
     python benchmarks/step.py                          # both models on a GPU if there is one, else on the CPU
     python benchmarks/step.py --models resnet50 --batch-size 8 --rounds 5

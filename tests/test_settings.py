@@ -72,7 +72,7 @@ def test_methods_resolve_their_own_settings_and_no_others(tmp_path, method):
         ({"m": 0}, (), "m is 0"),
         ({"epochs": 3, "warmup_epochs": 3}, (), "warmup_epochs is 3"),
         ({"rho_min": 0.0, "lr": 0.1, "min_lr": 0.1}, (), "min_lr below lr"),
-        ({"rho": 0.1, "rho_min": 0.2}, (), r"rho_min must lie in \[0, rho\]"),
+        ({"rho": 0.1, "rho_min": 0.2}, (), r"choose rho_min in \[0, rho\]"),
     ],
 )
 def test_wrong_settings_are_named_with_the_remedy(tmp_path, recipe, flags, words):
