@@ -103,7 +103,10 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     """
     argv = sys.argv[1:] if argv is None else argv
     recipe = p.parse_known_args(argv)[0].recipe
-    args = p.parse_args((_recipe_flags(p, recipe) if recipe else []) + argv)
+    args, unknown = p.parse_known_args((_recipe_flags(p, recipe) if recipe else []) + argv)
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], p._option_string_actions, 1, 0.0)[0]
+        raise InputError(f"unknown argument {unknown[0]}: did you mean {nearest}?")
     method = METHODS[args.method]
     for key, (default, used) in PERTURBATION.items():
         if getattr(args, key) is None:

@@ -592,6 +592,20 @@ def test_loss_scale_changes_nothing(variant):
     assert_close(weights(model), [p - 0.1 * g / 2 for p, g in zip(start, expected)])
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_vanishing_gradient_perturbs_less_than_rho(scaled):
+    """1e-12 stands beside ||g||, not beside the norm of the scaled gradient."""
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    vanishing = lambda z, y: 1e-12 * F.cross_entropy(z, y)  # noqa: E731
+    _, eps = brute_force_gradient(model, x, y, vanishing, [0.3] * 4)
+    assert 0.01 < sum(e.square().sum() for e in eps).sqrt() < 0.25
+    start = weights(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12) if scaled else None
+    with optimizer.perturbed(lambda: vanishing(model(x), y), grad_scaler=scaler):
+        assert_close([b - a for a, b in zip(start, weights(model))], eps)
+
+
 @pytest.mark.parametrize("variant", ["plain", "gsam"])
 def test_compiled_model_equals_eager(variant):
     model = network(batch_norm=True)

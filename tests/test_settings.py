@@ -64,7 +64,7 @@ def test_methods_resolve_their_own_settings_and_no_others(tmp_path, method):
         ("lr: [", (), "cannot read the recipe"),
         (None, ("--recipe", "nowhere.yaml"), "cannot read the recipe nowhere.yaml"),
         (None, ("--method", "sharp"), "invalid choice: 'sharp'"),
-        (None, ("--roh", "0.1"), "--roh"),
+        (None, ("--roh", "0.1"), "unknown argument --roh: did you mean --rho"),
         ({}, ("--method", "sam", "--gamma", "1"), "gamma contradicts method sam: .* obf, gsam"),
         ({}, ("--method", "obf", "--gsam-alpha", "1"), "gsam_alpha contradicts method obf"),
         ({}, ("--method", "gsam", "--adaptive", "both"), "adaptive contradicts method gsam"),
