@@ -606,6 +606,19 @@ def test_a_vanishing_gradient_perturbs_less_than_rho(scaled):
         assert_close([b - a for a, b in zip(start, weights(model))], eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_move_as_in_float64_then_rounded(dtype):
+    model = torch.nn.Linear(500, 1, bias=False, dtype=dtype)
+    g = (30000 * torch.rand_like(model.weight) + 1000).detach()  # the norm is beyond fp16's range
+    with torch.no_grad():
+        model.weight.zero_()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    with optimizer.perturbed(lambda: (model.weight.double() * g.double()).sum()):
+        exact = 0.3 * g.double() / g.double().norm()
+        rounding = 0.51 * torch.finfo(dtype).eps * exact  # half a unit in the last place
+        assert ((model.weight.detach().double() - exact).abs() <= rounding).all()
+
+
 @pytest.mark.parametrize("variant", ["plain", "gsam"])
 def test_compiled_model_equals_eager(variant):
     model = network(batch_norm=True)
