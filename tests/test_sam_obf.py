@@ -194,6 +194,15 @@ def test_gsam_removes_only_what_is_orthogonal():
     assert abs(difference @ gp) < 1e-12 * difference.norm() * gp.norm() + 1e-14
 
 
+def test_gsam_where_the_descent_gradient_is_zero_subtracts_all_of_g():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, gsam_alpha=0.4)
+    g = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        (0 * F.cross_entropy(model(x), y)).backward()
+    assert_close([p.grad for p in model.parameters()], [-0.4 * gi for gi in g])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Output bias forgetting
 
@@ -238,6 +247,16 @@ def test_obf_is_finite_at_extreme_logits_and_in_half_precision():
         alpha = 1.0 if lam == 0.0 else 0.0
         second = [0.5 - (1 - alpha), 0.5 - alpha]
         torch.testing.assert_close(logits.grad.float(), torch.tensor([[-0.5, 0.5], second]) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_obf_in_half_precision_rounds_only_its_result(dtype):
+    logits, target = torch.randn(4, 1000).to(dtype), torch.randint(0, 1000, (4,))
+    half, double = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    (4096 * OutputBiasForgetting()(half, target)).backward()
+    (4096 * OutputBiasForgetting()(double, target)).backward()
+    rounding = 0.51 * torch.finfo(dtype).eps * double.grad.abs()  # half a unit in the last place
+    assert ((half.grad.double() - double.grad).abs() <= rounding + 1e-4 * double.grad.abs().mean()).all()
 
 
 def test_obf_takes_any_leading_dimensions():
@@ -287,6 +306,27 @@ def test_weights_are_restored_bit_for_bit_and_gradients_survive(dtype, variant, 
     assert any(not torch.equal(a, b) for a, b in zip(seen, start))
     assert_same([p.grad for p in model.parameters()], accumulated)
     optimizer.step()  # not stuck inside
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("variant, where", [("plain", "closure"), ("gsam", "closure"), ("gsam", "body")])
+def test_an_exception_leaves_the_gradients_of_before(variant, where, accumulated):
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5, **VARIANTS[variant])
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) if accumulated else None
+    before = [p.grad for p in model.parameters()]
+    copies = [None if g is None else g.clone() for g in before]
+
+    def backward_and_raise():
+        F.cross_entropy(model(x), y).backward()
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        with optimizer.perturbed(backward_and_raise if where == "closure" else lambda: F.cross_entropy(model(x), y)):
+            backward_and_raise()
+    assert all(p.grad is g for p, g in zip(model.parameters(), before))
+    assert not accumulated or all(torch.equal(g, copy) for g, copy in zip(before, copies))
 
 
 def test_ascent_gradient_never_reaches_grad():
