@@ -136,6 +136,9 @@ class SAM(torch.optim.Optimizer):
         ValueError: an argument is out of its range, or the optimizer holds none of the model's parameters.
     """
 
+    # A fused base optimizer unscales on its own, told through attributes that GradScaler would set here, not there.
+    _step_supports_amp_scaling = False
+
     def __init__(self, base_optimizer, model, rho=0.05, *, adaptive=None, gsam_alpha=0.0, gsam_normalize=False):
         if adaptive not in (None, "before", "after", "both"):
             raise ValueError(f"adaptive is {adaptive!r}; choose None, 'before', 'after' or 'both'")

@@ -632,6 +632,22 @@ def test_loss_scale_changes_nothing(variant):
     assert_close(weights(model), [p - 0.1 * g / 2 for p, g in zip(start, expected)])
 
 
+@pytest.mark.parametrize("overflow", [False, True])
+def test_grad_scaler_unscales_for_a_fused_base_optimizer_and_skips_overflow(overflow):
+    model, (x, y) = network(dtype=torch.float32), batches(1, dtype=torch.float32)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, fused=True), model, rho=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    start, loss = weights(model), lambda: F.cross_entropy(model(x), y)
+    with optimizer.perturbed(loss, grad_scaler=scaler):
+        scaler.scale(loss() * (float("inf") if overflow else 1.0)).backward()
+    gradient = torch.autograd.grad(loss(), list(model.parameters()))
+    scaler.step(optimizer)
+    scaler.update()
+    expected = start if overflow else [p - 0.1 * g for p, g in zip(start, gradient)]
+    assert_close(weights(model), expected, 1e-6)
+    assert scaler.get_scale() == (2.0**11 if overflow else 2.0**12)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_vanishing_gradient_perturbs_less_than_rho(scaled):
     """1e-12 stands beside ||g||, not beside the norm of the scaled gradient."""
