@@ -1,11 +1,14 @@
 """Datasets by name, and the images and labels a model sees: the bundled digits, a local folder, or the Hub."""
 
 import io
+import itertools
+import random
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageFilter
 from timm.data import create_transform
 
@@ -23,38 +26,44 @@ class InputError(ValueError):
     """Something that the user can mend; the scripts print its message and no traceback."""
 
 
-def load(name: str) -> datasets.DatasetDict:
-    """Return every split of a dataset, each with the columns ``image`` (bytes or a path, undecoded) and ``label``.
+def load(name: str, streaming: bool = False) -> datasets.DatasetDict:
+    """Return every labelled split of a dataset, with the columns ``image`` (bytes or a path, undecoded) and ``label``.
 
     Args:
-        name: "digits" (bundled with scikit-learn, never downloaded), a folder of images as ``SPLIT/CLASS/FILE``, or a
-            dataset of the Hub such as "ILSVRC/imagenet-1k". Validation splits may be called as ``datasets`` knows
-            them ("val", "valid", ...).
+        name: "digits" (bundled with scikit-learn, never downloaded), a folder with images as ``SPLIT/CLASS/FILE`` or
+            with a copy of a Hub dataset, or a dataset of the Hub such as "ILSVRC/imagenet-1k". Validation splits may
+            be called as ``datasets`` knows them ("val", "valid", ...).
+        streaming: read the splits train and validation as they are needed; nothing is stored.
 
     Raises:
-        InputError: it cannot be loaded, has no training or validation split, or classes without validation images.
+        InputError: it cannot be loaded, lacks a split or a column, or has classes or labels that do not fit.
     """
     if name == "digits":
         splits = digits()
-    elif Path(name).expanduser().is_dir():
-        splits = _load("imagefolder", name, data_dir=str(Path(name).expanduser()))
+        if streaming:
+            splits = {split: ds.to_iterable_dataset(num_shards=8) for split, ds in splits.items()}
     else:
-        splits = _load(name, name)
+        folder = Path(name).expanduser()
+        splits = _load(str(folder) if folder.is_dir() else name, streaming)
     splits = {split: _standard_columns(ds, name) for split, ds in splits.items()}
-    # ImageNet's test split has no labels: -1 throughout.
-    splits = datasets.DatasetDict({split: ds for split, ds in splits.items() if ds.unique("label") != [-1]})
-    for split in ("train", "validation"):
-        if split not in splits:
+    if streaming:  # what else there is cannot be told from an unlabelled split without reading it
+        splits = {split: ds for split, ds in splits.items() if split in ("train", "validation")}
+    else:  # ImageNet's test split has no labels: -1 throughout
+        splits = {split: ds for split, ds in splits.items() if ds.unique("label") != [-1]}
+    for wanted in (("train",), ("validation",) if streaming else ("validation", "test")):
+        if not set(wanted) & set(splits):
             raise InputError(
-                f"{name!r} has no {split} split, only {', '.join(splits)}: put its images in {name}/{split}"
+                f"{name!r} has no {' or '.join(wanted)} split, only {', '.join(splits) or 'unlabelled ones'}: put its "
+                f"images in {name}/{wanted[0]}"
             )
-    _check_classes(splits, name)
-    return splits
+    if not streaming:
+        _check_classes(splits, name)
+    return datasets.DatasetDict(splits) if not streaming else datasets.IterableDatasetDict(splits)
 
 
-def _load(builder, name, **options):
+def _load(name, streaming):
     try:
-        return datasets.load_dataset(builder, **options)
+        return datasets.load_dataset(name, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             page = f"https://huggingface.co/datasets/{name}"
@@ -74,22 +83,36 @@ def _load(builder, name, **options):
 
 
 def _standard_columns(ds, name):
-    images = [column for column, feature in ds.features.items() if isinstance(feature, datasets.Image)]
-    labels = [column for column, feature in ds.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if "label" in labels:
-        labels = ["label"]
+    features = ds.features or {}
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    for usual in ("label", "fine_label"):  # CIFAR-100 has coarse labels too
+        if usual in labels:
+            labels = [usual]
     if len(images) != 1 or len(labels) != 1:
-        columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in ds.features.items())
-        raise InputError(f"{name!r} must have one image column and one class label column; its columns are {columns}")
-    ds = ds.select_columns([images[0], labels[0]]).rename_columns({images[0]: "image", labels[0]: "label"})
+        columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
+        raise InputError(
+            f"{name!r} must have one image column and one class label column; its columns are {columns or 'unknown'}"
+        )
+    ds = ds.select_columns([images[0], labels[0]])
+    for column, usual in ((images[0], "image"), (labels[0], "label")):
+        ds = ds if column == usual else ds.rename_column(column, usual)
     # Decoding is left to Images, which can then name an unreadable file.
     return ds.cast_column("image", datasets.Image(decode=False))
 
 
 def _check_classes(splits, name):
     names = splits["train"].features["label"].names
-    present = {split: set(splits[split].unique("label")) for split in ("train", "validation")}
-    for split, other in (("validation", "train"), ("train", "validation")):
+    present = {split: set(ds.unique("label")) for split, ds in splits.items()}
+    for split, labels in present.items():
+        wrong = sorted(label for label in labels if label is None or not 0 <= label < len(names))
+        if wrong:
+            raise InputError(
+                f"{name!r}: {split} has the label {wrong[0]}; labels must lie in 0..{len(names) - 1}, one for each of "
+                f"its {len(names)} class names"
+            )
+    held_out = "validation" if "validation" in splits else "test"
+    for split, other in ((held_out, "train"), ("train", held_out)):
         missing = sorted(present[other] - present[split])
         if missing:
             shown = ", ".join(repr(names[i]) for i in missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -99,34 +122,117 @@ def _check_classes(splits, name):
             )
 
 
-class Images:
-    """A ``datasets`` transform: decode, convert to RGB and apply ``transform``; gives ``image`` and ``label``.
+class Images(torch.utils.data.Dataset):
+    """A split as ``{"image": transformed image, "label": class index}``, by index or by (epoch, index).
 
-    Raises:
-        InputError: an image cannot be read; the message has its file name.
+    Random transforms depend on seed, epoch and index alone: not on processes, workers or an interrupted run. Raises
+    ``InputError`` with the file name if an image cannot be read.
     """
 
-    def __init__(self, transform):
-        self.transform = transform
+    def __init__(self, split: datasets.Dataset, transform, seed: int = 0):
+        self.split, self.transform, self.seed = split, transform, seed
 
-    def __call__(self, batch):
-        images = [self.transform(self._decode(image)) for image in batch["image"]]
-        return {"image": images, "label": torch.tensor(batch["label"])}
+    def __len__(self):
+        return len(self.split)
 
-    @staticmethod
-    def _decode(image):
-        try:
-            with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
-                return opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
-            raise InputError(
-                f"cannot read the image {image['path'] or '(without a file name)'}: replace or remove it"
-            ) from error
+    def __getitems__(self, keys):
+        keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        rows = self.split[[index for _, index in keys]]
+        return _examples(rows["image"], rows["label"], keys, self.transform, self.seed)
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Shuffled keys (epoch, index) of ``Images``, as many as make whole batches; ``set_epoch`` changes the order."""
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
+
+    def __len__(self):
+        return self.size // self.batch_size * self.batch_size
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)[: len(self)]
+        return iter([(self.epoch, index) for index in order.tolist()])
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Batches of a streamed split: each loader worker of each process reads shards of its own.
+
+    For training it is endless and shuffled (order of shards, and a buffer of 1000 examples), and starts at ``epoch``
+    after the ``first`` batches of this process, in the order of an uninterrupted run.
+    """
+
+    def __init__(self, split, transform, batch_size, *, training=False, seed=0, process=0, processes=1):
+        self.split, self.transform, self.batch_size, self.training = split, transform, batch_size, training
+        self.seed, self.process, self.processes = seed, process, processes
+        self.num_classes = split.features["label"].num_classes
+        self.epoch = self.first = 0
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        worker = (worker + self.first) % workers  # a loader takes its first batch from worker 0
+        share, shares = self.process * workers + worker, self.processes * workers
+        split = self.split
+        split = (
+            split.shard(shares, share) if split.num_shards >= shares else split_dataset_by_node(split, share, shares)
+        )
+        done = len(range(worker, self.first, workers))
+        for number, rows in itertools.islice(enumerate(self._batches(split, share)), done, None):
+            wrong = [label for label in rows["label"] if not 0 <= label < self.num_classes]
+            if wrong:
+                raise InputError(f"the stream has the label {wrong[0]}; labels must lie in 0..{self.num_classes - 1}")
+            keys = [(self.epoch, share, number * self.batch_size + i) for i in range(len(rows["label"]))]
+            examples = _examples(rows["image"], rows["label"], keys, self.transform, self.seed)
+            yield torch.utils.data.default_collate(examples)
+
+    def _batches(self, split, share):
+        if not self.training:
+            yield from split.iter(self.batch_size)
+            return
+        split = split.shuffle(self.seed, buffer_size=1000)
+        for lap in itertools.count():
+            split.set_epoch(self.epoch + 1000 * lap)
+            empty = True
+            for rows in split.iter(self.batch_size, drop_last_batch=True):
+                empty = False
+                yield rows
+            if empty:
+                raise InputError(f"share {share} of the stream has fewer than {self.batch_size} images: lower workers")
+
+
+def _examples(images, labels, keys, transform, seed):
+    """Decode and transform; random numbers are drawn from streams named by ``seed`` and each key."""
+    examples, state = [], random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        for image, label, key in zip(images, labels, keys):
+            random.seed(f"{seed} {key}")
+            torch.default_generator.manual_seed(random.getrandbits(63))
+            examples.append({"image": transform(_decode(image)), "label": label})
+    random.setstate(state)
+    return examples
+
+
+def _decode(image):
+    try:
+        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+            opened.load()
+            return opened if opened.mode == "RGB" else opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+        raise InputError(
+            f"cannot read the image {image['path'] or '(without a file name)'}: replace or remove it"
+        ) from error
 
 
 def transforms(config: dict, *, scale, ratio, hflip: float):
-    """timm's training and evaluation transforms for a model's data config (``timm.data.resolve_data_config``)."""
-    shared = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
+    """timm's training and evaluation transforms for a model's data config (``timm.data.resolve_data_config``).
+
+    Images come out as uint8 (3, height, width); ``timm``'s normalisation is left to the device.
+    """
+    shared = {"input_size": config["input_size"], "interpolation": config["interpolation"], "normalize": False}
     train = create_transform(**shared, is_training=True, scale=scale, ratio=ratio, hflip=hflip, color_jitter=None)
     evaluation = create_transform(**shared, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
     return train, evaluation

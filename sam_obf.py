@@ -25,6 +25,7 @@ import contextlib
 import math
 
 import torch
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.modules.batchnorm import _NormBase
 
 __all__ = ["SAM", "OutputBiasForgetting", "proportional_rho", "random_perturbation"]
@@ -264,7 +265,7 @@ class SAM(torch.optim.Optimizer):
             self._inside = False
 
     def _ascend(self, run):
-        """Take g, the gradient that ``run`` leaves, as chunks of (parameters, gradients, rho)."""
+        """Take g, the gradient that ``run`` leaves, as chunks of (parameters, local gradients, rho, sharding)."""
         every = {*self.model.parameters(), *(p for group in self.param_groups for p in group["params"])}
         self.ascending = True
         try:
@@ -300,33 +301,34 @@ class SAM(torch.optim.Optimizer):
     @contextlib.contextmanager
     def _orthogonal(self, chunks, scale, inverse_norm, loss_weight):
         """GSAM: replace the gradient gp that the block leaves by gp - gsam_alpha (g - <g, gp> gp / ||gp||^2)."""
-        with self._gradients_aside([p for params, _, _ in chunks for p in params]):
+        with self._gradients_aside([p for params, *_ in chunks for p in params]):
             yield
             # g and gp are both on the loss scale; a g that was not finite counts as zero.
             length = scale.to(inverse_norm) * inverse_norm if self.gsam_normalize else inverse_norm.sign()
-            pairs = [[(p.grad, g) for p, g in zip(params, grads) if p.grad is not None] for params, grads, _ in chunks]
-            _subtract_orthogonal([chunk for chunk in pairs if chunk], loss_weight * self.gsam_alpha * length)
+            _subtract_orthogonal(chunks, loss_weight * self.gsam_alpha * length)
 
     @torch.no_grad()
     def _weigh(self, chunks, scale):
         """Multiply g by ASAM's |theta|; return 1 / norm on the loss scale, or 0 where the norm is not finite."""
-        norms = [torch.zeros_like(scale)]
-        for params, grads, _ in chunks:
+        squares = []
+        for params, grads, *_ in chunks:
             if self.adaptive in ("before", "both"):
-                torch._foreach_mul_(grads, torch._foreach_abs(params))
-            norms += torch._foreach_norm(grads, 2, dtype=_wide(grads[0]))
+                torch._foreach_mul_(grads, torch._foreach_abs(_local(params)))
+            norms = torch._foreach_norm(grads, 2, dtype=_wide(grads[0]))
+            squares.append(torch.stack(norms).square().sum())
             if self.adaptive in ("after", "both"):
-                torch._foreach_mul_(grads, torch._foreach_abs(params))
-        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[-1]) for n in norms]))
+                torch._foreach_mul_(grads, torch._foreach_abs(_local(params)))
+        norm = _total(chunks, squares).sqrt() if chunks else scale
         return (1 / (norm + 1e-12 * scale.to(norm))).nan_to_num(nan=0.0)
 
     @torch.no_grad()
     def _perturb(self, chunks, inverse_norm, undo):
         """Add the perturbation to the weights; what undoes it is in ``undo`` before each change."""
         finite = inverse_norm.is_cpu and inverse_norm > 0  # reading it from another device would wait for the device
-        for i, (params, grads, rho) in enumerate(chunks):
+        for i, (params, grads, rho, _) in enumerate(chunks):
             if not finite:
                 grads = [g.nan_to_num_(0.0, 0.0, 0.0) for g in grads]  # a step of 0 does not erase inf and nan
+            params = _local(params)
             undo.append((params, [p.clone() for p in params]))
             wide = [g.to(_wide(g)) for g in grads]
             torch._foreach_add_(params, torch._foreach_mul(wide, rho * inverse_norm.to(wide[0])))
@@ -345,8 +347,13 @@ def _wide(tensor):
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _local(tensors):
+    """What this process holds of its tensors: all, or under FSDP2 a shard."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
 def _chunks(param_groups):
-    """The perturbed parameters and their gradients, in lists alike in rho, device and type.
+    """The perturbed parameters and their gradients, in lists alike in rho, device, type and sharding.
 
     Multi-tensor kernels run once a chunk; its temporaries are small enough for a CPU's cache.
     """
@@ -357,28 +364,48 @@ def _chunks(param_groups):
                 continue
             if p.grad.layout != torch.strided:
                 raise RuntimeError(f"SAM cannot follow {p.grad.layout} gradients: use sparse=False")
-            key = (group["rho"], p.device, p.dtype, p.grad.dtype)
+            sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
+            key = (group["rho"], sharding, p.device, p.dtype, p.grad.dtype)
             if key not in latest or sum(q.numel() for q in latest[key][0]) >= 2**18:
-                latest[key] = ([], [], group["rho"])
+                latest[key] = ([], [], group["rho"], sharding)
                 chunks.append(latest[key])
             latest[key][0].append(p)
-            latest[key][1].append(p.grad)
+            latest[key][1].extend(_local([p.grad]))
     return chunks
+
+
+def _total(chunks, terms):
+    """The sum of one scalar per chunk, over the processes too that hold the chunks' other shards."""
+    sums = {}
+    for (_, _, _, sharding), term in zip(chunks, terms):
+        sums[sharding] = sums[sharding] + term.to(sums[sharding]) if sharding in sums else term
+    for sharding in filter(None, sums):
+        mesh, placements = sharding
+        placements = [Partial() if placement.is_shard() else placement for placement in placements]
+        sums[sharding] = DTensor.from_local(sums[sharding], mesh, placements, run_check=False).full_tensor()
+    total = list(sums.values())
+    return sum(total[1:], start=total[0])
 
 
 @torch.no_grad()
 def _subtract_orthogonal(chunks, weight):
-    """Replace gp by gp - weight (g - <g, gp> gp / ||gp||^2), for chunks of pairs (gp, g)."""
-    flat = [[t.reshape(-1).to(_wide(t)) for t in pair] for chunk in chunks for pair in chunk]
-    if not flat:
-        return
+    """Replace gp in ``.grad`` by gp - weight (g - <g, gp> gp / ||gp||^2), for chunks with g."""
+    pairs = []
+    for params, grads, *_ in chunks:
+        kept = [(p.grad, g) for p, g in zip(params, grads) if p.grad is not None]
+        pairs.append((_local([gp for gp, _ in kept]), [g for _, g in kept]))
     product, square = (
-        torch.stack([torch.dot(gp, other).to(weight) for gp, other in terms]).sum()
-        for terms in (flat, [(gp, gp) for gp, _ in flat])
+        _total(chunks, [_dot(gps, others).to(weight) for gps, others in sides])
+        for sides in (pairs, [(gps, gps) for gps, _ in pairs])
     )
     # A gp of zero, or one that overflowed, has no direction to project on.
     projection = (weight * product / square).nan_to_num(0.0, 0.0, 0.0)
-    for chunk in chunks:
-        gps, gs = map(list, zip(*chunk))
-        torch._foreach_mul_(gps, (1 + projection).to(gps[0]))
-        torch._foreach_sub_(gps, torch._foreach_mul(gs, weight.to(gs[0])))
+    for gps, gs in pairs:
+        if gps:
+            torch._foreach_mul_(gps, (1 + projection).to(gps[0]))
+            torch._foreach_sub_(gps, torch._foreach_mul(gs, weight.to(gs[0])))
+
+
+def _dot(left, right):
+    products = [torch.dot(a.reshape(-1).to(_wide(a)), b.reshape(-1).to(_wide(b))) for a, b in zip(left, right)]
+    return torch.stack(products).sum() if products else torch.zeros(())

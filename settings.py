@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import yaml
+from accelerate.utils import LoggerType
 from timm.utils import ParseKwargs
 
 from data import InputError
 
+TRACKERS = [name for name in LoggerType.list() if name != "all"]
 # What the perturbation ascends, and the variant of the step.
 METHODS = {
     "base": (None, None),
@@ -24,6 +26,7 @@ METHODS = {
 # Settings that only some methods use: their default, and which. Given to another method, they are an error.
 PERTURBATION = {
     "rho": (0.05, lambda ascent, variant: variant is not None),
+    "perturb_fraction": (1.0, lambda ascent, variant: variant is not None),
     "rho_min": (None, lambda ascent, variant: variant is not None),
     "gamma": (1.0, lambda ascent, variant: ascent == "obf"),
     "lam": (None, lambda ascent, variant: ascent == "obf"),
@@ -34,16 +37,25 @@ PERTURBATION = {
 }
 
 
+# Flags about one execution of a run; the others are settings, which a recipe may hold and a resumed run must share.
+NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
+FREE_ON_RESUME = ("output", "workers", "checkpoint_interval", "checkpoint_hist", "log_with", "push_to_hub")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Flags, which are also the keys of a recipe."""
+def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentParser:
+    """Flags, which are also the keys of a recipe, with a script's own ``defaults``."""
     p = Parser(description=description, allow_abbrev=False)
     boolean = argparse.BooleanOptionalAction
-    p.add_argument("--recipe", help="YAML file of settings; flags override it")
+    p.add_argument("--recipe", help="YAML file of settings, on top of those of its 'base' if any; flags override it")
+    p.add_argument("--print-config", action="store_true", help="print the resolved settings as a recipe and stop")
+    p.add_argument(
+        "--dry-run", action="store_true", help="check data, model, memory and one update, write nothing and stop"
+    )
     g = p.add_argument_group("data")
     g.add_argument("--dataset", default="ILSVRC/imagenet-1k", help="'digits', a folder or a Hub dataset (%(default)s)")
     g.add_argument("--img-size", type=int, help="pixels (the model's own)")
@@ -55,13 +67,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     g.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="crop's aspect ratio (0.75 1.33)")
     g.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
     g.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
+    g.add_argument("--streaming", action=boolean, default=False, help="read from the Hub as needed, store nothing (no)")
+    g.add_argument("--train-num-samples", type=int, help="training images, where a streamed dataset does not say")
     g = p.add_argument_group("model and loss")
-    g.add_argument("--model", default="resnet50", help="timm architecture, trained from scratch (%(default)s)")
+    g.add_argument("--model", default="resnet50", help=model_help)
     g.add_argument("--model-kwargs", nargs="*", action=ParseKwargs, default={}, help="KEY=VALUE for timm.create_model")
+    g.add_argument("--head-bias", type=float, help="first value of the classifier's biases (timm's)")
     g.add_argument("--loss", choices=["ce", "bce"], default="ce", help="bce sums over classes (%(default)s)")
     g.add_argument("--smoothing", type=float, default=0.0, help="label smoothing (%(default)s)")
     g = p.add_argument_group("optimization")
     g.add_argument("--opt", default="sgd", help="base optimizer, any of timm's (%(default)s)")
+    g.add_argument("--opt-kwargs", nargs="*", action=ParseKwargs, default={}, help="KEY=VALUE for the base optimizer")
     g.add_argument("--lr", type=float, default=0.1, help="highest learning rate (%(default)s)")
     g.add_argument("--min-lr", type=float, default=0.0, help="lowest, at the end (%(default)s)")
     g.add_argument("--warmup-lr", type=float, default=0.0, help="first, before warm-up (%(default)s)")
@@ -76,11 +92,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     g.add_argument(
         "--batch-size", type=int, default=256, help="examples of one update, over all processes (%(default)s)"
     )
-    g.add_argument("--device-batch-size", type=int, help="examples a process loads at once (all of its share)")
+    g.add_argument(
+        "--device-batch-size",
+        type=int,
+        default=256,
+        help="examples a process loads at once, at most (%(default)s or m)",
+    )
+    g.add_argument(
+        "--shrink-perturb", type=float, help="pull to the initial weights after an update, times lr / max lr (none)"
+    )
     g.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     g = p.add_argument_group("perturbation")
     g.add_argument("--method", choices=METHODS, default="obf", help="(%(default)s)")
     g.add_argument("--m", type=int, help="examples that share a perturbation: m-sharpness (the device batch)")
+    g.add_argument("--perturb-fraction", type=float, help="share of the m examples in the ascent pass (1.0)")
     g.add_argument("--rho", type=float, help="L2 norm of the perturbation (0.05)")
     g.add_argument("--rho-min", type=float, help="makes rho follow lr, down to this at min-lr (constant)")
     g.add_argument("--gamma", type=float, help="OBF: 1 pushes to uniform, 0 only lowers the target (1.0)")
@@ -92,6 +117,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     g = p.add_argument_group("output")
     g.add_argument("--output", help="folder of the run (outputs/DATASET-METHOD)")
     g.add_argument("--overwrite", action=boolean, default=False, help="replace an earlier run in that folder")
+    g.add_argument("--resume", help="'auto': from the newest checkpoint in the output folder if any; or a checkpoint")
+    g.add_argument("--checkpoint-interval", type=int, help="updates between checkpoints within an epoch (epochs only)")
+    g.add_argument("--checkpoint-hist", type=int, default=2, help="newest checkpoints to keep (%(default)s)")
+    g.add_argument("--log-with", choices=TRACKERS, help="experiment tracker (none; metrics.jsonl is always written)")
+    g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the final model, with a card (no)")
+    p.set_defaults(**defaults)
     return p
 
 
@@ -114,9 +145,13 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
         elif not used(*method):
             users = ", ".join(name for name, other in METHODS.items() if used(*other))
             raise InputError(f"{key} contradicts method {args.method}: drop it, or choose --method from {users}")
-    for key in ("batch_size", "epochs", "m", "device_batch_size", "img_size"):
+    for key in ("batch_size", "epochs", "m", "device_batch_size", "img_size", "checkpoint_interval", "checkpoint_hist"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise InputError(f"{key} is {getattr(args, key)}; it must be at least 1")
+    if args.perturb_fraction is not None and not 0 < args.perturb_fraction <= 1:
+        raise InputError(f"perturb_fraction is {args.perturb_fraction}; it must lie above 0 and at most at 1")
+    if args.shrink_perturb is not None and not 0 <= args.shrink_perturb <= 1:
+        raise InputError(f"shrink_perturb is {args.shrink_perturb}; it must lie in [0, 1]")
     if not 0 <= args.warmup_epochs < args.epochs:
         raise InputError(f"warmup_epochs is {args.warmup_epochs}; it must lie between 0 and epochs, {args.epochs}")
     if args.rho_min is not None and not (0 <= args.rho_min <= args.rho and args.min_lr < args.lr):
@@ -125,22 +160,51 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
             f"[0, rho] and min_lr below lr, or drop rho_min for a constant rho"
         )
     args.output = args.output or f"outputs/{Path(args.dataset).name}-{args.method}"
-    if Path(args.output).exists() and not args.overwrite:
-        raise InputError(f"{args.output} exists: choose another --output, or replace it with --overwrite")
+    if args.print_config:
+        print(yaml.safe_dump(resolved(args), sort_keys=False), end="")
+        raise SystemExit
+    if Path(args.output).exists() and not (args.overwrite or args.resume or args.dry_run):
+        raise InputError(
+            f"{args.output} exists: continue that run with --resume auto, replace it with --overwrite, or choose "
+            f"another --output"
+        )
     return args
 
 
-def _recipe_flags(p, path):
-    """The recipe as flags, so that argparse checks it like them."""
+def resolved(args) -> dict:
+    """The settings of a run, as a recipe would hold them."""
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def shared_on_resume(args) -> dict:
+    """The settings that a resumed run must share with the checkpoint's."""
+    return {key: value for key, value in resolved(args).items() if key not in FREE_ON_RESUME}
+
+
+def read_recipe(path: Path, heirs: tuple = ()) -> dict:
+    """The settings of a recipe on top of those of its ``base``, a path relative to it.
+
+    Raises:
+        InputError: it cannot be read, is no mapping, or is its own base.
+    """
+    if path.resolve() in heirs:
+        raise InputError(f"the recipe {path} is its own base: drop one 'base'")
     try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
+        settings = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read the recipe {path}: {error}") from error
     if not isinstance(settings, dict):
         raise InputError(f"the recipe {path} must be a mapping of settings, KEY: VALUE; it is {settings!r}")
-    actions = {action.dest: action for action in p._actions if action.dest not in ("help", "recipe", "overwrite")}
+    base = settings.pop("base", None)
+    return settings if base is None else read_recipe(path.parent / str(base), (*heirs, path.resolve())) | settings
+
+
+def _recipe_flags(p, path):
+    """The recipe as flags, so that argparse checks it like them."""
+    actions = {action.dest: action for action in p._actions if action.dest not in ("help", *NOT_SETTINGS)}
     flags = []
-    for key, value in settings.items():
+    for key, value in read_recipe(Path(path)).items():
         if key not in actions:
             nearest = difflib.get_close_matches(str(key), actions, 1, 0.0)[0]
             raise InputError(f"the recipe {path} has an unknown key {key!r}: did you mean {nearest!r}?")

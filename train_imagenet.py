@@ -3,9 +3,9 @@
 import difflib
 
 import timm
-from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 
+import builders
 import data
 import settings
 import training
@@ -28,11 +28,11 @@ def create_model(args, num_classes):
 
 
 def main(argv=None):
-    args = settings.parse(settings.parser(__doc__), argv)
-    loader_config = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
-    accelerator = Accelerator(dataloader_config=loader_config)
+    parser = settings.parser(__doc__, "timm architecture, trained from scratch (%(default)s)", model="resnet50")
+    args = settings.parse(parser, argv)
+    accelerator = builders.build_accelerator(args)
     with accelerator.main_process_first():  # one process downloads
-        splits = data.load(args.dataset)
+        splits = data.load(args.dataset, args.streaming)
     set_seed(args.seed)
     model = create_model(args, splits["train"].features["label"].num_classes)
     return training.train(args, accelerator, splits, model)

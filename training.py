@@ -1,29 +1,34 @@
-"""What the training scripts share: the one training loop, evaluation and checkpoints."""
+"""What the training scripts share: the one training loop."""
 
 import contextlib
-import functools
+import dataclasses
 import json
+import resource
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import datasets
-import evaluate
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
-from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+from torchvision.transforms import Normalize
 from tqdm.auto import tqdm
 
+import builders
+import checkpoints
 import data
 from data import InputError
-from sam_obf import SAM, OutputBiasForgetting, proportional_rho, random_perturbation
-from settings import METHODS
+from engine import Job, average_batch_norm, evaluate_top1, update
+from settings import resolved, shared_on_resume
+
+PATIENCE = 20  # updates in a row without a finite loss, after which a run gives up
 
 
 @contextlib.contextmanager
@@ -35,254 +40,253 @@ def clear_errors():
         raise SystemExit(f"error: {str(error).split('data.InputError: ')[-1].strip()}") from None
 
 
-class Top1(evaluate.Metric):
-    """Top-1 accuracy: the share of ``predictions`` (class indices) equal to ``references``."""
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come; a checkpoint holds it."""
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Share of examples whose most likely class is the true one.",
-            citation="",
-            features=datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")}),
-        )
-
-    def _compute(self, predictions, references):
-        return {"top1": float(np.mean(np.equal(predictions, references)))}
+    epoch: int = 0
+    step: int = 0  # updates of this epoch, including those skipped because fp16 gradients overflowed
+    steps: int = 0  # the same, of all epochs
+    updates: int = 0  # of all epochs, without those skipped: what the schedule follows
+    loss: float = 0.0  # sum over this epoch's steps, in the main process
+    best: float = -1.0
 
 
-def evaluate_top1(accelerator, model, loader) -> float:
-    """Top-1 accuracy, in [0, 1], of a prepared model on a prepared loader; every process returns it."""
-    metric = Top1(keep_in_memory=True)
-    model.eval()
-    for batch in loader:
-        with torch.no_grad():
-            predictions = model(batch["image"]).argmax(-1)
-        predictions, references = accelerator.gather_for_metrics((predictions, batch["label"]))
-        metric.add_batch(predictions=predictions.cpu(), references=references.cpu())
-    return metric.compute()["top1"]
+class Watch:
+    """Notices SIGTERM and a loss that stays infinite or NaN; every process does so at the same update."""
 
+    def __init__(self, accelerator):
+        self.accelerator, self.terminated = accelerator, False
+        self.interval, self.seen, self.start = 1, 0, time.monotonic()
+        self.bad = torch.zeros((), device=accelerator.device)  # updates in a row without a finite loss
 
-def split_batch(args, processes: int) -> tuple[int, int, int]:
-    """Divide ``batch_size``: examples per loader batch, loader batches per update, examples per micro-batch.
+    def __enter__(self):
+        self.previous = signal.signal(signal.SIGTERM, self._terminate)
+        return self
 
-    Raises:
-        InputError: a number does not divide the next; the message names those that do.
-    """
-    share, rest = divmod(args.batch_size, processes)
-    if rest:
-        raise InputError(f"batch_size {args.batch_size} does not split over {processes} processes")
-    loaded = args.device_batch_size or share
-    m = args.m or loaded
-    for name, part, whole_name, whole in (
-        ("device_batch_size", loaded, "batch_size per process", share),
-        ("m", m, "examples per loader batch", loaded),
-    ):
-        if whole % part:
-            possible = ", ".join(str(i) for i in range(1, whole + 1) if whole % i == 0)
-            raise InputError(f"{name} {part} does not divide the {whole} of {whole_name}: choose one of {possible}")
-    return loaded, share // loaded, m
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.previous)
 
+    def _terminate(self, *_):
+        self.terminated = True
 
-def build_objective(args, model, criterion):
-    """The scalar that the method's perturbation ascends, as a function of logits and labels; None for method base."""
-    ascent, _ = METHODS[args.method]
-    if ascent == "obf":
-        return OutputBiasForgetting(args.gamma, args.lam, args.link)
-    if ascent == "noise":
-        return lambda logits, labels: random_perturbation(model.parameters())
-    return criterion if ascent == "loss" else None
+    def look(self, loss, step: int, now: bool):
+        """Take note of a step's loss; about every 5 seconds, or ``now``, compare notes with the other processes.
 
+        Returns:
+            None, or the mean loss and whether to stop.
 
-def build_optimizer(args, model):
-    """timm's optimizer, inside SAM unless the method is base."""
-    options = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum}
-    base = create_optimizer_v2(model, args.opt, **options)
-    _, variant = METHODS[args.method]
-    if variant == "asam":
-        return SAM(base, model, args.rho, adaptive=args.adaptive)
-    if variant == "gsam":
-        return SAM(base, model, args.rho, gsam_alpha=args.gsam_alpha, gsam_normalize=args.gsam_normalize)
-    return SAM(base, model, args.rho) if variant == "sam" else base
-
-
-def build_schedule(args, optimizer, updates_per_epoch):
-    """A function of the number of updates made, which sets lr and, if it follows lr, rho."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        args.sched,
-        num_epochs=args.epochs - args.warmup_epochs,
-        warmup_epochs=args.warmup_epochs,
-        warmup_prefix=True,
-        warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr,
-        decay_rate=1.0,  # the power of poly
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
-
-    def schedule(update):
-        scheduler.step_update(update)
-        if args.rho_min is not None:
-            limits = {"rho_min": args.rho_min, "rho_max": args.rho, "lr_min": args.min_lr, "lr_max": args.lr}
-            proportional_rho(optimizer, **limits)
-
-    return schedule
-
-
-def forward_backward(accelerator, model, optimizer, batch, *, objective, criterion, m, share, sync):
-    """Leave the gradient of a loader batch in ``.grad``, micro-batch by micro-batch; return its loss (descent pass).
-
-    ``share`` weighs each micro-batch; processes exchange gradients in the last descent pass, and only if ``sync``.
-    """
-    total = 0.0
-    micro_batches = list(zip(batch["image"].split(m), batch["label"].split(m)))
-    for i, (images, labels) in enumerate(micro_batches):
-
-        def ascent():
-            with accelerator.no_sync(model):
-                return objective(model(images), labels)
-
-        # Gradients are exchanged where the forward pass says so: hence the order of the two contexts.
-        last = sync and i == len(micro_batches) - 1
-        perturbed = contextlib.nullcontext()
-        if objective is not None:
-            perturbed = optimizer.optimizer.perturbed(ascent, loss_weight=share, grad_scaler=accelerator.scaler)
-        with perturbed, contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss = criterion(model(images), labels)
-            accelerator.backward(loss * share)
-        total += loss.detach() / len(micro_batches)
-    return total
-
-
-def train_epoch(args, accelerator, model, optimizer, loader, accumulate, accumulation, schedule, update, bar):
-    """Make one epoch's updates, of ``accumulation`` loader batches each, counting from ``update``.
-
-    ``accumulate(batch, sync=...)`` leaves a loader batch's gradient and returns its loss; ``schedule(update)`` sets lr
-    and rho. Returns the number of updates made since the start of training, and the epoch's mean loss.
-    """
-    model.train()
-    losses = []
-    for i, batch in enumerate(loader):
-        if i >= len(loader) // accumulation * accumulation:
-            continue  # too few are left for an update
-        sync = (i + 1) % accumulation == 0
-        losses.append(accumulate(batch, sync=sync))
-        if not sync:
-            continue
-        if args.clip_grad:
-            accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        if bar.n % 10 == 0:  # reading the loss waits for the device
-            group = optimizer.param_groups[0]
-            shown = {key: f"{group[key]:.4g}" for key in ("lr", "rho") if key in group}
-            bar.set_postfix(loss=f"{losses[-1].item():.3f}", **shown)
-        bar.update()
-        if not optimizer.step_was_skipped:
-            update += 1
-            schedule(update)
-    return update, accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        Raises:
+            InputError: after ``PATIENCE`` steps in a row without a finite loss.
+        """
+        self.bad = torch.where(loss.isfinite(), 0.0, self.bad + 1)
+        self.seen += 1
+        if self.seen < self.interval and not now:
+            return None
+        seconds = (time.monotonic() - self.start) / self.seen
+        note = torch.tensor([self.terminated, seconds], device=loss.device)
+        notes = self.accelerator.gather(torch.cat([note, torch.stack([loss.float(), self.bad])])[None])
+        terminated, seconds, _, bad = notes.max(0).values.tolist()
+        self.interval, self.seen, self.start = min(max(1, int(5 / seconds)), 100), 0, time.monotonic()
+        if bad >= PATIENCE:
+            raise InputError(
+                f"the loss has not been finite since step {step - bad + 1:.0f}: lower lr or rho, or set clip_grad, and "
+                f"start anew, or go on from the last good checkpoint with --resume auto"
+            )
+        return notes[:, 2].mean().item(), bool(terminated)
 
 
 def train(args, accelerator: Accelerator, splits: datasets.DatasetDict, model: torch.nn.Module) -> dict[str, float]:
-    """Train ``model`` on the split train; keep the best on validation; return its top-1 on that and all other splits.
+    """Train ``model`` on the split train; return the top-1 on all other splits of its best epoch on validation.
 
-    Writes into ``args.output``: ``settings.yaml``, ``metrics.jsonl`` (a line per epoch), ``results.json`` (top-1 per
-    split) and the best model in timm's layout: ``timm.create_model("local-dir:OUTPUT/best", pretrained=True)``.
+    Without a validation split, nothing is chosen: the last epoch counts, and test shows the progress. The README says
+    what is written into ``args.output``.
 
     Raises:
-        InputError: settings that do not fit each other or the data, or an image that cannot be read.
+        InputError: settings that do not fit each other, the data or the checkpoint to resume from, data that cannot be
+            read, a full disk, or a loss that stays infinite or NaN.
     """
-    loaded, accumulation, m = split_batch(args, accelerator.num_processes)
+    loaded, accumulation, m = builders.split_batch(args, accelerator.num_processes)
     config = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
     config = resolve_data_config(config, model=model)
     train_transform, eval_transform = data.transforms(config, scale=args.scale, ratio=args.ratio, hflip=args.hflip)
-
-    def loader(split, transform, **options):
-        images = splits[split].with_transform(data.Images(transform))
-        return torch.utils.data.DataLoader(images, loaded, num_workers=args.workers, **options)
-
-    criterion = LabelSmoothingCrossEntropy(args.smoothing)
-    if args.loss == "bce":
-        criterion = BinaryCrossEntropy(args.smoothing, sum_classes=True)
+    timm_config = checkpoints.timm_config(model, args, config, splits["train"].features["label"].names)
+    if args.head_bias is not None:
+        torch.nn.init.constant_(model.get_classifier().bias, args.head_bias)
+    criterion = builders.build_criterion(args)
     try:
-        optimizer, objective = build_optimizer(args, model), build_objective(args, model, criterion)
-    except (ValueError, AssertionError) as error:
+        optimizer, objective = builders.build_optimizer(args, model), builders.build_objective(args, model, criterion)
+    except (ValueError, TypeError, AssertionError) as error:
         raise InputError(str(error)) from error
-    keep = {"persistent_workers": args.workers > 0}
-    model, optimizer, train_loader, validation = accelerator.prepare(
-        model,
-        optimizer,
-        loader("train", train_transform, shuffle=True, drop_last=True, **keep),
-        loader("validation", eval_transform, **keep),
-    )
-    updates_per_epoch = len(train_loader) // accumulation
-    if updates_per_epoch < 1:
-        raise InputError(f"batch_size {args.batch_size} exceeds the {len(splits['train'])} training images: lower it")
-    schedule = build_schedule(args, optimizer, updates_per_epoch)
-    accumulate = functools.partial(
-        forward_backward,
-        accelerator,
-        model,
-        optimizer,
-        objective=objective,
-        criterion=criterion,
+    size, batches = builders.train_batches(args, accelerator, splits["train"], train_transform, loaded)
+    if size < args.batch_size:
+        raise InputError(f"batch_size {args.batch_size} exceeds the {size} training images: lower it")
+    if args.push_to_hub and accelerator.is_main_process:
+        checkpoints.check_hub(args.push_to_hub)
+
+    normalize, dtype = Normalize(config["mean"], config["std"]), next(model.parameters()).dtype
+    model, optimizer = accelerator.prepare(model, optimizer)
+    job = Job(
+        args, accelerator, model, optimizer, objective, criterion,
+        to_input=lambda images: normalize(images.to(dtype) / 255),
         m=m,
-        share=m / (loaded * accumulation),
-    )
+        accumulation=accumulation,
+        batches=batches,
+        steps=size // args.batch_size,
+        schedule=builders.build_schedule(args, optimizer, size // args.batch_size),
+        initial=[p.detach().clone() for p in model.parameters()] if args.shrink_perturb else [],
+    )  # fmt: skip
+    loaders = {
+        split: builders.evaluation_loader(args, accelerator, ds, eval_transform, loaded)
+        for split, ds in splits.items()
+        if split != "train"
+    }
+    set_seed(args.seed, device_specific=True)  # each process draws dropout and random perturbations of its own
+    if args.dry_run:
+        return dry_run(job, loaders)
+    held_out = "validation" if "validation" in splits else "test"
+    folder = Path(args.output) / ("best" if held_out == "validation" else "last")
+    run_epochs(job, held_out, loaders[held_out], folder, timm_config)
+    return finish(job, loaders, folder)
 
-    output, main = Path(args.output), accelerator.is_main_process
-    if main:
+
+def run_epochs(job, held_out, loader, folder, timm_config):
+    """Train epoch by epoch, from a checkpoint if asked to; leave the model to use in ``folder``."""
+    args, accelerator = job.args, job.accelerator
+    progress = begin(args, accelerator)
+    hidden = {"disable": not accelerator.is_main_process, "dynamic_ncols": True}
+    bar = tqdm(total=args.epochs * job.steps, initial=progress.steps, unit="step", **hidden)
+    with Watch(accelerator) as watch, bar:
+        while progress.epoch < args.epochs:
+            bar.set_description(f"epoch {progress.epoch + 1}/{args.epochs}, best {max(progress.best, 0):.1%}")
+            train_epoch(job, progress, watch, bar)
+            average_batch_norm(job)
+            top1 = evaluate_top1(job, loader)["top1"]
+            accelerator.log({f"{held_out}/top1": top1}, progress.steps)
+            if accelerator.is_main_process:
+                with (Path(args.output) / "metrics.jsonl").open("a") as file:
+                    line = {"epoch": progress.epoch, "loss": progress.loss / job.steps, held_out: top1}
+                    file.write(json.dumps(line) + "\n")
+            if top1 > progress.best or held_out == "test":
+                checkpoints.save_model(accelerator, job.model, folder, timm_config)
+            progress.best = max(progress.best, top1)
+            progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
+            save_checkpoint(job, progress)
+
+
+def train_epoch(job, progress, watch, bar):
+    """Make the remaining steps of an epoch; stop the program, with a checkpoint, on SIGTERM."""
+    job.model.train()
+    job.schedule(progress.updates)
+    interval, total = job.args.checkpoint_interval, torch.tensor(progress.loss, device=job.accelerator.device)
+    batches = job.batches(progress.epoch, progress.step * job.accumulation)
+    while progress.step < job.steps:
+        shown = {key: value for key, value in job.optimizer.param_groups[0].items() if key in ("lr", "rho")}
+        loss = update(job, batches)
+        total += loss
+        progress.step, progress.steps = progress.step + 1, progress.steps + 1
+        if not job.optimizer.step_was_skipped:
+            progress.updates += 1
+            job.schedule(progress.updates)
+        bar.update()
+        due = interval is not None and progress.steps % interval == 0
+        seen = watch.look(loss, progress.steps, now=due or progress.step == job.steps)
+        if seen is None:
+            continue
+        mean, terminated = seen
+        bar.set_postfix(loss=f"{mean:.3f}", **{key: f"{value:.4g}" for key, value in shown.items()})
+        job.accelerator.log({f"train/{key}": value for key, value in {"loss": mean, **shown}.items()}, progress.steps)
+        progress.loss = job.accelerator.reduce(total, "mean").item()
+        if terminated or (due and progress.step < job.steps):
+            save_checkpoint(job, progress)
+        if terminated:
+            bar.close()
+            job.accelerator.end_training()
+            job.accelerator.print(f"stopped by SIGTERM after step {progress.steps}; go on with --resume auto")
+            raise SystemExit
+    next(batches, None)  # lets the loader know of the end
+
+
+def save_checkpoint(job, progress):
+    """Save the state to resume from, unless it is no good: then the one before stays the newest."""
+    average_batch_norm(job)
+    tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*job.model.parameters(), *job.model.buffers())]
+    finite = torch.stack([t.isfinite().all() for t in tensors if t.numel()]).all()
+    if job.accelerator.gather(finite[None].long()).all():
+        where = Path(job.args.output) / "checkpoints"
+        state = (dataclasses.asdict(progress), shared_on_resume(job.args), job.args.checkpoint_hist)
+        checkpoints.save(job.accelerator, job.model, job.optimizer, where, *state)
+
+
+def begin(args, accelerator) -> Progress:
+    """Prepare the output folder and load the checkpoint to resume from, if any."""
+    output = Path(args.output)
+    path = checkpoints.find(args.resume, output / "checkpoints") if args.resume else None
+    progress = Progress() if path is None else Progress(**checkpoints.read(path, shared_on_resume(args)))
+    accelerator.wait_for_everyone()  # the main process is about to change the folder
+    if accelerator.is_main_process:
+        if path is None:
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
-        (output / "settings.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=False))
-        (output / "metrics.jsonl").unlink(missing_ok=True)
-    # Every process draws augmentations, dropout and random perturbations of its own.
-    set_seed(args.seed, device_specific=True)
-    best, update = -1.0, 0
-    schedule(update)
-    with tqdm(total=args.epochs * updates_per_epoch, unit="update", disable=not main, dynamic_ncols=True) as bar:
-        for epoch in range(args.epochs):
-            bar.set_description(f"epoch {epoch + 1}/{args.epochs}, best {max(best, 0):.1%}")
-            train_loader.set_epoch(epoch)
-            update, loss = train_epoch(
-                args, accelerator, model, optimizer, train_loader, accumulate, accumulation, schedule, update, bar
-            )
-            top1 = evaluate_top1(accelerator, model, validation)
-            if main:
-                with (output / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps({"epoch": epoch, "loss": loss, "validation": top1}) + "\n")
-                if top1 > best:
-                    save(accelerator.unwrap_model(model), output / "best", args, config, splits)
-            best = max(best, top1)
-
-    unwrapped = accelerator.unwrap_model(model)
-    if main:
-        unwrapped.load_state_dict(load_file(output / "best" / "model.safetensors"))
-    broadcast(unwrapped.state_dict())
-    results = {}
-    for split in splits:
-        if split != "train":
-            results[split] = evaluate_top1(accelerator, model, accelerator.prepare(loader(split, eval_transform)))
-    if main:
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        report(args, splits, results)
-    return results
+        metrics = output / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        metrics.write_text("".join(f"{line}\n" for line in lines[: progress.epoch]))
+        (output / "settings.yaml").write_text(yaml.safe_dump(resolved(args), sort_keys=False))
+    if path is not None:
+        checkpoints.restore(accelerator, path)
+        accelerator.print(f"resuming from {path}, after epoch {progress.epoch}, step {progress.step}")
+    plain = {
+        key: value if isinstance(value, (int, float, str)) else str(value) for key, value in resolved(args).items()
+    }
+    accelerator.init_trackers("sam-obf", plain)
+    return progress
 
 
-def report(args, splits, results):
-    print(f"\nTop-1 accuracy of {args.model} trained with method {args.method}, best epoch on validation")
-    print(f"{'split':<12} {'images':>8} {'top-1':>8}")
-    for split, top1 in results.items():
-        print(f"{split:<12} {len(splits[split]):>8} {top1:>8.2%}")
-    print(f"\nThe model: timm.create_model('local-dir:{args.output}/best', pretrained=True)")
-
-
-def save(model, folder, args, config, splits):
-    """Save a model in timm's layout: ``config.json`` and ``model.safetensors``."""
-    save_for_hf(
-        model,
-        folder,
-        model_config={"label_names": splits["train"].features["label"].names},
-        model_args=args.model_kwargs,
-        data_config=config,
-        safe_serialization=True,
+def dry_run(job, loaders):
+    """Make two updates and evaluate a batch; print what a run would take, and write nothing."""
+    args, accelerator = job.args, job.accelerator
+    job.model.train()
+    job.schedule(0)
+    batches = job.batches(0, 0)
+    for _ in range(2):  # the first one warms up
+        start = time.monotonic()
+        loss = update(job, batches).item()
+        seconds = time.monotonic() - start
+    job.model.eval()
+    for loader in loaders.values():
+        with torch.no_grad():
+            job.model(job.to_input(next(iter(loader))["image"]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    weights = sum(p.numel() for p in job.model.parameters())
+    accelerator.print(
+        f"dry run of {args.model} ({weights / 1e6:.1f} M weights) on {args.dataset}, method {args.method}: the loss is "
+        f"{loss:.3f}\n{args.batch_size} examples per update: {accelerator.num_processes} processes x "
+        f"{job.accumulation} loader batches x micro-batches of {job.m}\n{args.epochs} epochs of {job.steps} updates of "
+        f"{seconds:.2f} s: about {args.epochs * job.steps * seconds / 3600:.1f} hours\npeak memory of process 0: "
+        f"{peak:.1f} GiB on {accelerator.device}\nnothing was written"
     )
+    return {}
+
+
+def finish(job, loaders, folder):
+    """Evaluate the model in ``folder`` on all splits, print and save the results, and upload it if asked to."""
+    args, accelerator = job.args, job.accelerator
+    weights = load_file(folder / "model.safetensors") if accelerator.is_main_process else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
+    set_model_state_dict(job.model, weights, options=options)
+    results = {split: evaluate_top1(job, loader) for split, loader in loaders.items()}
+    top1 = {split: result["top1"] for split, result in results.items()}
+    accelerator.log({f"final/{split}": value for split, value in top1.items()})
+    accelerator.end_training()
+    accelerator.print(f"\nTop-1 accuracy of {args.model} trained with method {args.method}, {folder.name} epoch")
+    accelerator.print(f"{'split':<12} {'images':>8} {'top-1':>8}")
+    for split, result in results.items():
+        accelerator.print(f"{split:<12} {result['examples']:>8} {result['top1']:>8.2%}")
+    accelerator.print(f"\nThe model: timm.create_model('local-dir:{folder}', pretrained=True)")
+    if accelerator.is_main_process:
+        (Path(args.output) / "results.json").write_text(json.dumps(top1, indent=2) + "\n")
+        if args.push_to_hub:
+            checkpoints.push(args.push_to_hub, folder, resolved(args), top1)
+    return top1

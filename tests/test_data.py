@@ -1,7 +1,12 @@
 """Datasets by name: what the bundled digits hold, folders as they are found, and what a user reads when data is bad."""
 
+import io
+import itertools
+import random
+
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -28,10 +33,9 @@ def digits():
 
 
 def pixels(ds):
-    images = data.Images(lambda image: torch.from_numpy(np.array(image)))
-    return torch.stack(
-        images({"image": ds.cast_column("image", datasets.Image(decode=False))["image"], "label": []})["image"]
-    )
+    ds = ds.cast_column("image", datasets.Image(decode=False))
+    images = data.Images(ds, lambda image: torch.from_numpy(np.array(image)))
+    return torch.stack([example["image"] for example in images.__getitems__(range(len(ds)))])
 
 
 def test_digits_have_the_splits_sizes_and_types_of_the_design(digits):
@@ -102,9 +106,10 @@ def test_folder_loads_with_class_names_and_decodes_to_rgb(tmp_path):
     splits = data.load(str(root))
     assert list(splits) == ["train", "validation"]
     assert splits["train"].features["label"].names == ["cat", "dog"]
-    batch = splits["train"].with_transform(data.Images(create_transform(8)))[:]
-    assert torch.stack(batch["image"]).shape == (8, 3, 8, 8)
-    assert sorted(batch["label"].tolist()) == [0] * 5 + [1] * 3
+    examples = data.Images(splits["train"], create_transform(8, normalize=False)).__getitems__(range(8))
+    assert torch.stack([example["image"] for example in examples]).shape == (8, 3, 8, 8)
+    assert all(example["image"].dtype == torch.uint8 for example in examples)
+    assert sorted(example["label"] for example in examples) == [0] * 5 + [1] * 3
 
 
 def test_hub_columns_are_found_by_type_and_unlabelled_splits_left_out(monkeypatch):
@@ -118,13 +123,120 @@ def test_hub_columns_are_found_by_type_and_unlabelled_splits_left_out(monkeypatc
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
     hub = datasets.DatasetDict(train=ds([0, 1]), validation=ds([1, 0]), test=ds([-1, -1]))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: hub)
     splits = data.load("somebody/something")
     assert {name: split.column_names for name, split in splits.items()} == {
         "train": ["image", "label"],
         "validation": ["image", "label"],
     }
     assert splits["validation"]["label"] == [1, 0]
+
+
+def write_cifar100(root, train=12, test=6):
+    """A copy of the Hub's uoft-cs/cifar100: parquet files with three columns."""
+    names = {"fine_label": [f"fine{i}" for i in range(100)], "coarse_label": [f"coarse{i}" for i in range(20)]}
+    features = {"img": datasets.Image()} | {key: datasets.ClassLabel(names=value) for key, value in names.items()}
+    (root / "cifar100").mkdir(parents=True)
+    for split, size in (("train", train), ("test", test)):
+        images = [Image.new("RGB", (32, 32), (i, 0, 0)) for i in range(size)]
+        columns = {"img": images, "fine_label": [i % 3 for i in range(size)], "coarse_label": [0] * size}
+        ds = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        ds.to_parquet(root / "cifar100" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+def test_local_copy_of_cifar_loads_with_fine_labels_and_test_held_out(tmp_path):
+    splits = data.load(str(write_cifar100(tmp_path)))
+    assert {name: len(ds) for name, ds in splits.items()} == {"train": 12, "test": 6}
+    assert splits["train"].column_names == ["image", "label"]
+    assert splits["train"].features["label"].num_classes == 100
+    assert splits["train"]["label"][:4] == [0, 1, 2, 0]
+
+
+def test_random_transforms_depend_on_seed_epoch_and_index_alone(digits):
+    split = digits["train"].cast_column("image", datasets.Image(decode=False))
+    transform = create_transform(16, is_training=True, scale=(0.1, 1), normalize=False, color_jitter=None)
+
+    def look(seed, keys):
+        return [example["image"] for example in data.Images(split, transform, seed).__getitems__(keys)]
+
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    first = look(0, [(3, 5), (3, 6), (3, 7)])
+    assert random.getstate() == state and torch.equal(torch.get_rng_state(), torch_state)
+    random.random(), torch.rand(1)
+    torch.testing.assert_close(look(0, [(3, 7), (3, 5)]), [first[2], first[0]], rtol=0, atol=0)
+    for other in (look(0, [(4, 5)]), look(1, [(3, 5)])):
+        assert not torch.equal(other[0], first[0])
+
+
+def test_sampler_gives_each_epoch_its_own_order_in_whole_batches():
+    sampler = data.EpochSampler(10, batch_size=4, seed=0)
+    first = list(sampler)
+    assert len(sampler) == len(first) == len(set(first)) == 8
+    assert first == list(sampler) != list(data.EpochSampler(10, batch_size=4, seed=1))
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert {epoch for epoch, _ in second} == {1} and [i for _, i in first] != [i for _, i in second]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+def stream(examples=60, shards=6, **options):
+    """Numbered images, whose transform gives the number."""
+    images = [{"bytes": png(i), "path": None} for i in range(examples)]
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(num_classes=3)})
+    ds = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in range(examples)]}, features=features)
+    transform = options.pop("transform", lambda image: torch.tensor(image.getpixel((0, 0))[0]))
+    return data.Stream(ds.to_iterable_dataset(num_shards=shards), transform, 5, **options)
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), (value, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def take(ds, workers, batches=None):
+    loader = torch.utils.data.DataLoader(ds, batch_size=None, num_workers=workers)
+    return [batch["image"].tolist() for batch in itertools.islice(loader, batches)]
+
+
+@pytest.mark.parametrize("workers, shards", [(0, 6), (2, 4), (1, 1)])
+def test_processes_and_workers_share_a_stream_without_overlap(workers, shards):
+    seen = []
+    for process in range(2):
+        options = {"training": True, "process": process, "processes": 2, "shards": shards}
+        lap = 60 // 2 // 5
+        batches = take(stream(**options), workers, lap)
+        assert batches == take(stream(**options), workers, lap)  # the same again
+        seen += itertools.chain.from_iterable(batches)
+    assert sorted(seen) == list(range(60))
+    assert seen != sorted(seen)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_stream_goes_on_after_any_batch_as_if_never_interrupted(workers):
+    noisy = {"transform": lambda image: torch.tensor([image.getpixel((0, 0))[0], random.random(), torch.rand(())])}
+    whole = take(stream(training=True, **noisy), workers, 20)
+    for first in (1, 2, 5, 13):
+        rest = stream(training=True, **noisy)
+        rest.first = first
+        assert take(rest, workers, 20 - first) == whole[first:]
+    other = stream(training=True, **noisy)
+    other.epoch = 1
+    assert take(other, workers, 20) != whole
+
+
+def test_stream_for_evaluation_ends_after_every_example_in_order():
+    assert list(itertools.chain.from_iterable(take(stream(examples=13), 0))) == list(range(13))
+
+
+def test_streamed_dataset_keeps_the_splits_that_are_used(digits):
+    splits = data.load("digits", streaming=True)
+    assert list(splits) == ["train", "validation"]
+    assert len(list(splits["validation"])) == 200
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +253,7 @@ def test_class_missing_from_validation_is_named(tmp_path):
 
 def test_folder_without_validation_says_what_to_add(tmp_path):
     root = write_folder(tmp_path, splits=("train",))
-    with pytest.raises(data.InputError, match="no validation split, only train"):
+    with pytest.raises(data.InputError, match="no validation or test split, only train"):
         data.load(str(root))
 
 
@@ -156,9 +268,9 @@ def test_unreadable_image_is_named(tmp_path, content):
     bad = root / "train" / "cat" / "bad.png"
     whole = (root / "train" / "cat" / "train_cat_0.png").read_bytes()
     bad.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    ds = data.load(str(root))["train"].with_transform(data.Images(create_transform(8)))
+    ds = data.load(str(root))["train"]
     with pytest.raises(data.InputError, match=str(bad)):
-        ds[:]
+        data.Images(ds, create_transform(8)).__getitems__(range(len(ds)))
 
 
 @pytest.mark.parametrize(
@@ -180,8 +292,19 @@ def test_hub_errors_say_what_to_do(monkeypatch, error, words):
     assert "'a/b'" in str(caught.value)
 
 
+@pytest.mark.parametrize("label", [-1, 2])
+def test_label_out_of_range_is_named(monkeypatch, label):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = pa.table({"image": [{"bytes": png(i), "path": None} for i in range(3)], "label": [0, 1, label]})
+    ds = datasets.Dataset(table.cast(features.arrow_schema)).cast(features)
+    hub = datasets.DatasetDict(train=ds, validation=ds)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: hub)
+    with pytest.raises(data.InputError, match=rf"train has the label {label}; labels must lie in 0..1"):
+        data.load("a/b")
+
+
 def test_columns_that_do_not_fit_are_listed(monkeypatch):
     text = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"], "label": [0]}))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: text)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: text)
     with pytest.raises(data.InputError, match=r"text \(Value\), label \(Value\)"):
         data.load("a/b")

@@ -12,7 +12,7 @@ def parse(tmp_path, recipe=None, *flags):
     if recipe is not None:
         (tmp_path / "recipe.yaml").write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
         argv += ["--recipe", str(tmp_path / "recipe.yaml")]
-    return settings.parse(settings.parser("test"), ["--output", str(tmp_path / "run"), *argv])
+    return settings.parse(settings.parser("test", "a model"), ["--output", str(tmp_path / "run"), *argv])
 
 
 def test_flags_override_the_recipe_and_both_the_defaults(tmp_path):
@@ -25,15 +25,18 @@ def test_flags_override_the_recipe_and_both_the_defaults(tmp_path):
 
 def test_every_flag_is_a_recipe_key_and_every_recipe_key_a_flag(tmp_path):
     chosen = {
-        "adaptive": "after", "batch_size": 8, "clip_grad": 1.0, "crop_pct": 0.9, "dataset": "digits",
-        "device_batch_size": 4, "epochs": 7, "gamma": 0.5, "gsam_alpha": 0.1, "gsam_normalize": True, "hflip": 0.1,
-        "img_size": 48, "interpolation": "bicubic", "lam": 0.2, "link": "softmax", "loss": "bce", "lr": 3e-3, "m": 2,
-        "method": "gsam+obf", "min_lr": -0.0, "model": "vit", "model_kwargs": {"a": 1}, "momentum": 0.8, "opt": "adamw",
-        "output": "elsewhere", "ratio": [0.8, 1.2], "rho": 0.6, "rho_min": 0.1, "scale": [0.1, 0.9], "sched": "cosine",
-        "seed": 5, "smoothing": 0.1, "warmup_epochs": 2, "warmup_lr": 1e-6, "weight_decay": 0.3, "workers": 0,
+        "adaptive": "after", "batch_size": 8, "checkpoint_hist": 3, "checkpoint_interval": 9, "clip_grad": 1.0,
+        "crop_pct": 0.9, "dataset": "digits", "device_batch_size": 4, "epochs": 7, "gamma": 0.5, "gsam_alpha": 0.1,
+        "gsam_normalize": True, "head_bias": -10.0, "hflip": 0.1, "img_size": 48, "interpolation": "bicubic",
+        "lam": 0.2, "link": "softmax", "log_with": "wandb", "loss": "bce", "lr": 3e-3, "m": 2, "method": "gsam+obf",
+        "min_lr": -0.0, "model": "vit", "model_kwargs": {"a": 1}, "momentum": 0.8, "opt": "adamw",
+        "opt_kwargs": {"nesterov": False}, "output": "elsewhere", "perturb_fraction": 0.5, "push_to_hub": "a/b",
+        "ratio": [0.8, 1.2], "rho": 0.6, "rho_min": 0.1, "scale": [0.1, 0.9], "sched": "cosine", "seed": 5,
+        "shrink_perturb": 1e-5, "smoothing": 0.1, "streaming": True, "train_num_samples": 11, "warmup_epochs": 2,
+        "warmup_lr": 1e-6, "weight_decay": 0.3, "workers": 0,
     }  # fmt: skip
-    parser = settings.parser("test")
-    keys = {action.dest for action in parser._actions} - {"help", "recipe", "overwrite"}
+    parser = settings.parser("test", "a model")
+    keys = {action.dest for action in parser._actions} - {"help", *settings.NOT_SETTINGS}
     assert keys == set(chosen)
     del chosen["adaptive"], chosen["output"]
     from_recipe = vars(parse(tmp_path, chosen))
@@ -72,6 +75,13 @@ def test_methods_resolve_their_own_settings_and_no_others(tmp_path, method):
         ({"m": 0}, (), "m is 0"),
         ({"epochs": 3, "warmup_epochs": 3}, (), "warmup_epochs is 3"),
         ({"rho_min": 0.0, "lr": 0.1, "min_lr": 0.1}, (), "min_lr below lr"),
+        ({"perturb_fraction": 1.5}, (), "perturb_fraction is 1.5"),
+        ({"method": "base", "perturb_fraction": 0.5}, (), "perturb_fraction contradicts method base"),
+        ({"shrink_perturb": -1}, (), "shrink_perturb is -1"),
+        ({"checkpoint_hist": 0}, (), "checkpoint_hist is 0"),
+        ({"log_with": "tensorbored"}, (), "invalid choice: 'tensorbored'"),
+        ({"base": "nowhere.yaml"}, (), "cannot read the recipe .*nowhere.yaml"),
+        ({"base": "recipe.yaml"}, (), "is its own base"),
         ({"rho": 0.1, "rho_min": 0.2}, (), r"choose rho_min in \[0, rho\]"),
     ],
 )
@@ -80,8 +90,28 @@ def test_wrong_settings_are_named_with_the_remedy(tmp_path, recipe, flags, words
         parse(tmp_path, recipe, *flags)
 
 
+def test_a_recipe_builds_on_its_base(tmp_path):
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "first.yaml").write_text("lr: 1.0\nepochs: 5\nm: 4\n")
+    (tmp_path / "bases" / "second.yaml").write_text("base: first.yaml\nlr: 2.0\nepochs: 6\n")
+    args = parse(tmp_path, "base: bases/second.yaml\nlr: 3.0\n")
+    assert (args.lr, args.epochs, args.m) == (3.0, 6, 4)
+
+
+def test_the_printed_config_is_a_recipe_of_the_same_settings(tmp_path, capsys):
+    flags = ["--method", "gsam+obf", "--rho", "1e-12", "--model-kwargs", "a=1", "b=no", "--scale", "0.1", "1"]
+    with pytest.raises(SystemExit) as ended:
+        parse(tmp_path, {"lr": 3e-3, "opt_kwargs": {"nesterov": False}}, *flags, "--print-config")
+    assert ended.value.code is None
+    printed = capsys.readouterr().out
+    again = parse(tmp_path, printed)
+    assert settings.resolved(again) == yaml.safe_load(printed)
+    assert (again.rho, again.model_kwargs, again.opt_kwargs) == (1e-12, {"a": 1, "b": "no"}, {"nesterov": False})
+
+
 def test_an_earlier_run_is_not_replaced_unasked(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(InputError, match="--overwrite"):
         parse(tmp_path)
     assert parse(tmp_path, None, "--overwrite").overwrite
+    assert parse(tmp_path, None, "--resume", "auto").resume == "auto"

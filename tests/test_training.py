@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from test_data import write_folder
 
+import builders
+import engine
 import settings
 import train_imagenet
-import training
 from data import InputError
 from sam_obf import SAM
 
@@ -38,6 +39,15 @@ def small_recipe(tmp_path, dataset, **changes):
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return ["--recipe", str(tmp_path / "recipe.yaml")]
+
+
+def make_job(accelerator, model, optimizer, **changes):
+    parts = {
+        "args": argparse.Namespace(clip_grad=None, perturb_fraction=1.0, shrink_perturb=None, lr=0.1),
+        "objective": None, "criterion": F.cross_entropy, "to_input": lambda images: images, "m": 4, "accumulation": 1,
+        "batches": None, "steps": 1, "schedule": None, "initial": [],
+    }  # fmt: skip
+    return engine.Job(accelerator=accelerator, model=model, optimizer=optimizer, **parts | changes)
 
 
 def run_script(*argv):
@@ -61,10 +71,8 @@ def test_update_is_the_mean_over_micro_batches_of_the_gradient_at_their_own_pert
     model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3))
     for i in range(accumulation):
         batch = {"image": images[4 * i : 4 * i + 4], "label": labels[4 * i : 4 * i + 4]}
-        training.forward_backward(
-            accelerator, model, optimizer, batch, objective=F.cross_entropy, criterion=F.cross_entropy,
-            m=m, share=m / (4 * accumulation), sync=i == accumulation - 1,
-        )  # fmt: skip
+        job = make_job(accelerator, model, optimizer, objective=F.cross_entropy, m=m, accumulation=accumulation)
+        engine.forward_backward(job, batch, sync=i == accumulation - 1)
 
     params, total = list(reference.parameters()), None
     for x, y in zip(images.split(m), labels.split(m)):
@@ -79,33 +87,81 @@ def test_update_is_the_mean_over_micro_batches_of_the_gradient_at_their_own_pert
         torch.testing.assert_close(p.grad, gradient * m / len(images), rtol=1e-10, atol=1e-12)
 
 
+def test_perturbation_of_a_part_of_the_micro_batch_is_that_of_its_first_examples(accelerator):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3).double()
+    images, labels = torch.randn(8, 6).double(), torch.randint(0, 3, (8,))
+    params = list(model.parameters())
+    g = torch.autograd.grad(F.cross_entropy(model(images[:2]), labels[:2]), params)
+    norm = sum((gi**2).sum() for gi in g).sqrt()
+    moved = copy.deepcopy(model)
+    for p, gi in zip(moved.parameters(), g):
+        p.data += 0.3 * gi / norm
+    gp = torch.autograd.grad(F.cross_entropy(moved(images), labels), list(moved.parameters()))
+
+    model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(params, lr=0.1), model, rho=0.3))
+    args = argparse.Namespace(perturb_fraction=0.25)
+    job = make_job(accelerator, model, optimizer, args=args, objective=F.cross_entropy, m=8)
+    engine.forward_backward(job, {"image": images, "label": labels}, sync=True)
+    for p, gradient in zip(params, gp):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_shrink_and_perturb_pulls_to_the_first_weights_in_proportion_to_lr(accelerator):
+    model = torch.nn.Linear(3, 2).double()
+    weight = model.weight.detach().clone()
+    initial = [torch.full_like(p, 7.0) for p in model.parameters()]
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    images, labels = torch.randn(4, 3).double(), torch.tensor([0, 1, 1, 0])
+    args = argparse.Namespace(clip_grad=None, shrink_perturb=0.01, lr=0.2)
+    job = make_job(accelerator, model, optimizer, args=args, initial=initial)
+    loss = F.cross_entropy(images @ weight.T + model.bias.detach(), labels)
+    (g,) = torch.autograd.grad(
+        F.cross_entropy(images @ weight.requires_grad_().T + model.bias.detach(), labels), weight
+    )
+    assert engine.update(job, iter([{"image": images, "label": labels}])).item() == pytest.approx(loss.item())
+    factor = 0.01 * 0.05 / 0.2
+    torch.testing.assert_close(model.weight.data, factor * 7 + (1 - factor) * (weight.detach() - 0.05 * g))
+
+
 def batch_settings(**values):
-    return argparse.Namespace(**({"batch_size": 4096, "device_batch_size": None, "m": None} | values))
+    return argparse.Namespace(**({"batch_size": 4096, "device_batch_size": 256, "m": None} | values))
 
 
-def test_batch_splits_into_loader_batches_and_micro_batches():
-    assert training.split_batch(batch_settings(), 8) == (512, 1, 512)
-    assert training.split_batch(batch_settings(device_batch_size=128, m=64), 8) == (128, 4, 64)
+@pytest.mark.parametrize(
+    "values, processes, split",
+    [
+        ({}, 8, (256, 2, 256)),
+        ({"m": 64}, 1, (256, 16, 64)),
+        ({"m": 64}, 8, (256, 2, 64)),
+        ({"m": 64}, 32, (128, 1, 64)),  # what a process loads at once shrinks with its share
+        ({"m": 64, "device_batch_size": 200}, 8, (128, 4, 64)),
+        ({"m": 64, "device_batch_size": 32}, 8, (64, 8, 64)),
+        ({"m": 3, "batch_size": 60}, 4, (15, 1, 3)),
+    ],
+)
+def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, split):
+    assert builders.split_batch(batch_settings(**values), processes) == split
 
 
 @pytest.mark.parametrize(
     "values, processes, words",
     [
-        ({"m": 48}, 8, "m 48 does not divide .* 512 .* choose one of 1, 2, 4,"),
-        ({"device_batch_size": 100}, 8, "device_batch_size 100 does not divide"),
-        ({}, 3, "4096 does not split over 3 processes"),
+        ({"m": 48}, 8, "m 48 does not divide batch_size 4096: choose one of 1, 2, 4,"),
+        ({}, 3, "4096 in micro-batches of 1 does not split over 3 processes: choose one of 1, 2, 4"),
+        ({"m": 64, "batch_size": 384}, 4, "does not split over 4 processes: choose one of 1, 2, 3, 6 processes"),
     ],
 )
-def test_batch_that_does_not_split_names_the_possible_sizes(values, processes, words):
+def test_batch_that_does_not_split_names_what_does(values, processes, words):
     with pytest.raises(InputError, match=words):
-        training.split_batch(batch_settings(**values), processes)
+        builders.split_batch(batch_settings(**values), processes)
 
 
 @pytest.mark.parametrize("method", settings.METHODS)
 def test_method_selects_objective_and_step(method):
-    args = settings.parse(settings.parser(""), ["--method", method, "--output", "/nowhere"])
+    args = settings.parse(settings.parser("", ""), ["--method", method, "--output", "/nowhere"])
     model, criterion = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
-    optimizer, objective = training.build_optimizer(args, model), training.build_objective(args, model, criterion)
+    optimizer, objective = builders.build_optimizer(args, model), builders.build_objective(args, model, criterion)
     assert isinstance(optimizer, SAM) == (method != "base") == (objective is not None)
     if method == "base":
         return
@@ -123,10 +179,10 @@ def test_method_selects_objective_and_step(method):
 
 def test_schedule_is_linear_after_warm_up_and_rho_follows():
     flags = "--lr 1 --min-lr 0.2 --warmup-epochs 2 --epochs 6 --rho 0.5 --rho-min 0.1 --output /nowhere --method sam"
-    args = settings.parse(settings.parser(""), flags.split())
+    args = settings.parse(settings.parser("", ""), flags.split())
     model = torch.nn.Linear(2, 3)
-    optimizer = training.build_optimizer(args, model)
-    schedule = training.build_schedule(args, optimizer, updates_per_epoch=10)
+    optimizer = builders.build_optimizer(args, model)
+    schedule = builders.build_schedule(args, optimizer, updates_per_epoch=10)
     for update, lr in ((0, 0.0), (10, 0.5), (20, 1.0), (40, 0.6), (59, 0.2 + 0.8 / 40), (60, 0.2)):
         schedule(update)
         group = optimizer.param_groups[0]
@@ -140,8 +196,11 @@ def test_top1_counts_every_example_once(accelerator, size):
     logits, labels = torch.randn(size, 4), torch.randint(0, 4, (size,))
     examples = [{"image": row, "label": label} for row, label in zip(logits, labels)]
     loader = accelerator.prepare(torch.utils.data.DataLoader(examples, batch_size=3))
-    top1 = training.evaluate_top1(accelerator, torch.nn.Identity(), loader)
-    assert top1 == pytest.approx(sum(row.argmax() == label for row, label in zip(logits, labels)).item() / size)
+    result = engine.evaluate_top1(make_job(accelerator, torch.nn.Identity(), None), loader)
+    assert result["examples"] == size
+    assert result["top1"] == pytest.approx(
+        sum(row.argmax() == label for row, label in zip(logits, labels)).item() / size
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,8 +211,8 @@ OPENED_ELSEWHERE = """
 import sys, timm, torch, data
 from timm.data import create_transform, resolve_data_config
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-images = data.Images(create_transform(**resolve_data_config({}, model=model)))
-loader = torch.utils.data.DataLoader(data.load("digits")["test"].with_transform(images), 100)
+images = data.Images(data.load("digits")["test"], create_transform(**resolve_data_config({}, model=model)))
+loader = torch.utils.data.DataLoader(images, 100)
 with torch.no_grad():
     right = sum((model(batch["image"]).argmax(-1) == batch["label"]).sum().item() for batch in loader)
 print(right / 697)

@@ -1,0 +1,169 @@
+"""Settings made into objects: the accelerator, loss, optimizer, schedule and loaders of a run."""
+
+import warnings
+
+import datasets
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import send_to_device
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch.distributed.fsdp import StateDictType
+
+import data
+from data import InputError
+from sam_obf import SAM, OutputBiasForgetting, proportional_rho, random_perturbation
+from settings import METHODS
+
+
+def build_accelerator(args) -> Accelerator:
+    """Accelerate as launched, with the run's tracker.
+
+    Raises:
+        InputError: the tracker's package is missing, or FSDP would save what only unpickling can load.
+    """
+    if args.log_with and args.log_with not in get_available_trackers():
+        raise InputError(f"--log-with {args.log_with} needs its package: pip install {args.log_with.replace('_', '-')}")
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate knows no other name yet
+    accelerator = Accelerator(
+        log_with=args.log_with,
+        project_dir=args.output,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        # Each process keeps batch norm statistics of its own, which are averaged before they are used or saved.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and (plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT):
+        raise InputError("FSDP needs fsdp_version: 2 and fsdp_state_dict_type: FULL_STATE_DICT, as in fsdp2.yaml")
+    return accelerator
+
+
+def split_batch(args, processes: int) -> tuple[int, int, int]:
+    """Divide ``batch_size``: examples per loader batch, loader batches per update, examples per micro-batch.
+
+    Raises:
+        InputError: m does not divide the batch, or it does not split over the processes; with what would.
+    """
+    unit = args.m or 1
+    if args.batch_size % unit:
+        raise InputError(f"m {unit} does not divide batch_size {args.batch_size}: {_divisors(args.batch_size)}")
+    if args.batch_size // unit % processes:
+        raise InputError(
+            f"batch_size {args.batch_size} in micro-batches of {unit} does not split over {processes} processes: "
+            f"{_divisors(args.batch_size // unit)} processes"
+        )
+    share = args.batch_size // processes
+    loaded = max(n for n in range(unit, max(args.device_batch_size, unit) + 1, unit) if share % n == 0)
+    return loaded, share // loaded, args.m or loaded
+
+
+def _divisors(number):
+    return "choose one of " + ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
+
+
+def build_criterion(args):
+    """The training loss, a function of logits and labels."""
+    if args.loss == "bce":
+        return BinaryCrossEntropy(args.smoothing, sum_classes=True)
+    return LabelSmoothingCrossEntropy(args.smoothing)
+
+
+def build_objective(args, model, criterion):
+    """The scalar that the method's perturbation ascends, a function of logits and labels; None for method base."""
+    ascent, _ = METHODS[args.method]
+    if ascent == "obf":
+        return OutputBiasForgetting(args.gamma, args.lam, args.link)
+    if ascent == "noise":
+        return lambda logits, labels: random_perturbation(model.parameters())
+    return criterion if ascent == "loss" else None
+
+
+def build_optimizer(args, model):
+    """timm's optimizer, inside SAM unless the method is base."""
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum} | args.opt_kwargs
+    base = create_optimizer_v2(model, args.opt, **options)
+    _, variant = METHODS[args.method]
+    if variant == "asam":
+        return SAM(base, model, args.rho, adaptive=args.adaptive)
+    if variant == "gsam":
+        return SAM(base, model, args.rho, gsam_alpha=args.gsam_alpha, gsam_normalize=args.gsam_normalize)
+    return SAM(base, model, args.rho) if variant == "sam" else base
+
+
+def build_schedule(args, optimizer, updates_per_epoch):
+    """A function of the number of updates made, which sets lr and, if it follows lr, rho."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        args.sched,
+        num_epochs=args.epochs - args.warmup_epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_prefix=True,
+        warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr,
+        decay_rate=1.0,  # the power of poly
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+
+    def schedule(update):
+        scheduler.step_update(update)
+        if args.rho_min is not None:
+            limits = {"rho_min": args.rho_min, "rho_max": args.rho, "lr_min": args.min_lr, "lr_max": args.lr}
+            proportional_rho(optimizer, **limits)
+
+    return schedule
+
+
+def _loader(args, accelerator, dataset, workers=None, **options):
+    workers = args.workers if workers is None else workers
+    return torch.utils.data.DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # Of its own: a loader's start would otherwise draw from the stream that a resumed run continues.
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def train_batches(args, accelerator, split, transform, loaded):
+    """The number of training images, and a function: the batches of an epoch after the ``first`` of this process."""
+    if isinstance(split, datasets.IterableDataset):
+        known = (split.info.splits or {}).get("train")
+        size = args.train_num_samples or (known and known.num_examples)
+        if not size:
+            raise InputError(f"{args.dataset!r} does not say how many images it streams: give --train-num-samples")
+        return size, _streamed_batches(args, accelerator, split, transform, loaded)
+    images = data.Images(split, transform, args.seed)
+    options = {"sampler": data.EpochSampler(len(images), args.batch_size, args.seed), "drop_last": True}
+    options["persistent_workers"] = args.workers > 0
+    loader = accelerator.prepare(_loader(args, accelerator, images, batch_size=loaded, **options))
+
+    def batches(epoch, first):
+        loader.set_epoch(epoch)
+        return iter(accelerator.skip_first_batches(loader, first) if first else loader)
+
+    return len(images), batches
+
+
+def _streamed_batches(args, accelerator, split, transform, loaded):
+    rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    stream = data.Stream(split, transform, loaded, training=True, seed=args.seed, **rank)
+    workers = min(args.workers, max(1, split.num_shards // accelerator.num_processes))  # a shard for each, if possible
+    loader = _loader(args, accelerator, stream, min(args.workers, workers), batch_size=None)
+
+    def batches(epoch, first):
+        stream.epoch, stream.first = epoch, first
+        return (send_to_device(batch, accelerator.device, non_blocking=True) for batch in loader)
+
+    return batches
+
+
+def evaluation_loader(args, accelerator, split, transform, loaded):
+    """The prepared loader of a split in order; the main process alone reads a stream."""
+    if isinstance(split, datasets.IterableDataset):
+        stream = data.Stream(split, transform, loaded)
+        return accelerator.prepare(_loader(args, accelerator, stream, min(args.workers, 1), batch_size=None))
+    return accelerator.prepare(_loader(args, accelerator, data.Images(split, transform), batch_size=loaded))

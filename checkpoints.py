@@ -1,0 +1,197 @@
+"""What a run keeps on disk: checkpoints to resume from, through Accelerate, and models in timm's layout."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import huggingface_hub
+import timm
+import torch
+from accelerate.utils import load
+from safetensors.torch import save_file
+from timm.models import push_to_hf_hub, save_for_hf
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from data import InputError
+
+FORMAT = 1  # of progress.json
+
+
+def save(accelerator, model, optimizer, folder: Path, progress: dict, settings: dict, keep: int) -> None:
+    """Write the checkpoint ``folder/step-N`` whole or not at all; remove all but the newest ``keep``.
+
+    ``progress`` holds numbers, N among them under "steps"; ``settings`` are those that a resumed run must share.
+
+    Raises:
+        InputError: the disk is full; earlier checkpoints are untouched.
+    """
+    final, draft = folder / f"step-{progress['steps']:08d}", folder / "draft"
+    if final.exists():
+        return
+    tensors = _tensors([model.state_dict(), optimizer.state_dict()])
+    with room_for(tensors, folder, accelerator.is_main_process):
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(draft))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            sizes = {str(file.relative_to(draft)): file.stat().st_size for file in draft.rglob("*") if file.is_file()}
+            record = {"format": FORMAT, "progress": progress, "settings": settings, "files": sizes}
+            (draft / "progress.json").write_text(json.dumps(record, indent=2) + "\n")
+            draft.rename(final)
+            for old in _steps(folder)[:-keep]:
+                (old / "progress.json").unlink()  # from here on it is no checkpoint, whatever else is left of it
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def room_for(tensors, folder: Path, main: bool):
+    """Make sure of the disk space for ``tensors``, and clean up and say what was needed if writing fails still."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    try:
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder / "draft", ignore_errors=True)
+            if shutil.disk_usage(folder).free < needed:
+                raise OSError("the disk is full")
+        yield
+    except (OSError, RuntimeError) as error:  # torch's and safetensors' writers raise RuntimeError
+        shutil.rmtree(folder / "draft", ignore_errors=True)
+        free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
+        raise InputError(
+            f"cannot write to {folder}: {error}. It needs {needed / 2**20:.1f} MiB, {free:.1f} MiB are free. What was "
+            f"saved before is intact: make room, then go on with --resume auto"
+        ) from error
+
+
+def _tensors(state):
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list)):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(value)
+
+
+def _steps(folder):
+    return sorted(path.parent for path in folder.glob("step-*/progress.json"))
+
+
+def find(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that ``--resume`` means: "auto" is the newest in ``folder``, or None if there is none yet.
+
+    Raises:
+        InputError: a path without a checkpoint.
+    """
+    if resume == "auto":
+        return (_steps(folder) or [None])[-1]
+    path = Path(resume)
+    if (path / "progress.json").exists():
+        return path
+    for candidate in (path, path / "checkpoints"):
+        if _steps(candidate):
+            return _steps(candidate)[-1]
+    raise InputError(f"there is no checkpoint in {resume}: name a run's folder, or use --resume auto")
+
+
+def read(path: Path, settings: dict) -> dict:
+    """Check that a checkpoint is whole and of a run with the same ``settings``; return its progress.
+
+    Raises:
+        InputError: it is damaged, of a newer format, or of other settings.
+    """
+    remedy = f"remove {path} to resume from the one before it, or start anew with --overwrite"
+    try:
+        record = json.loads((path / "progress.json").read_text())
+        version, progress, saved, files = (record[key] for key in ("format", "progress", "settings", "files"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {path / 'progress.json'} ({error!r}): {remedy}") from error
+    if version > FORMAT:
+        raise InputError(f"the checkpoint {path} has format {version}, newer than {FORMAT}: update sam-obf")
+    for name, size in files.items():
+        found = (path / name).stat().st_size if (path / name).exists() else 0
+        if found != size:
+            raise InputError(f"{path / name} is truncated, {found} of {size} bytes: {remedy}")
+    for key in sorted({*saved, *settings}):
+        if saved.get(key) != settings.get(key):
+            raise InputError(
+                f"{path} is of a run with {key} {saved.get(key)!r}, and this one has {settings.get(key)!r}: resume "
+                f"with the same settings, or start anew in another --output"
+            )
+    return progress
+
+
+def restore(accelerator, path: Path) -> None:
+    """Load weights, optimizer, loss scale and random states of a checkpoint that ``read`` has passed.
+
+    Raises:
+        InputError: its contents are damaged.
+    """
+    try:
+        accelerator.load_state(str(path))
+        # Accelerate goes on without a random state that it cannot load.
+        state = path / f"random_states_{accelerator.process_index}.pkl"
+        if state.exists():
+            load(state)
+        else:
+            accelerator.print(f"{path} is of fewer processes: random numbers differ from those of an unbroken run")
+    except Exception as error:  # whatever unpickling a damaged file may raise
+        raise InputError(
+            f"cannot load the checkpoint {path}: {error}. Remove it to resume from the one before"
+        ) from error
+
+
+def timm_config(model, args, data_config, label_names) -> str:
+    """The ``config.json`` of timm's layout for a model that is not prepared yet."""
+    options = {"model_config": {"label_names": label_names}, "model_args": args.model_kwargs}
+    with tempfile.TemporaryDirectory() as folder:
+        save_for_hf(model, folder, data_config=data_config, safe_serialization=True, **options)
+        return (Path(folder) / "config.json").read_text()
+
+
+def save_model(accelerator, model, folder: Path, config: str) -> None:
+    """Replace the model in ``folder``, in timm's layout, by this one; whenever interrupted, one of them is there."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not accelerator.is_main_process:
+        return
+    with room_for(weights.values(), folder, True):
+        draft = folder / "draft"
+        draft.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft / "model.safetensors")
+        os.replace(draft / "model.safetensors", folder / "model.safetensors")
+        draft.rmdir()
+        (folder / "config.json").write_text(config)
+
+
+def check_hub(repo: str) -> None:
+    """Create the Hub's repository, if need be, before training.
+
+    Raises:
+        InputError: not logged in, no right to write there, or no network.
+    """
+    if huggingface_hub.get_token() is None:
+        raise InputError(f"--push-to-hub {repo} needs a login: run `hf auth login` with a token that may write")
+    try:
+        huggingface_hub.create_repo(repo, exist_ok=True)
+    except Exception as error:  # httpx's errors and the Hub's own have no common base
+        raise InputError(f"cannot write to the Hub's {repo}: {error}") from error
+
+
+def push(repo: str, folder: Path, settings: dict, results: dict) -> None:
+    """Upload a model of timm's layout with a card that states its settings and accuracies."""
+    config = json.loads((folder / "config.json").read_text())
+    method, dataset = settings["method"], settings["dataset"]
+    card = {
+        "description": f"{config['architecture']} trained on {dataset} with `--method {method}` of sam-obf",
+        "details": {
+            "Top-1 accuracy": {split: f"{top1:.2%}" for split, top1 in results.items()},
+            "Settings": {key: value for key, value in settings.items() if value is not None},
+            "Paper": "Forget Sharpness: Perturbed Forgetting of Model Biases Within SAM Dynamics, arXiv 2406.06700",
+        },
+        "usage": f'```python\nmodel = timm.create_model("hf-hub:{repo}", pretrained=True)\n```',
+    }
+    names = {"label_names": config.get("label_names")}
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    push_to_hf_hub(model, repo, model_config=names, model_card=card, safe_serialization=True)
