@@ -153,7 +153,7 @@ def train(args, accelerator: Accelerator, splits: datasets.DatasetDict, model: t
 def run_epochs(job, held_out, loader, folder, timm_config):
     """Train epoch by epoch, from a checkpoint if asked to; leave the model to use in ``folder``."""
     args, accelerator = job.args, job.accelerator
-    progress = begin(args, accelerator)
+    progress = begin(job)
     hidden = {"disable": not accelerator.is_main_process, "dynamic_ncols": True}
     bar = tqdm(total=args.epochs * job.steps, initial=progress.steps, unit="step", **hidden)
     with Watch(accelerator) as watch, bar:
@@ -214,15 +214,20 @@ def save_checkpoint(job, progress):
     finite = torch.stack([t.isfinite().all() for t in tensors if t.numel()]).all()
     if job.accelerator.gather(finite[None].long()).all():
         where = Path(job.args.output) / "checkpoints"
-        state = (dataclasses.asdict(progress), shared_on_resume(job.args), job.args.checkpoint_hist)
+        state = (dataclasses.asdict(progress), identity(job), job.args.checkpoint_hist)
         checkpoints.save(job.accelerator, job.model, job.optimizer, where, *state)
 
 
-def begin(args, accelerator) -> Progress:
+def identity(job) -> dict:
+    """What a run must have in common with the checkpoint that it resumes from."""
+    return shared_on_resume(job.args) | {"num_classes": job.accelerator.unwrap_model(job.model).num_classes}
+
+
+def begin(job) -> Progress:
     """Prepare the output folder and load the checkpoint to resume from, if any."""
-    output = Path(args.output)
+    args, accelerator, output = job.args, job.accelerator, Path(job.args.output)
     path = checkpoints.find(args.resume, output / "checkpoints") if args.resume else None
-    progress = Progress() if path is None else Progress(**checkpoints.read(path, shared_on_resume(args)))
+    progress = Progress() if path is None else Progress(**checkpoints.read(path, identity(job)))
     accelerator.wait_for_everyone()  # the main process is about to change the folder
     if accelerator.is_main_process:
         if path is None:

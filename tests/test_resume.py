@@ -1,0 +1,331 @@
+"""Runs that are killed, resumed, or cannot be: the same weights in the end, and one clear message otherwise."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+from test_data import write_folder
+
+import checkpoints
+import train_imagenet
+from data import InputError
+
+ROOT = Path(__file__).parent.parent
+# Dropout, augmentation, workers, a schedule for lr and rho, noise in the perturbation, momentum: all must resume.
+RECIPE = {
+    "model": "test_vit", "img_size": 160, "epochs": 3, "batch_size": 4, "m": 2, "workers": 1, "lr": 0.05, "opt": "sgd",
+    "model_kwargs": {"proj_drop_rate": 0.1}, "method": "random", "rho": 0.1, "rho_min": 0.01, "warmup_epochs": 1,
+    "checkpoint_interval": 1, "scale": [0.3, 1.0],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("images"), images=8)
+
+
+def recipe(tmp_path, images, **changes):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "dataset": str(images), **changes}))
+    return path
+
+
+def command(recipe, output, *flags, processes=1):
+    start = [sys.executable]
+    if processes > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*start, "train_imagenet.py", "--recipe", str(recipe), "--output", str(output), *flags]
+
+
+def start(*args, **kwargs):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(*args, **kwargs), cwd=ROOT, env=environment, **pipes, start_new_session=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def final_weights(output):
+    newest = checkpoints.find("auto", output / "checkpoints")
+    return load_file(newest / "model.safetensors")
+
+
+def steps_saved(output):
+    newest = checkpoints.find("auto", output / "checkpoints")
+    return int(newest.name.split("-")[1]) if newest else 0
+
+
+def in_process(recipe, output, *flags):
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    return train_imagenet.main(["--recipe", str(recipe), "--output", str(output), *flags])
+
+
+def assert_same_run(one, other):
+    """Bit for bit: weights, metrics, results."""
+    for file in ("metrics.jsonl", "results.json", "best/model.safetensors"):
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+    for a, b in zip(final_weights(one).values(), final_weights(other).values(), strict=True):
+        assert torch.equal(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fork(function):
+    """Run it in a fork of this process, which shares nothing but files."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        function()
+        os._exit(0)
+    return child
+
+
+def test_killed_ten_times_and_resumed_equals_the_uninterrupted_run(tmp_path, images):
+    path = recipe(tmp_path, images, workers=0, epochs=8)
+    in_process(path, tmp_path / "whole")
+    output, rng = tmp_path / "killed", random.Random(0)
+    for kill in range(10):
+        child = fork(lambda: in_process(path, output, "--resume", "auto"))
+        before, deadline = steps_saved(output), time.monotonic() + 60
+        while steps_saved(output) <= before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.08))  # into the next step, or the writing of its checkpoint
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert before < steps_saved(output) < 32, f"kill {kill} came too early or too late"
+    in_process(path, output, "--resume", "auto")
+    assert_same_run(tmp_path / "whole", output)
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl", "progress.json"])
+def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, images, file):
+    path, output = recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "run"
+    in_process(path, tmp_path / "whole")
+
+    def run_until_the_third_checkpoint():
+        torch_save, write_text, seen = torch.save, Path.write_text, []
+
+        def die_half_way(name, write, value, target):
+            if Path(target).name == file:
+                seen.append(target)
+                if len(seen) == 3:
+                    Path(target).write_bytes(b"half of")
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return write(value, target) if write is torch_save else write(target, value)
+
+        torch.save = lambda value, target, *args, **kwargs: die_half_way(file, torch_save, value, target)
+        Path.write_text = lambda target, text: die_half_way(file, write_text, text, target)
+        in_process(path, output)
+
+    _, status = os.waitpid(fork(run_until_the_third_checkpoint), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert steps_saved(output) == 2
+    in_process(path, output, "--resume", "auto")
+    assert_same_run(tmp_path / "whole", output)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 90
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(tmp_path, images):
+    path = recipe(tmp_path, images, epochs=8, checkpoint_interval=None)  # no checkpoint but SIGTERM's and an epoch's
+    whole, run = start(path, tmp_path / "whole"), start(path, tmp_path / "run")
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000004", run)
+    run.terminate()
+    assert "stopped by SIGTERM after step" in finish(run)
+    assert steps_saved(tmp_path / "run") < 32
+    assert "resuming from" in finish(start(path, tmp_path / "run", "--resume", "auto"))
+    finish(whole)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole_run_of_two(tmp_path_factory, images):
+    folder = tmp_path_factory.mktemp("two")
+    path = recipe(folder, images, epochs=8, method="obf", model="test_resnet", model_kwargs={}, img_size=32)
+    finish(start(path, folder / "whole", processes=2))
+    return path, final_weights(folder / "whole")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_killed_or_terminated_resume_to_the_same_weights(tmp_path, whole_run_of_two, how):
+    path, weights = whole_run_of_two
+    run = start(path, tmp_path / "run", processes=2)
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000005", run)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    for pid in workers if how == signal.SIGKILL else [run.pid]:  # torchrun passes SIGTERM on
+        os.kill(int(pid), how)
+    run.communicate(timeout=60)
+    assert 5 <= steps_saved(tmp_path / "run") < 32
+    finish(start(path, tmp_path / "run", "--resume", "auto", processes=2))
+    torch.testing.assert_close(final_weights(tmp_path / "run"), weights, rtol=1e-6, atol=1e-6)
+
+
+def test_oldest_checkpoints_are_removed_and_the_best_model_kept(tmp_path, images):
+    in_process(recipe(tmp_path, images, workers=0, checkpoint_hist=3), tmp_path / "run")
+    names = sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000010", "step-00000011", "step-00000012"]
+    assert sorted(file.name for file in (tmp_path / "run" / "best").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_resuming_a_finished_run_trains_no_more(tmp_path, images):
+    path = recipe(tmp_path, images, workers=0)
+    first = in_process(path, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert in_process(path, tmp_path / "run", "--resume", str(tmp_path / "run")) == first
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_auto_without_a_checkpoint_starts(tmp_path, images):
+    assert in_process(recipe(tmp_path, images, workers=0), tmp_path / "run", "--resume", "auto")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def short_run(tmp_path, images, **changes):
+    """A run of two epochs, with the checkpoints of steps 7 and 8; returns its recipe and folder."""
+    path = recipe(tmp_path, images, workers=0, epochs=2, **changes)
+    in_process(path, tmp_path / "run")
+    return path, tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--model", "test_resnet", "--model-kwargs", "--img-size", "32"), "is of a run with .*img_size 160.* 32"),
+        (("--rho", "0.3"), "is of a run with rho 0.1, and this one has 0.3: resume with the same settings"),
+        (("--seed", "5"), "seed"),
+    ],
+)
+def test_checkpoint_of_other_settings_is_refused_and_kept(tmp_path, images, flags, words):
+    path, output = short_run(tmp_path, images)
+    with pytest.raises(InputError, match=words):
+        in_process(path, output, "--resume", "auto", *flags)
+    assert steps_saved(output) == 8
+
+
+def test_checkpoint_of_other_classes_is_refused(tmp_path, images):
+    path, output = short_run(tmp_path, images)
+    for split in ("train", "val"):
+        shutil.copytree(images / split / "cat", images / split / "emu")
+    try:
+        with pytest.raises(InputError, match=r"is of a run with num_classes 2, and this one has 3"):
+            in_process(path, output, "--resume", "auto")
+    finally:
+        for split in ("train", "val"):
+            shutil.rmtree(images / split / "emu")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json"])
+def test_truncated_checkpoint_is_named_and_the_one_before_resumes(tmp_path, images, file):
+    path, output = short_run(tmp_path, images)
+    broken = output / "checkpoints" / "step-00000008" / file
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(InputError, match=rf"{file}.*remove .*step-00000008 to resume from the one before"):
+        in_process(path, output, "--resume", "auto")
+    shutil.rmtree(output / "checkpoints" / "step-00000008")
+    assert in_process(path, output, "--resume", "auto")
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "model.safetensors"])
+def test_damaged_checkpoint_is_one_clear_error(tmp_path, images, file):
+    path, output = short_run(tmp_path, images)
+    broken = output / "checkpoints" / "step-00000008" / file
+    broken.write_bytes(b"?" * broken.stat().st_size)
+    with pytest.raises(InputError, match=r"cannot load the checkpoint .*step-00000008"):
+        in_process(path, output, "--resume", "auto")
+
+
+def test_checkpoint_that_would_run_code_is_refused(tmp_path, images):
+    path, output = short_run(tmp_path, images)
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    folder = output / "checkpoints" / "step-00000008"
+    torch.save({"state": Bomb()}, folder / "optimizer.bin")
+    record = json.loads((folder / "progress.json").read_text())
+    record["files"]["optimizer.bin"] = (folder / "optimizer.bin").stat().st_size
+    (folder / "progress.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="cannot load the checkpoint"):
+        in_process(path, output, "--resume", "auto")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_checkpoint_of_a_newer_format_says_so(tmp_path, images):
+    path, output = short_run(tmp_path, images)
+    file = output / "checkpoints" / "step-00000008" / "progress.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    with pytest.raises(InputError, match="has format 99, newer than 1: update"):
+        in_process(path, output, "--resume", "auto")
+
+
+def test_resume_from_a_folder_without_checkpoints(tmp_path, images):
+    with pytest.raises(InputError, match="there is no checkpoint in /nowhere"):
+        in_process(recipe(tmp_path, images), tmp_path / "run", "--resume", "/nowhere")
+
+
+def test_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, images):
+    path, output = recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "run"
+
+    def run():
+        save_state, calls = Accelerator.save_state, []
+
+        def save_with_a_full_disk(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+            return save_state(self, *args, **kwargs)
+
+        Accelerator.save_state = save_with_a_full_disk
+        try:
+            in_process(path, output)
+        except InputError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            (tmp_path / "message").write_text(str(error))
+
+    os.waitpid(fork(run), 0)
+    assert re.search(r"cannot write .* It needs \d+\.\d MiB, .* are free", (tmp_path / "message").read_text())
+    assert sorted(os.listdir(output / "checkpoints")) == ["step-00000001", "step-00000002"]
+    assert in_process(path, output, "--resume", "auto")
+
+
+def test_full_disk_is_noticed_before_writing(tmp_path, images, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"the disk is full\. It needs [1-9]"):
+        in_process(recipe(tmp_path, images, workers=0), tmp_path / "run")
+
+
+def test_loss_that_stays_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, images):
+    path = recipe(tmp_path, images, workers=0, epochs=8, lr=1e30, rho_min=None, warmup_epochs=0)
+    with pytest.raises(InputError, match=r"has not been finite since step [23]:"):
+        in_process(path, tmp_path / "run")
+    assert steps_saved(tmp_path / "run") in (1, 2)
+    assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path / "run").values())
