@@ -305,7 +305,8 @@ class SAM(torch.optim.Optimizer):
             yield
             # g and gp are both on the loss scale; a g that was not finite counts as zero.
             length = scale.to(inverse_norm) * inverse_norm if self.gsam_normalize else inverse_norm.sign()
-            _subtract_orthogonal(chunks, loss_weight * self.gsam_alpha * length)
+            if chunks:
+                _subtract_orthogonal(chunks, loss_weight * self.gsam_alpha * length)
 
     @torch.no_grad()
     def _weigh(self, chunks, scale):
@@ -377,14 +378,13 @@ def _chunks(param_groups):
 def _total(chunks, terms):
     """The sum of one scalar per chunk, over the processes too that hold the chunks' other shards."""
     sums = {}
-    for (_, _, _, sharding), term in zip(chunks, terms):
-        sums[sharding] = sums[sharding] + term.to(sums[sharding]) if sharding in sums else term
-    for sharding in filter(None, sums):
-        mesh, placements = sharding
-        placements = [Partial() if placement.is_shard() else placement for placement in placements]
-        sums[sharding] = DTensor.from_local(sums[sharding], mesh, placements, run_check=False).full_tensor()
-    total = list(sums.values())
-    return sum(total[1:], start=total[0])
+    for (*_, sharding), term in zip(chunks, terms):
+        sums[sharding] = sums.get(sharding, 0) + term.to(terms[0])
+    for mesh, placements in filter(None, sums):
+        partial = [Partial() if placement.is_shard() else placement for placement in placements]
+        own = DTensor.from_local(sums[mesh, placements], mesh, partial, run_check=False)
+        sums[mesh, placements] = own.full_tensor()
+    return sum(sums.values())
 
 
 @torch.no_grad()
@@ -394,10 +394,8 @@ def _subtract_orthogonal(chunks, weight):
     for params, grads, *_ in chunks:
         kept = [(p.grad, g) for p, g in zip(params, grads) if p.grad is not None]
         pairs.append((_local([gp for gp, _ in kept]), [g for _, g in kept]))
-    product, square = (
-        _total(chunks, [_dot(gps, others).to(weight) for gps, others in sides])
-        for sides in (pairs, [(gps, gps) for gps, _ in pairs])
-    )
+    product = _total(chunks, [_dot(gps, gs, weight) for gps, gs in pairs])
+    square = _total(chunks, [_dot(gps, gps, weight) for gps, _ in pairs])
     # A gp of zero, or one that overflowed, has no direction to project on.
     projection = (weight * product / square).nan_to_num(0.0, 0.0, 0.0)
     for gps, gs in pairs:
@@ -406,6 +404,6 @@ def _subtract_orthogonal(chunks, weight):
             torch._foreach_sub_(gps, torch._foreach_mul(gs, weight.to(gs[0])))
 
 
-def _dot(left, right):
-    products = [torch.dot(a.reshape(-1).to(_wide(a)), b.reshape(-1).to(_wide(b))) for a, b in zip(left, right)]
-    return torch.stack(products).sum() if products else torch.zeros(())
+def _dot(left, right, like):
+    products = (torch.dot(a.reshape(-1).to(_wide(a)), b.reshape(-1).to(_wide(b))) for a, b in zip(left, right))
+    return sum((product.to(like) for product in products), start=torch.zeros_like(like))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import resource
 import shutil
@@ -252,7 +253,7 @@ def dry_run(job, loaders):
     args, accelerator = job.args, job.accelerator
     job.model.train()
     job.schedule(0)
-    batches = job.batches(0, 0)
+    batches = itertools.chain.from_iterable(job.batches(epoch, 0) for epoch in range(2))
     for _ in range(2):  # the first one warms up
         start = time.monotonic()
         loss = update(job, batches).item()

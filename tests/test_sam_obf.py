@@ -343,10 +343,11 @@ def test_ascent_gradient_never_reaches_grad():
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_rho_zero_equals_the_base_optimizer_bit_for_bit(base, batch_norm):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rho_zero_equals_the_base_optimizer_bit_for_bit(base, batch_norm, variant):
     model = network(batch_norm)
     reference = copy.deepcopy(model)
-    optimizer = SAM(BASES[base](model.parameters()), model, rho=0.0)
+    optimizer = SAM(BASES[base](model.parameters()), model, rho=0.0, **VARIANTS[variant])
     reference_optimizer = BASES[base](reference.parameters())
     for x, y in batches(5):
         with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
