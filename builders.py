@@ -1,12 +1,13 @@
 """Settings made into objects: the accelerator, loss, optimizer, schedule and loaders of a run."""
 
+import signal
 import warnings
 
 import datasets
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import send_to_device
+from accelerate.utils import LoggerType, send_to_device
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -24,7 +25,7 @@ def build_accelerator(args) -> Accelerator:
     Raises:
         InputError: the tracker's package is missing, or FSDP would save what only unpickling can load.
     """
-    if args.log_with and args.log_with not in get_available_trackers():
+    if args.log_with and LoggerType(args.log_with) not in get_available_trackers():
         raise InputError(f"--log-with {args.log_with} needs its package: pip install {args.log_with.replace('_', '-')}")
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate knows no other name yet
     accelerator = Accelerator(
@@ -124,8 +125,14 @@ def _loader(args, accelerator, dataset, workers=None, **options):
         pin_memory=accelerator.device.type == "cuda",
         # Of its own: a loader's start would otherwise draw from the stream that a resumed run continues.
         generator=torch.Generator(),
+        worker_init_fn=_outlive_sigterm,
         **options,
     )
+
+
+def _outlive_sigterm(_):
+    """A scheduler's SIGTERM reaches loader workers too, and the main process still needs them to finish its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def train_batches(args, accelerator, split, transform, loaded):

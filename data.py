@@ -11,6 +11,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageFilter
 from timm.data import create_transform
+from torchvision.transforms import Normalize
 
 SHIFTS = ("recoloured", "rotated", "sketch", "occluded", "noisy")
 # Ten hues of like brightness, one for each digit: the spurious feature of the training images.
@@ -230,12 +231,19 @@ def _decode(image):
 def transforms(config: dict, *, scale, ratio, hflip: float):
     """timm's training and evaluation transforms for a model's data config (``timm.data.resolve_data_config``).
 
-    Images come out as uint8 (3, height, width); ``timm``'s normalisation is left to the device.
+    Images come out as uint8 (3, height, width), for ``to_input`` to normalise on the device.
     """
     shared = {"input_size": config["input_size"], "interpolation": config["interpolation"], "normalize": False}
     train = create_transform(**shared, is_training=True, scale=scale, ratio=ratio, hflip=hflip, color_jitter=None)
     evaluation = create_transform(**shared, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
     return train, evaluation
+
+
+def to_input(config: dict, dtype: torch.dtype):
+    """A function from uint8 images (batch, 3, height, width), on any device, to the model's normalised input."""
+    mean, std = ([255 * value for value in config[key]] for key in ("mean", "std"))
+    normalize = Normalize(mean, std, inplace=True)
+    return lambda images: normalize(images.to(dtype))
 
 
 def digits(seed: int = 0) -> datasets.DatasetDict:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import timm
 from accelerate.utils import set_seed
+from timm.models import is_model_pretrained
 
 import builders
 import data
@@ -28,7 +29,7 @@ def load_model(args, num_classes):
                 hint = f": did you mean {folder / 'best'}?" if (folder / "best").is_dir() else ""
                 raise data.InputError(f"the folder {folder} has no {file}, so it is no model in timm's layout{hint}")
         name = f"local-dir:{folder}"
-    elif ":" not in name and not timm.list_pretrained(name.split(".")[0] + "*"):
+    elif ":" not in name and not is_model_pretrained(name):
         raise data.InputError(f"there is no folder {name!r}, and timm has no pretrained model of that name")
     try:
         model = timm.create_model(name, pretrained=True, **args.model_kwargs)

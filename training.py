@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
-from torchvision.transforms import Normalize
 from tqdm.auto import tqdm
 
 import builders
@@ -125,11 +124,11 @@ def train(args, accelerator: Accelerator, splits: datasets.DatasetDict, model: t
     if args.push_to_hub and accelerator.is_main_process:
         checkpoints.check_hub(args.push_to_hub)
 
-    normalize, dtype = Normalize(config["mean"], config["std"]), next(model.parameters()).dtype
+    to_input = data.to_input(config, next(model.parameters()).dtype)
     model, optimizer = accelerator.prepare(model, optimizer)
     job = Job(
         args, accelerator, model, optimizer, objective, criterion,
-        to_input=lambda images: normalize(images.to(dtype) / 255),
+        to_input=to_input,
         m=m,
         accumulation=accumulation,
         batches=batches,
@@ -232,7 +231,8 @@ def begin(job) -> Progress:
     accelerator.wait_for_everyone()  # the main process is about to change the folder
     if accelerator.is_main_process:
         if path is None:
-            shutil.rmtree(output / "checkpoints", ignore_errors=True)
+            for old in ("checkpoints", "best", "last"):
+                shutil.rmtree(output / old, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
         metrics = output / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []

@@ -154,7 +154,7 @@ def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(tmp_
     path = recipe(tmp_path, images, epochs=8, checkpoint_interval=None)  # no checkpoint but SIGTERM's and an epoch's
     whole, run = start(path, tmp_path / "whole"), start(path, tmp_path / "run")
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000004", run)
-    run.terminate()
+    os.killpg(run.pid, signal.SIGTERM)  # schedulers send it to loader workers too
     assert "stopped by SIGTERM after step" in finish(run)
     assert steps_saved(tmp_path / "run") < 32
     assert "resuming from" in finish(start(path, tmp_path / "run", "--resume", "auto"))

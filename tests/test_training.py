@@ -19,6 +19,7 @@ import builders
 import engine
 import settings
 import train_imagenet
+import training
 from data import InputError
 from sam_obf import SAM
 
@@ -122,6 +123,30 @@ def test_shrink_and_perturb_pulls_to_the_first_weights_in_proportion_to_lr(accel
     assert engine.update(job, iter([{"image": images, "label": labels}])).item() == pytest.approx(loss.item())
     factor = 0.01 * 0.05 / 0.2
     torch.testing.assert_close(model.weight.data, factor * 7 + (1 - factor) * (weight.detach() - 0.05 * g))
+
+
+def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerator):
+    """fp16's loss scaling, which works on a CPU too: the second of three steps overflows."""
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = torch.nn.Linear(3, 2)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduled, weights = [], []
+    images = [torch.ones(4, 3), torch.full((4, 3), 1e37), torch.ones(4, 3)]
+    job = make_job(
+        accelerator, model, optimizer, objective=F.cross_entropy, steps=3, schedule=scheduled.append,
+        args=argparse.Namespace(clip_grad=None, perturb_fraction=1.0, checkpoint_interval=None),
+        batches=lambda epoch, first: iter([{"image": x, "label": torch.tensor([0, 1, 1, 0])} for x in images]),
+        to_input=lambda x: weights.append(model.weight.detach().clone()) or x,
+    )  # fmt: skip
+    progress = training.Progress()
+    with training.Watch(accelerator) as watch, training.tqdm(disable=True) as bar:
+        training.train_epoch(job, progress, watch, bar)
+    assert (progress.steps, progress.updates) == (3, 2)
+    assert scheduled == [0, 1, 2]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+    assert accelerator.scaler.get_scale() == 2.0**9
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def batch_settings(**values):

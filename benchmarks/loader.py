@@ -1,0 +1,106 @@
+# Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
+"""Images per second of the training input, beside that of timm's own loader.
+
+Both read the same folder of JPEG files with the same transforms, workers and batch size, and put normalised batches on
+the device. They take turns, an epoch each, and a ratio compares two epochs of the same round.
+
+    python benchmarks/loader.py                                  # 1024 made-up photographs of 500 x 375 pixels
+    python benchmarks/loader.py --folder imagenet/train --workers 12 --device cuda
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from timm.data import create_dataset, create_loader
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import builders
+import data
+
+CONFIG = {
+    "input_size": (3, 224, 224), "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center",
+    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+}  # fmt: skip
+AUGMENTATION = {"scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
+TARGET = 1.0
+
+
+def write_photographs(folder, number, seed=0):
+    """JPEG files whose spectrum, and so size, is like that of photographs: about 100 kB each."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(375), np.fft.fftfreq(500), indexing="ij"))
+    for i in tqdm(range(number), desc="making photographs", leave=False):
+        noise = np.fft.fft2(rng.normal(size=(3, 375, 500))) / np.maximum(frequency, 1 / 500) ** 1.2
+        image = np.fft.ifft2(noise).real
+        image = 128 + 50 * (image - image.mean()) / image.std()
+        path = Path(folder) / f"class{i % 4}" / f"{i}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(path, quality=92)
+
+
+def ours(args, accelerator):
+    """A function that returns an iterator over an epoch's batches."""
+    split = datasets.load_dataset("imagefolder", data_dir=args.folder, split="train")
+    split = split.cast_column("image", datasets.Image(decode=False))
+    transform, _ = data.transforms(CONFIG, **AUGMENTATION)
+    _, batches = builders.train_batches(args, accelerator, split, transform, args.batch_size)
+    to_input = data.to_input(CONFIG, torch.float32)
+    return lambda epoch: (to_input(batch["image"]) for batch in batches(epoch, 0))
+
+
+def timms(args, accelerator):
+    dataset = create_dataset("", root=args.folder, class_map="")
+    kept = {key: value for key, value in CONFIG.items() if key not in ("crop_pct", "crop_mode")}
+    loader = create_loader(
+        dataset, batch_size=args.batch_size, is_training=True, num_workers=args.workers, device=accelerator.device,
+        color_jitter=None, pin_memory=accelerator.device.type == "cuda", **kept, **AUGMENTATION,
+    )  # fmt: skip
+    return lambda epoch: (images for images, _ in loader)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="images as CLASS/FILE (made up)")
+    parser.add_argument("--images", type=int, default=1024, help="to make up (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="epochs of each (%(default)s)")
+    args = parser.parse_args()
+    args.seed, args.train_num_samples = 0, None
+    accelerator = Accelerator()
+    with tempfile.TemporaryDirectory() as made_up:
+        if args.folder is None:
+            write_photographs(made_up, args.images)
+            args.folder = made_up
+        contestants = {"timm": timms(args, accelerator), "ours": ours(args, accelerator)}
+        rates = {name: [] for name in contestants}
+        for epoch in tqdm(range(args.rounds + 1), desc="rounds", leave=False):
+            for name in sorted(contestants, reverse=bool(epoch % 2)):
+                start, seen = time.perf_counter(), 0
+                for images in contestants[name](epoch):
+                    seen += len(images)
+                if accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if epoch:  # the first one starts the workers
+                    rates[name].append(seen / (time.perf_counter() - start))
+    ratios = sorted(one / other for one, other in zip(rates["ours"], rates["timm"]))
+    ratio = statistics.median(ratios)
+    print(f"batch {args.batch_size}, {args.workers} workers, {accelerator.device}, {args.rounds} rounds, medians")
+    for name, values in rates.items():
+        print(f"{name:<5} {statistics.median(values):8.1f} images/s")
+    verdict = "ok" if ratio >= TARGET else "MISSED"
+    print(f"ratio {ratio:8.3f} ({ratios[0]:.2f}-{ratios[-1]:.2f})   target >= {TARGET} {verdict}")
+
+
+if __name__ == "__main__":
+    main()
