@@ -11,6 +11,7 @@ import huggingface_hub
 import timm
 import torch
 from accelerate.utils import load
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import push_to_hf_hub, save_for_hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -58,7 +59,7 @@ def room_for(tensors, folder: Path, main: bool):
             if shutil.disk_usage(folder).free < needed:
                 raise OSError("the disk is full")
         yield
-    except (OSError, RuntimeError) as error:  # torch's and safetensors' writers raise RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
         shutil.rmtree(folder / "draft", ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
         raise InputError(

@@ -1,6 +1,7 @@
 """Runs that are killed, resumed, or cannot be: the same weights in the end, and one clear message otherwise."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -90,57 +91,69 @@ def assert_same_run(one, other):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def fork(function):
-    """Run it in a fork of this process, which shares nothing but files."""
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        function()
-        os._exit(0)
-    return child
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has started no threads
+FORKS.set_forkserver_preload(["train_imagenet"])
+
+
+def train_apart(recipe, output, *flags):
+    torch.set_num_threads(1)
+    in_process(recipe, output, *flags)
+
+
+def apart(function, *args):
+    """Start it in a process of its own; a process that is killed leaves nothing but files."""
+    process = FORKS.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def finished(process):
+    process.join(120)
+    return process.exitcode == 0
 
 
 def test_killed_ten_times_and_resumed_equals_the_uninterrupted_run(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=8)
-    in_process(path, tmp_path / "whole")
+    assert finished(apart(train_apart, path, tmp_path / "whole"))
     output, rng = tmp_path / "killed", random.Random(0)
     for kill in range(10):
-        child = fork(lambda: in_process(path, output, "--resume", "auto"))
+        run = apart(train_apart, path, output, "--resume", "auto")
         before, deadline = steps_saved(output), time.monotonic() + 60
         while steps_saved(output) <= before and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.08))  # into the next step, or the writing of its checkpoint
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        run.kill()
+        run.join()
         assert before < steps_saved(output) < 32, f"kill {kill} came too early or too late"
-    in_process(path, output, "--resume", "auto")
+    assert finished(apart(train_apart, path, output, "--resume", "auto"))
     assert_same_run(tmp_path / "whole", output)
+
+
+def die_while_writing(file, recipe, output):
+    """Be killed half-way through the third checkpoint's ``file``."""
+    torch_save, write_text, seen = torch.save, Path.write_text, []
+
+    def die(target):
+        if Path(target).name == file:
+            seen.append(target)
+        if len(seen) == 3:
+            Path(target).write_bytes(b"half of")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = lambda value, target, *args, **kwargs: die(target) or torch_save(value, target)
+    Path.write_text = lambda target, text: die(target) or write_text(target, text)
+    train_apart(recipe, output)
 
 
 @pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl", "progress.json"])
 def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, images, file):
     path, output = recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "run"
-    in_process(path, tmp_path / "whole")
-
-    def run_until_the_third_checkpoint():
-        torch_save, write_text, seen = torch.save, Path.write_text, []
-
-        def die_half_way(name, write, value, target):
-            if Path(target).name == file:
-                seen.append(target)
-                if len(seen) == 3:
-                    Path(target).write_bytes(b"half of")
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return write(value, target) if write is torch_save else write(target, value)
-
-        torch.save = lambda value, target, *args, **kwargs: die_half_way(file, torch_save, value, target)
-        Path.write_text = lambda target, text: die_half_way(file, write_text, text, target)
-        in_process(path, output)
-
-    _, status = os.waitpid(fork(run_until_the_third_checkpoint), 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert finished(apart(train_apart, path, tmp_path / "whole"))
+    run = apart(die_while_writing, file, path, output)
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
     assert steps_saved(output) == 2
-    in_process(path, output, "--resume", "auto")
+    assert finished(apart(train_apart, path, output, "--resume", "auto"))
     assert_same_run(tmp_path / "whole", output)
 
 
@@ -291,27 +304,28 @@ def test_resume_from_a_folder_without_checkpoints(tmp_path, images):
         in_process(recipe(tmp_path, images), tmp_path / "run", "--resume", "/nowhere")
 
 
+def train_with_a_full_disk(recipe, output, message):
+    """From the third checkpoint on, no file can grow beyond 50 kB."""
+    save_state, calls, unlimited = Accelerator.save_state, [], resource.RLIM_INFINITY
+
+    def save_with_a_full_disk(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited))
+        return save_state(self, *args, **kwargs)
+
+    Accelerator.save_state = save_with_a_full_disk
+    try:
+        train_apart(recipe, output)
+    except InputError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        message.write_text(str(error))
+
+
 def test_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, images):
-    path, output = recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "run"
-
-    def run():
-        save_state, calls = Accelerator.save_state, []
-
-        def save_with_a_full_disk(self, *args, **kwargs):
-            calls.append(1)
-            if len(calls) == 3:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-            return save_state(self, *args, **kwargs)
-
-        Accelerator.save_state = save_with_a_full_disk
-        try:
-            in_process(path, output)
-        except InputError as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            (tmp_path / "message").write_text(str(error))
-
-    os.waitpid(fork(run), 0)
-    assert re.search(r"cannot write .* It needs \d+\.\d MiB, .* are free", (tmp_path / "message").read_text())
+    path, output, message = recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "run", tmp_path / "message"
+    assert finished(apart(train_with_a_full_disk, path, output, message))
+    assert re.search(r"cannot write .* It needs \d+\.\d MiB, .* are free", message.read_text())
     assert sorted(os.listdir(output / "checkpoints")) == ["step-00000001", "step-00000002"]
     assert in_process(path, output, "--resume", "auto")
 
