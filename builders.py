@@ -131,8 +131,8 @@ def _loader(args, accelerator, dataset, workers=None, **options):
 
 
 def _outlive_sigterm(_):
-    """A scheduler's SIGTERM reaches loader workers too, and the main process still needs them to finish its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A scheduler's SIGTERM reaches loader workers too, and the main process needs them for a minute at most."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def train_batches(args, accelerator, split, transform, loaded):

@@ -9,18 +9,11 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import Image, ImageFilter
+from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import Normalize
 
-SHIFTS = ("recoloured", "rotated", "sketch", "occluded", "noisy")
-# Ten hues of like brightness, one for each digit: the spurious feature of the training images.
-TINTS = np.array(
-    [
-        [230, 60, 60], [60, 190, 60], [80, 110, 240], [210, 190, 40], [200, 70, 210],
-        [50, 190, 200], [240, 140, 40], [150, 150, 150], [120, 80, 200], [130, 170, 50],
-    ]
-)  # fmt: skip
+from digits import digits
 
 
 class InputError(ValueError):
@@ -45,7 +38,7 @@ def load(name: str, streaming: bool = False) -> datasets.DatasetDict:
             splits = {split: ds.to_iterable_dataset(num_shards=8) for split, ds in splits.items()}
     else:
         folder = Path(name).expanduser()
-        splits = _load(str(folder) if folder.is_dir() else name, streaming)
+        splits = hub(str(folder) if folder.is_dir() else name, name, streaming=streaming)
     splits = {split: _standard_columns(ds, name) for split, ds in splits.items()}
     if streaming:  # what else there is cannot be told from an unlabelled split without reading it
         splits = {split: ds for split, ds in splits.items() if split in ("train", "validation")}
@@ -62,9 +55,14 @@ def load(name: str, streaming: bool = False) -> datasets.DatasetDict:
     return datasets.DatasetDict(splits) if not streaming else datasets.IterableDatasetDict(splits)
 
 
-def _load(name, streaming):
+def hub(path: str, name: str, **options):
+    """``datasets.load_dataset(path, **options)``, called ``name`` in errors.
+
+    Raises:
+        InputError: it cannot be loaded, with what to do.
+    """
     try:
-        return datasets.load_dataset(name, streaming=streaming)
+        return datasets.load_dataset(path, **options)
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             page = f"https://huggingface.co/datasets/{name}"
@@ -212,12 +210,17 @@ def _examples(images, labels, keys, transform, seed):
         for image, label, key in zip(images, labels, keys):
             random.seed(f"{seed} {key}")
             torch.default_generator.manual_seed(random.getrandbits(63))
-            examples.append({"image": transform(_decode(image)), "label": label})
+            examples.append({"image": transform(decode(image)), "label": label})
     random.setstate(state)
     return examples
 
 
-def _decode(image):
+def decode(image: dict) -> Image.Image:
+    """An undecoded image of ``datasets``, in RGB.
+
+    Raises:
+        InputError: it cannot be read; the message has its file name.
+    """
     try:
         with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
             opened.load()
@@ -244,65 +247,3 @@ def to_input(config: dict, dtype: torch.dtype):
     mean, std = ([255 * value for value in config[key]] for key in ("mean", "std"))
     normalize = Normalize(mean, std, inplace=True)
     return lambda images: normalize(images.to(dtype))
-
-
-def digits(seed: int = 0) -> datasets.DatasetDict:
-    """scikit-learn's 1797 handwritten digits as 32 x 32 RGB: train 900, validation 200, test 697, five shifts of test.
-
-    Each digit is tinted; the tint is that of its class half of the time and of another class otherwise. The shifts are
-    recoloured (always another class's tint), rotated (up to 30 degrees and 2 pixels), sketch (an edge map), occluded (a
-    grey square) and noisy. They are the same for the same seed.
-    """
-    from sklearn.datasets import load_digits
-
-    rng = np.random.RandomState(seed)  # its stream is frozen across NumPy's versions
-    raw = load_digits()
-    order = rng.permutation(len(raw.target))
-    grey = [Image.fromarray((raw.images[i] * 15.9375).astype(np.uint8)).resize((32, 32), Image.BICUBIC) for i in order]
-    labels = raw.target[order]
-    others = (labels + rng.randint(1, 10, len(labels))) % 10
-    tints = np.where(rng.rand(len(labels)) < 0.5, labels, others)
-    plain = [_tint(image, tint) for image, tint in zip(grey, tints)]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
-    )
-
-    def split(images, rows):
-        return datasets.Dataset.from_dict({"image": images, "label": labels[rows]}, features=features)
-
-    rows = slice(1100, None)
-    shifted = {
-        "recoloured": [_tint(image, other) for image, other in zip(grey[rows], others[rows])],
-        "rotated": [_rotate(image, rng) for image in plain[rows]],
-        "sketch": [_sketch(image) for image in grey[rows]],
-        "occluded": [_occlude(image, rng) for image in plain[rows]],
-        "noisy": [_add_noise(image, rng) for image in plain[rows]],
-    }
-    first = {"train": slice(900), "validation": slice(900, 1100), "test": rows}
-    splits = {name: split(plain[rows], rows) for name, rows in first.items()}
-    return datasets.DatasetDict(splits | {name: split(images, rows) for name, images in shifted.items()})
-
-
-def _tint(grey, tint):
-    return Image.fromarray((np.asarray(grey)[..., None] / 255 * TINTS[tint]).astype(np.uint8))
-
-
-def _rotate(image, rng):
-    angle, (dx, dy) = rng.uniform(-30, 30), rng.randint(-2, 3, 2)
-    return image.rotate(angle, Image.BILINEAR, translate=(int(dx), int(dy)))
-
-
-def _sketch(grey):
-    shape = grey.point(lambda value: 255 * (value > 96))  # its outline is one sharp line
-    return shape.filter(ImageFilter.FIND_EDGES).convert("RGB")
-
-
-def _occlude(image, rng):
-    pixels, (x, y) = np.array(image), rng.randint(4, 19, 2)
-    pixels[y : y + 10, x : x + 10] = 128
-    return Image.fromarray(pixels)
-
-
-def _add_noise(image, rng):
-    noisy = np.asarray(image) + rng.normal(0, 50, (32, 32, 3))
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))

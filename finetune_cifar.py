@@ -51,5 +51,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with training.clear_errors():
+    with settings.clear_errors():
         main()

@@ -1,7 +1,10 @@
 """Settings: flags, recipes and methods; a recipe's keys are the flags' names."""
 
 import argparse
+import contextlib
 import difflib
+import multiprocessing
+import signal
 import sys
 from pathlib import Path
 
@@ -40,6 +43,20 @@ PERTURBATION = {
 # Flags about one execution of a run; the others are settings, which a recipe may hold and a resumed run must share.
 NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
 FREE_ON_RESUME = ("output", "workers", "checkpoint_interval", "checkpoint_hist", "log_with", "push_to_hub")
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """End the program with an ``InputError``'s message alone, also when it comes from a data loading process."""
+    try:
+        yield
+    except InputError as error:
+        raise SystemExit(f"error: {str(error).split('data.InputError: ')[-1].strip()}") from None
+    finally:
+        # Loader workers outlive a SIGTERM for a minute, also the one that they get when this program ends.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a killed worker for an accident
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,5 @@
 """What the training scripts share: the one training loop."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -29,15 +28,6 @@ from engine import Job, average_batch_norm, evaluate_top1, update
 from settings import resolved, shared_on_resume
 
 PATIENCE = 20  # updates in a row without a finite loss, after which a run gives up
-
-
-@contextlib.contextmanager
-def clear_errors():
-    """End the program with an ``InputError``'s message alone, also when it comes from a data loading process."""
-    try:
-        yield
-    except data.InputError as error:
-        raise SystemExit(f"error: {str(error).split('data.InputError: ')[-1].strip()}") from None
 
 
 @dataclasses.dataclass

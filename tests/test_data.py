@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from timm.data import create_transform
 
 import data
+import digits as digits_module
 
 
 def write_folder(root, splits=("train", "val"), classes=("cat", "dog"), images=3):
@@ -29,7 +30,7 @@ def write_folder(root, splits=("train", "val"), classes=("cat", "dog"), images=3
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.digits()
+    return digits_module.digits()
 
 
 def pixels(ds):
@@ -39,9 +40,9 @@ def pixels(ds):
 
 
 def test_digits_have_the_splits_sizes_and_types_of_the_design(digits):
-    sizes = {"train": 900, "validation": 200, "test": 697, **dict.fromkeys(data.SHIFTS, 697)}
+    sizes = {"train": 900, "validation": 200, "test": 697, **dict.fromkeys(digits_module.SHIFTS, 697)}
     assert {name: len(split) for name, split in digits.items()} == sizes
-    assert data.SHIFTS == ("recoloured", "rotated", "sketch", "occluded", "noisy")
+    assert digits_module.SHIFTS == ("recoloured", "rotated", "sketch", "occluded", "noisy")
     for split in digits.values():
         assert split.features["label"].names == [str(i) for i in range(10)]
         assert pixels(split).shape == (len(split), 32, 32, 3)
@@ -67,7 +68,7 @@ def tints(images):
     """Which tint each image has: that nearest in hue to its brightest pixel."""
     flat = images.flatten(1, 2).float()
     brightest = flat[torch.arange(len(flat)), flat.sum(-1).argmax(1)]
-    known = torch.tensor(data.TINTS).float()
+    known = torch.tensor(digits_module.TINTS).float()
     cosine = torch.nn.functional.cosine_similarity(brightest[:, None], known[None], dim=-1)
     assert cosine.amax(1).min() > 0.999
     return cosine.argmax(1).numpy()
@@ -83,7 +84,7 @@ def test_tint_agrees_with_the_class_half_of_the_time_and_never_when_recoloured(d
 
 def test_shifts_change_every_image_and_keep_its_label(digits):
     plain = pixels(digits["test"]).float()
-    for shift in data.SHIFTS:
+    for shift in digits_module.SHIFTS:
         assert digits[shift]["label"] == digits["test"]["label"]
         changed = (pixels(digits[shift]).float() - plain).flatten(1).abs().amax(1) > 20
         # A tint that was another class's already stays in "recoloured"; a turn may be small.
@@ -93,7 +94,7 @@ def test_shifts_change_every_image_and_keep_its_label(digits):
 
 
 def test_digits_are_deterministic_by_seed(digits):
-    again, other = data.digits(), data.digits(seed=1)
+    again, other = digits_module.digits(), digits_module.digits(seed=1)
     for split in digits:
         assert torch.equal(pixels(digits[split]), pixels(again[split]))
         assert not torch.equal(pixels(digits[split]), pixels(other[split]))
