@@ -117,17 +117,22 @@ def build_schedule(args, optimizer, updates_per_epoch):
     return schedule
 
 
+def worker_options(accelerator, workers: int) -> dict:
+    """How a ``DataLoader`` of this project runs its workers."""
+    # CPython can deadlock in the child if it forks while a thread of torch.distributed enters or leaves Python.
+    several = workers > 0 and accelerator.num_processes > 1
+    return {
+        "num_workers": workers,
+        "pin_memory": accelerator.device.type == "cuda",
+        "multiprocessing_context": "forkserver" if several else None,
+        "worker_init_fn": _outlive_sigterm,
+    }
+
+
 def _loader(args, accelerator, dataset, workers=None, **options):
-    workers = args.workers if workers is None else workers
-    return torch.utils.data.DataLoader(
-        dataset,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-        # Of its own: a loader's start would otherwise draw from the stream that a resumed run continues.
-        generator=torch.Generator(),
-        worker_init_fn=_outlive_sigterm,
-        **options,
-    )
+    # A generator of its own: a loader's start would otherwise draw from the stream that a resumed run continues.
+    options |= worker_options(accelerator, args.workers if workers is None else workers)
+    return torch.utils.data.DataLoader(dataset, generator=torch.Generator(), **options)
 
 
 def _outlive_sigterm(_):
@@ -168,9 +173,10 @@ def _streamed_batches(args, accelerator, split, transform, loaded):
     return batches
 
 
-def evaluation_loader(args, accelerator, split, transform, loaded):
+def evaluation_loader(args, accelerator, split, transform, loaded, persistent=False):
     """The prepared loader of a split in order; the main process alone reads a stream."""
     if isinstance(split, datasets.IterableDataset):
         stream = data.Stream(split, transform, loaded)
         return accelerator.prepare(_loader(args, accelerator, stream, min(args.workers, 1), batch_size=None))
-    return accelerator.prepare(_loader(args, accelerator, data.Images(split, transform), batch_size=loaded))
+    options = {"batch_size": loaded, "persistent_workers": persistent and args.workers > 0}
+    return accelerator.prepare(_loader(args, accelerator, data.Images(split, transform), **options))

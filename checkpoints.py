@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import load
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models import push_to_hf_hub, save_for_hf
+from timm.models import is_model_pretrained, push_to_hf_hub, save_for_hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from data import InputError
@@ -164,6 +164,27 @@ def save_model(accelerator, model, folder: Path, config: str) -> None:
         os.replace(draft / "model.safetensors", folder / "model.safetensors")
         draft.rmdir()
         (folder / "config.json").write_text(config)
+
+
+def open_model(name: str, **model_kwargs) -> torch.nn.Module:
+    """A trained model: from a folder in timm's layout, by its timm name, or by an ``hf-hub:`` or ``local-dir:`` id.
+
+    Raises:
+        InputError: there is no such model, or its files are damaged or do not fit each other.
+    """
+    source, folder = name, Path(name.removeprefix("local-dir:")).expanduser()
+    if folder.is_dir():
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).exists():
+                hint = f": did you mean {folder / 'best'}?" if (folder / "best").is_dir() else ""
+                raise InputError(f"the folder {folder} has no {file}, so it is no model in timm's layout{hint}")
+        source = f"local-dir:{folder}"
+    elif ":" not in name and not is_model_pretrained(name):
+        raise InputError(f"there is no folder {name!r}, and timm has no pretrained model of that name")
+    try:
+        return timm.create_model(source, pretrained=True, **model_kwargs)
+    except Exception as error:  # safetensors, json, the Hub and timm each raise their own
+        raise InputError(f"cannot load the model {name!r}: {error}") from error
 
 
 def check_hub(repo: str) -> None:

@@ -126,15 +126,15 @@ def train(args, accelerator: Accelerator, splits: datasets.DatasetDict, model: t
         schedule=builders.build_schedule(args, optimizer, size // args.batch_size),
         initial=[p.detach().clone() for p in model.parameters()] if args.shrink_perturb else [],
     )  # fmt: skip
+    held_out = "validation" if "validation" in splits else "test"
     loaders = {
-        split: builders.evaluation_loader(args, accelerator, ds, eval_transform, loaded)
+        split: builders.evaluation_loader(args, accelerator, ds, eval_transform, loaded, persistent=split == held_out)
         for split, ds in splits.items()
         if split != "train"
     }
     set_seed(args.seed, device_specific=True)  # each process draws dropout and random perturbations of its own
     if args.dry_run:
         return dry_run(job, loaders)
-    held_out = "validation" if "validation" in splits else "test"
     folder = Path(args.output) / ("best" if held_out == "validation" else "last")
     run_epochs(job, held_out, loaders[held_out], folder, timm_config)
     return finish(job, loaders, folder)

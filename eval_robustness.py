@@ -1,0 +1,253 @@
+"""Evaluate classifiers on ImageNet, ImageNet-Real, -V2, -R and -Sketch, or offline on the digits and five shifts."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.data import create_transform, resolve_data_config
+from tqdm.auto import tqdm
+
+import builders
+import checkpoints
+import data
+import metrics
+import report
+import robustness
+import settings
+from data import InputError
+
+BENCHMARKS = ("imagenet", "real", "v2", "r", "sketch", "digits")
+
+
+def parse(argv=None):
+    p = settings.Parser(description=__doc__, allow_abbrev=False)
+    p.add_argument("--model", nargs="+", required=True, help="folders of trained models (OUTPUT/best) or timm names")
+    p.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=["digits"], help="(%(default)s)")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        metavar="SET=PLACE",
+        default=[],
+        help="folder, tar files or Hub dataset of imagenet, v2, ...",
+    )
+    p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes")
+    p.add_argument("--img-size", type=int, help="pixels (each model's own)")
+    p.add_argument("--crop-pct", type=float, help="centre crop, fraction of the side (each model's own)")
+    p.add_argument("--interpolation", help="of the resize (each model's own)")
+    p.add_argument("--batch-size", type=int, default=256, help="images of a process at once (%(default)s)")
+    p.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
+    p.add_argument("--output", default="outputs/robustness", help="folder of the results (%(default)s)")
+    p.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    args = p.parse_args(argv)
+    places = [item.partition("=")[::2] for item in args.data]
+    for name, place in places:
+        if name not in robustness.HUB or not place:
+            raise InputError(f"--data {name}={place}: give SET=PLACE, SET one of {', '.join(robustness.HUB)}")
+    args.data = dict(places)
+    for key in ("batch_size", "img_size"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise InputError(f"{key} is {getattr(args, key)}; it must be at least 1")
+    return args
+
+
+def open_models(args):
+    """Each model with its preprocessing, by the name given.
+
+    Raises:
+        InputError: one cannot be loaded, or has not the outputs that the benchmarks need.
+    """
+    models = {}
+    for name in args.model:
+        model = checkpoints.open_model(name).eval()
+        for benchmark in args.benchmarks:
+            outputs = 10 if benchmark == "digits" else 1000
+            if model.num_classes != outputs:
+                raise InputError(
+                    f"{name} has {model.num_classes} outputs and {benchmark} needs {outputs}: choose other --benchmarks"
+                )
+        wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
+        models[name] = (model, resolve_data_config({key: v for key, v in wanted.items() if v is not None}, model=model))
+    return models
+
+
+def right_answers(benchmark, batch, real):
+    """The protocols of a benchmark: name, logits' columns (None: all) and each image's right answers among them."""
+    labels = [[label] for label in batch["label"]]
+    if benchmark == "real":
+        yield "real", None, [real[robustness.validation_number(path)] for path in batch["path"]]
+    elif benchmark == "r":
+        positions = {index: position for position, index in enumerate(robustness.R_INDICES)}
+        yield "r-200", robustness.R_INDICES, [[positions[label]] for label in batch["label"]]
+        yield "r-1000", None, labels
+    else:
+        yield benchmark, None, labels
+
+
+@torch.no_grad()
+def predict(accelerator, model, config, name, ds, benchmarks, args):
+    """One pass over a set's images: by protocol, ``metrics.score``'s columns; and the names of unreadable images."""
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
+    transform = create_transform(**{key: config[key] for key in keys}, normalize=False)
+    rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **rank)
+    workers = min(args.workers, getattr(ds, "num_shards", args.workers) if not isinstance(ds, datasets.Dataset) else 64)
+    options = builders.worker_options(accelerator, workers)
+    loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
+    model, real = accelerator.prepare_model(model, evaluation_mode=True), robustness.real_labels()
+    to_input = data.to_input(config, torch.float32)
+    columns, unreadable, total = {}, [], len(ds) if isinstance(ds, datasets.Dataset) else None
+    with tqdm(total=total, desc=name, unit="image", disable=not accelerator.is_main_process, dynamic_ncols=True) as bar:
+        for batch in loader:
+            unreadable += batch["unreadable"]
+            if not batch["key"]:
+                continue
+            logits = model(to_input(batch["image"].to(accelerator.device, non_blocking=True)))
+            for benchmark in benchmarks:
+                for protocol, outputs, answers in right_answers(benchmark, batch, real):
+                    add_scores(columns.setdefault(protocol, {}), logits, outputs, answers, batch["key"])
+            bar.update(len(batch["key"]) * accelerator.num_processes)
+    parts = gather_object([columns])
+    protocols = sorted({protocol for part in parts for protocol in part})
+    merged = {protocol: merge([part[protocol] for part in parts if protocol in part]) for protocol in protocols}
+    return merged, sorted(gather_object(unreadable))
+
+
+def collate(batch):
+    return batch | {"image": torch.stack(batch["image"]) if batch["image"] else None}
+
+
+def add_scores(columns, logits, outputs, answers, keys):
+    """Append the scores of the images that have a right answer."""
+    kept = [i for i, right in enumerate(answers) if right]
+    if not kept:
+        return
+    if min(min(answers[i]) for i in kept) < 0:
+        raise InputError("an image has no label: its file name must end like _n01440764.JPEG, or its folder be a class")
+    logits = logits[kept] if outputs is None else logits[kept][:, outputs]
+    right = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, i in enumerate(kept):
+        right[row, answers[i]] = True
+    scores = metrics.score(logits, right.to(logits.device))
+    columns.setdefault("key", []).extend(keys[i] for i in kept)
+    for name, values in scores.items():
+        columns.setdefault(name, []).extend(values.tolist())
+
+
+def merge(parts):
+    """The processes' columns as one table, in the order of the keys."""
+    merged = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+    order = np.argsort(merged["key"])
+    return {name: values[order] for name, values in merged.items()}
+
+
+def finished(folder, name, request):
+    """A pass that an earlier run with the same ``request`` finished: its columns by protocol, else None."""
+    try:
+        record = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if record["request"] != request:
+        return None
+    tables = {p: datasets.Dataset.from_parquet(str(folder / f"{p}.parquet")) for p in record["protocols"]}
+    return {
+        p: {column: np.asarray(table[column]) for column in table.column_names} for p, table in tables.items()
+    }, record
+
+
+def save(folder, name, request, columns, unreadable):
+    """Write each protocol's columns as Parquet, and last the record that the pass is finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for protocol, table in columns.items():
+        pq.write_table(pa.table(table), folder / f"{protocol}.parquet")
+    record = {"request": request, "protocols": list(columns), "unreadable": unreadable}
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def check_unreadable(name, columns, unreadable):
+    size = max(len(table["key"]) for table in columns.values()) + len(unreadable) if columns else len(unreadable)
+    if len(unreadable) > robustness.MAX_UNREADABLE * size:
+        shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
+        raise InputError(
+            f"{name}: {len(unreadable)} of {size} images cannot be read, too many: mend or replace {shown}"
+        )
+
+
+def fingerprint(name):
+    """Changes when a local model does."""
+    file = Path(name).expanduser() / "model.safetensors"
+    return [file.stat().st_mtime_ns, file.stat().st_size] if file.exists() else None
+
+
+def evaluate_all(args, accelerator, models, sets):
+    """Every model on every pass: columns by model and protocol, and what to say about each pass."""
+    tables, notes = {}, {}
+    for model_name, (model, config) in models.items():
+        folder = Path(args.output) / "predictions" / re.sub(r"[^\w.-]+", "_", model_name)
+        tables[model_name] = {}
+        for name, benchmarks in robustness.passes(args.benchmarks).items():
+            preprocessing = {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")}
+            request = {
+                "model": model_name, "weights": fingerprint(model_name), "benchmarks": benchmarks,
+                "data": args.data.get(name) or robustness.HUB.get(name, "digits"), "preprocessing": preprocessing,
+                "mean": config["mean"], "std": config["std"], "images": robustness.identity(sets[name]),
+            }  # fmt: skip
+            request = json.loads(json.dumps(request))
+            done = finished(folder, name, request)
+            if done is None:
+                accelerator.print(f"{model_name} on {name}")
+                columns, unreadable = predict(accelerator, model, config, name, sets[name], benchmarks, args)
+                check_unreadable(name, columns, unreadable)
+                record = {"request": request, "unreadable": unreadable}
+                if accelerator.is_main_process:
+                    save(folder, name, request, columns, unreadable)
+                accelerator.wait_for_everyone()
+            else:
+                columns, record = done
+                accelerator.print(f"{model_name} on {name}: finished before")
+            tables[model_name] |= columns
+            notes[f"{model_name} on {name}"] = {**record["request"], "unreadable": record["unreadable"]}
+    return tables, notes
+
+
+def main(argv=None):
+    args = parse(argv)
+    accelerator = Accelerator()
+    models = open_models(args)
+    with accelerator.main_process_first():  # one process downloads
+        names = robustness.passes(args.benchmarks)
+        sets = {name: robustness.open_set(name, args.data.get(name), args.allow_partial) for name in names}
+    tables, notes = evaluate_all(args, accelerator, models, sets)
+    if not accelerator.is_main_process:
+        return None
+    results = {model: {p: metrics.classification(table) for p, table in ts.items()} for model, ts in tables.items()}
+    first = args.model[0]
+    differences = {
+        model: {p: metrics.paired(*report.matched(tables[first][p], table)) for p, table in ts.items()}
+        for model, ts in tables.items()
+        if model != first
+    }
+    versions = {module.__name__: module.__version__ for module in (torch, timm, datasets, evaluate)}
+    saved = {"results": results, "differences_to_first": differences, "passes": notes, "versions": versions}
+    evaluate.save(Path(args.output) / "results.json", **saved)
+    report.show(results, differences, args.markdown)
+    for name, note in notes.items():
+        if note["unreadable"]:
+            print(f"{name}: left out {len(note['unreadable'])} images that cannot be read: {note['unreadable'][:5]}")
+    report.draw(results, Path(args.output) / "accuracy.png")
+    print(f"\nwritten: {args.output}/results.json, accuracy.png, predictions/")
+    return results
+
+
+if __name__ == "__main__":
+    with settings.clear_errors():
+        main()

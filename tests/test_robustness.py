@@ -1,0 +1,452 @@
+"""The robustness sets in their real layouts, and the measures against other implementations."""
+
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from oracle import Oracle, jpeg, write_folders, write_tars
+from scipy.stats import norm
+from sklearn.metrics import top_k_accuracy_score
+from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
+from timm.models import save_for_hf
+
+import checkpoints
+import eval_robustness
+import metrics
+import robustness
+from data import InputError
+
+WORDNET = ImageNetInfo("imagenet-1k").label_names()
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def oracle(monkeypatch):
+    """Model names stand for oracles: "right", or "wrong about 3 7"."""
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    open_model = checkpoints.open_model
+
+    def open_oracle(name, **kwargs):
+        if name == "right" or name.startswith("wrong about"):
+            return Oracle(map(int, name.removeprefix("wrong about").split()) if name != "right" else ())
+        return open_model(name, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "open_model", open_oracle)
+
+
+def evaluate(tmp_path, benchmarks, *places, models=("right",), flags=()):
+    flags = ["--workers", "0", "--batch-size", "32", "--output", str(tmp_path / "out"), *flags]
+    if places:
+        flags += ["--data", *places]
+    return eval_robustness.main(["--model", *models, "--benchmarks", *benchmarks, *flags])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Label mapping: the oracle is right about every image, and the naive rule would not be
+
+
+def naive_accuracy(folder, indices):
+    """Taking a class folder's position in the sorted list for the model's output."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return np.mean([indices[name] == position for position, name in enumerate(names)])
+
+
+def test_v2_folders_are_numbers_not_text(tmp_path):
+    classes = {str(i): i for i in range(1000)}
+    folder = write_folders(tmp_path / "imagenetv2-matched-frequency-format-val", classes)
+    assert evaluate(tmp_path, ["v2"], f"v2={folder}")["right"]["v2"]["top1"] == 1.0
+    assert naive_accuracy(folder, classes) < 0.1
+
+
+def test_r_folders_are_200_wordnet_ids_among_1000(tmp_path):
+    classes = {WORDNET[index]: index for index in robustness.R_INDICES}
+    folder = write_folders(tmp_path / "imagenet-r", classes)
+    (folder / "README.txt").write_text("about")
+    results = evaluate(tmp_path, ["r"], f"r={folder}")["right"]
+    assert results["r-200"]["top1"] == results["r-1000"]["top1"] == 1.0
+    assert results["r-200"]["examples"] == 200
+    assert naive_accuracy(folder, classes) < 0.1
+
+
+def test_r_tars_hold_positions_in_its_own_200_classes(tmp_path):
+    labels = random.Random(0).sample(range(200), 200)
+    folder = write_tars(tmp_path / "wds_imagenet-r", labels, [robustness.R_INDICES[label] for label in labels])
+    results = evaluate(tmp_path, ["r"], f"r={folder}")["right"]
+    assert results["r-200"]["top1"] == results["r-1000"]["top1"] == 1.0
+    assert np.mean([robustness.R_INDICES[label] == label for label in labels]) < 0.1  # the naive rule
+
+
+def test_sketch_with_missing_classes_is_mapped_by_name(tmp_path):
+    classes = {WORDNET[index]: index for index in range(500, 1000, 7)}
+    folder = write_folders(tmp_path / "sketch", classes)
+    with pytest.raises(InputError, match=r"sketch: .* has 72 of 1000 classes: complete it, .* --allow-partial"):
+        evaluate(tmp_path, ["sketch"], f"sketch={folder}")
+    result = evaluate(tmp_path, ["sketch"], f"sketch={folder}", flags=["--allow-partial"])
+    assert result["right"]["sketch"]["top1"] == 1.0
+    assert naive_accuracy(folder, classes) == 0
+
+
+def test_sketch_tars_hold_numbers(tmp_path):
+    labels = random.Random(0).sample(range(1000), 50)
+    folder = write_tars(tmp_path / "wds_imagenet_sketch", labels, labels)
+    assert evaluate(tmp_path, ["sketch"], f"sketch={folder}")["right"]["sketch"]["top1"] == 1.0
+    one = folder / "test" / "0.tar"
+    assert evaluate(tmp_path, ["sketch"], f"sketch={one}")["right"]["sketch"]["examples"] == 25
+
+
+def validation_images(number=80, seed=0):
+    """Numbers of validation images in no order, with the class that the oracle will see: one that Real has right."""
+    labels, rng = robustness.real_labels(), random.Random(seed)
+    numbers = rng.sample(range(1, 50_001), number)
+    return {n: rng.choice(labels[n]) if labels[n] else rng.randrange(1000) for n in numbers}
+
+
+def test_real_goes_by_file_number_in_the_archives_layout(tmp_path):
+    seen, labels = validation_images(), robustness.real_labels()
+    for n, index in seen.items():
+        folder = tmp_path / "val" / WORDNET[index]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"ILSVRC2012_val_{n:08d}.JPEG").write_bytes(jpeg(index))
+    flags = ["--allow-partial"]
+    results = evaluate(tmp_path, ["imagenet", "real"], f"imagenet={tmp_path / 'val'}", flags=flags)["right"]
+    assert results["imagenet"]["top1"] == results["real"]["top1"] == 1.0
+    assert results["imagenet"]["examples"] == 80
+    assert results["real"]["examples"] == sum(bool(labels[n]) for n in seen) < 80
+    naive = [index in labels[row + 1] for row, (n, index) in enumerate(seen.items()) if labels[n]]  # by row
+    assert np.mean(naive) < 0.1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_real_goes_by_file_number_in_a_flat_folder(tmp_path, named):
+    seen = validation_images(seed=1)
+    (tmp_path / "flat").mkdir()
+    for n, index in seen.items():
+        suffix = f"_{WORDNET[index]}" if named else ""
+        (tmp_path / "flat" / f"ILSVRC2012_val_{n:08d}{suffix}.JPEG").write_bytes(jpeg(index))
+    place = f"imagenet={tmp_path / 'flat'}"
+    assert evaluate(tmp_path, ["real"], place)["right"]["real"]["top1"] == 1.0
+    if named:
+        assert evaluate(tmp_path, ["imagenet"], place)["right"]["imagenet"]["top1"] == 1.0
+    else:
+        with pytest.raises(InputError, match="an image has no label"):
+            evaluate(tmp_path, ["imagenet"], place)
+
+
+def write_hub_imagenet(root, seen):
+    """Parquet as of the Hub's ILSVRC/imagenet-1k: words for classes, file names with the WordNet id."""
+    info = ImageNetInfo("imagenet-1k")
+    names = [info.index_to_description(i) for i in range(1000)]
+    names[517] = "crane2"  # there must not be two
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
+    paths = [f"ILSVRC2012_val_{n:08d}_{WORDNET[index]}.JPEG" for n, index in seen.items()]
+    images = [{"bytes": jpeg(index), "path": path} for index, path in zip(seen.values(), paths)]
+    ds = datasets.Dataset.from_dict({"image": images, "label": list(seen.values())}, features=features)
+    (root / "data").mkdir(parents=True)
+    ds.to_parquet(root / "data" / "validation-00000-of-00001.parquet")
+    return root
+
+
+def test_real_and_imagenet_of_the_hubs_layout_in_one_pass(tmp_path, monkeypatch):
+    seen = validation_images(seed=2) | {17: 134, 18: 517}
+    folder, calls, forward = write_hub_imagenet(tmp_path / "imagenet-1k", seen), [], Oracle.forward
+    monkeypatch.setattr(Oracle, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
+    results = evaluate(tmp_path, ["imagenet", "real"], f"imagenet={folder}")["right"]
+    assert results["imagenet"]["top1"] == 1.0
+    assert results["imagenet"]["examples"] == len(seen) == sum(calls)
+    assert 0.97 <= results["real"]["top1"] <= 1.0  # 17 and 18 may be wrong here
+
+
+@pytest.mark.parametrize(
+    "name, benchmark, index",
+    [
+        ("n01440764", "v2", 0),
+        ("10", "v2", 10),
+        ("0", "r", 1),  # ImageNet-R begins with the goldfish
+        ("tench, Tinca tinca", "imagenet", 0),
+        ("crane", "imagenet", 134),
+        ("crane2", "imagenet", 517),
+    ],
+)
+def test_class_names(name, benchmark, index):
+    assert robustness.class_index(name, benchmark) == index
+
+
+@pytest.mark.parametrize("name, benchmark", [("n00000000", "v2"), ("1000", "v2"), ("200", "r"), ("cat", "sketch")])
+def test_class_name_that_maps_to_nothing_is_named(name, benchmark):
+    with pytest.raises(InputError, match=f"{benchmark}: the class '{name}' is no WordNet id"):
+        robustness.class_index(name, benchmark)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def random_logits(size=300, classes=1000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (size,), generator=generator)
+    logits = torch.randn(size, classes, generator=generator)
+    logits[torch.arange(size), labels] += 2
+    return logits, labels
+
+
+def one_hot(labels, classes=1000):
+    return torch.nn.functional.one_hot(labels, classes).bool()
+
+
+def test_accuracies_and_likelihood_agree_with_scikit_learn_and_torch():
+    logits, labels = random_logits()
+    result = metrics.classification(metrics.score(logits, one_hot(labels)))
+    for k in (1, 5):
+        expected = top_k_accuracy_score(labels.numpy(), logits.numpy(), k=k, labels=range(1000))
+        assert result[f"top{k}"] == pytest.approx(expected)
+    assert result["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_wilson_interval_equals_its_formula():
+    columns = {
+        "top1": np.arange(200) < 180,
+        "top5": np.ones(200, bool),
+        "nll": np.ones(200),
+        "confidence": np.ones(200),
+    }
+    result, z = metrics.classification(columns), norm.ppf(0.975)
+    centre = (0.9 + z**2 / 400) / (1 + z**2 / 200)
+    half = z / (1 + z**2 / 200) * math.sqrt(0.9 * 0.1 / 200 + z**2 / (4 * 200**2))
+    assert (result["top1_low"], result["top1_high"]) == pytest.approx((centre - half, centre + half), rel=1e-9)
+
+
+def test_calibration_error_equals_a_loop_over_bins():
+    rng = np.random.default_rng(0)
+    confidence = rng.random(500)
+    right = rng.random(500) < confidence**2
+    expected = 0.0
+    for low in range(15):
+        inside = (confidence * 15 >= low) & (confidence * 15 < low + 1)
+        if inside.any():
+            expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    columns = {"top1": right, "top5": right, "nll": confidence, "confidence": confidence}
+    assert metrics.classification(columns)["ece"] == pytest.approx(expected)
+
+
+def test_constant_logits_are_no_better_than_chance():
+    labels = torch.arange(1000)
+    assert metrics.classification(metrics.score(torch.zeros(1000, 1000), one_hot(labels)))["top1"] == 1e-3
+
+
+def test_real_agrees_with_timm():
+    real, (logits, _) = robustness.real_labels(), random_logits(500, seed=1)
+    numbers = random.Random(0).sample(range(1, 50_001), 500)
+    for row, n in enumerate(numbers):  # make half of them right
+        if real[n] and row % 2:
+            logits[row, real[n][-1]] += 9
+    names = [f"ILSVRC2012_val_{n:08d}.JPEG" for n in numbers]
+    theirs = RealLabelsImagenet(names + [""] * (50_000 - 500))
+    theirs.add_result(logits)
+    columns = {}
+    eval_robustness.add_scores(columns, logits, None, [real[n] for n in numbers], names)
+    ours = metrics.classification(columns)
+    assert 100 * ours["top1"] == pytest.approx(theirs.get_accuracy(1))
+    assert 100 * ours["top5"] == pytest.approx(theirs.get_accuracy(5))
+
+
+def test_r_protocol_of_200_classes_agrees_with_masking():
+    logits, _ = random_logits(400, seed=2)
+    labels = [random.Random(i).choice(robustness.R_INDICES) for i in range(400)]
+    batch = {"label": labels, "path": [None] * 400}
+    columns = {}
+    for protocol, outputs, answers in eval_robustness.right_answers("r", batch, None):
+        eval_robustness.add_scores(
+            columns.setdefault(protocol, {}), logits, outputs, answers, list(map(str, range(400)))
+        )
+    masked = logits.clone()
+    masked[:, [i for i in range(1000) if i not in robustness.R_INDICES]] = -torch.inf
+    assert columns["r-200"]["top1"] == (masked.argmax(-1) == torch.tensor(labels)).tolist()
+    assert columns["r-1000"]["top1"] == (logits.argmax(-1) == torch.tensor(labels)).tolist()
+
+
+def test_paired_difference_equals_resampling_images_and_mcnemars_sum():
+    rng = np.random.default_rng(0)
+    first = rng.random(400) < 0.8
+    other = np.where(rng.random(400) < 0.1, ~first, first)
+    result = metrics.paired(first, other)
+    rows = rng.integers(0, 400, (10_000, 400))
+    means = (other[rows].astype(int) - first[rows]).mean(1)
+    assert result["difference"] == pytest.approx(other.mean() - first.mean())
+    assert (result["low"], result["high"]) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.004)
+    gained, lost = (other & ~first).sum(), (first & ~other).sum()
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (gained + lost)
+    assert result["p_value"] == pytest.approx(min(1, 2 * tail))
+    assert metrics.paired(first, first) == {"difference": 0, "low": 0, "high": 0, "p_value": 1}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.mark.parametrize("size, processes, workers", list(itertools.product((1, 7, 64, 65), (1, 2), (0, 2))))
+def test_every_image_is_read_once_whatever_the_split(tmp_path, size, processes, workers):
+    ds = datasets.Dataset.from_dict(
+        {"image": [{"bytes": jpeg(i), "path": None} for i in range(size)], "label": range(size)}
+    )
+    for images in (ds, ds.to_iterable_dataset(num_shards=min(size, 4))):
+        labels, keys = [], []
+        for process in range(processes):
+            transform = create_transform(16, normalize=False)
+            pictures = robustness.Pictures("v2", images, transform, 8, process, processes)
+            for batch in torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=dict):
+                labels, keys = labels + batch["label"], keys + batch["key"]
+        assert sorted(labels) == list(range(size))
+        assert len(set(keys)) == size
+
+
+def test_two_processes_count_as_one(tmp_path):
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        save_for_hf(timm.create_model("test_resnet", num_classes=10), tmp_path / name, safe_serialization=True)
+    script = [str(ROOT / "eval_robustness.py"), "--model", str(tmp_path / "a"), str(tmp_path / "b"), "--img-size", "32"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    results = []
+    for start in ([], launch):
+        output = ["--workers", "0", "--output", str(tmp_path / f"out{len(start)}")]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *start, *script, *output]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=180)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((Path(output[-1]) / "results.json").read_text()))
+    one, two = (result["results"] for result in results)
+    for model, benchmark in itertools.product(one, one[str(tmp_path / "a")]):
+        for key in ("top1", "top5", "examples"):
+            assert one[model][benchmark][key] == two[model][benchmark][key]
+    assert results[0]["differences_to_first"] == results[1]["differences_to_first"]
+
+
+def test_killed_run_goes_on_after_the_last_finished_benchmark(tmp_path, monkeypatch, capsys):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.R_INDICES})
+    places, models = (f"v2={folder}", f"r={r}"), ("right", "wrong about 3 6")
+    predict, begun = eval_robustness.predict, []
+
+    def predict_until_killed(accelerator, model, config, name, *rest):
+        begun.append(name)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return predict(accelerator, model, config, name, *rest)
+
+    monkeypatch.setattr(eval_robustness, "predict", predict_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path, ["v2", "r"], *places, models=models)
+    results = evaluate(tmp_path, ["v2", "r"], *places, models=models)
+    assert begun == ["v2", "r", "v2", "r", "r"]
+    assert results["wrong about 3 6"]["v2"]["top1"] == 0.998
+    assert "right on v2: finished before" in capsys.readouterr().out
+    write_folders(tmp_path / "r" / "more", {WORDNET[1]: 1})  # other images: not finished
+    evaluate(tmp_path, ["v2", "r"], *places, models=models)
+    assert begun[5:] == ["r", "r"]
+
+
+def test_results_table_picture_and_predictions(tmp_path, capsys):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
+    models = ("right", "wrong about 3 6 9")
+    evaluate(tmp_path, ["v2"], f"v2={folder}", models=models, flags=["--markdown"])
+    printed = capsys.readouterr().out
+    assert "| wrong about 3 6 9 | v2        | 1000   | 99.70   |" in printed
+    assert "| wrong about 3 6 9 | v2        | -0.30        | -0.70 to" in printed and "0.25" in printed
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved["results"]["wrong about 3 6 9"]["v2"]["top1"] == 0.997
+    assert {"torch", "timm", "datasets", "evaluate"} == set(saved["versions"])
+    assert saved["passes"]["right on v2"]["preprocessing"]["input_size"] == [3, 16, 16]
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    table = datasets.Dataset.from_parquet(str(tmp_path / "out" / "predictions" / "wrong_about_3_6_9" / "v2.parquet"))
+    assert sum(not right for right in table["top1"]) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_unreadable_images_are_left_out_and_counted(tmp_path, capsys):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)}, images=2)
+    bad = folder / "7" / "7_0.jpeg"
+    bad.write_bytes(bad.read_bytes()[:100])
+    result = evaluate(tmp_path, ["v2"], f"v2={folder}")["right"]["v2"]
+    assert (result["top1"], result["examples"]) == (1.0, 1999)
+    assert f"left out 1 images that cannot be read: ['{bad}']" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["passes"]["right on v2"]["unreadable"] == [
+        str(bad)
+    ]
+
+
+def test_too_many_unreadable_images_are_an_error(tmp_path):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
+    for i in range(3):
+        (folder / str(i) / f"{i}_0.jpeg").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"v2: 3 of 1000 images cannot be read, too many: mend or replace .*0_0\.jpeg"):
+        evaluate(tmp_path, ["v2"], f"v2={folder}")
+
+
+def test_file_name_that_real_cannot_key(tmp_path):
+    folder = write_folders(tmp_path / "val", {WORDNET[0]: 0})
+    with pytest.raises(
+        InputError, match=r"real: '.*n01440764_0\.jpeg' is not named like ILSVRC2012_val_00000001\.JPEG"
+    ):
+        evaluate(tmp_path, ["real"], f"imagenet={folder}", flags=["--allow-partial"])
+
+
+def test_unknown_class_folder_ends_before_any_model_runs(tmp_path, monkeypatch):
+    folder = write_folders(tmp_path / "sketch", {"n01440764": 0, "n99999999": 1})
+    monkeypatch.setattr(eval_robustness, "predict", None)
+    with pytest.raises(InputError, match="sketch: the class 'n99999999'"):
+        evaluate(tmp_path, ["sketch"], f"sketch={folder}", flags=["--allow-partial"])
+
+
+@pytest.mark.parametrize(
+    "benchmarks, places, words",
+    [
+        (["digits"], (), "right has 1000 outputs and digits needs 10"),
+        (["v2"], ("v3=/nowhere",), "--data v3=/nowhere: give SET=PLACE, SET one of imagenet, v2, r, sketch"),
+        (["v2"], ("v2=/nowhere/0.tar",), r"there is no file /nowhere/0\.tar"),
+    ],
+)
+def test_what_cannot_be_evaluated(tmp_path, benchmarks, places, words):
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path, benchmarks, *places)
+
+
+def test_empty_folder_and_columns_that_do_not_fit(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no images and no tar files"):
+        evaluate(tmp_path, ["v2"], f"v2={tmp_path / 'empty'}")
+    (tmp_path / "text").mkdir()
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "text" / "test-00000-of-00001.parquet")
+    with pytest.raises(InputError, match=r"its columns are text \(Value\)"):
+        evaluate(tmp_path, ["v2"], f"v2={tmp_path / 'text'}")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (datasets.exceptions.DatasetNotFoundError("'a' is a gated dataset"), "accept its terms"),
+        (RuntimeError("Dataset scripts are no longer supported, but found v2.py"), "no longer supported"),
+        (ConnectionError("no route"), "cannot be reached"),
+    ],
+)
+def test_hub_errors_come_before_any_model_runs(tmp_path, monkeypatch, error, words):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(eval_robustness, "predict", None)
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path, ["v2"])
