@@ -1,6 +1,7 @@
 """Settings made into objects: the accelerator, loss, optimizer, schedule and loaders of a run."""
 
 import signal
+import sys
 import warnings
 
 import datasets
@@ -119,12 +120,12 @@ def build_schedule(args, optimizer, updates_per_epoch):
 
 def worker_options(accelerator, workers: int) -> dict:
     """How a ``DataLoader`` of this project runs its workers."""
-    # CPython can deadlock in the child if it forks while a thread of torch.distributed enters or leaves Python.
-    several = workers > 0 and accelerator.num_processes > 1
+    # Before 3.12, CPython's child can deadlock if it forks while a thread of torch.distributed enters or leaves Python.
+    risky = workers > 0 and accelerator.num_processes > 1 and sys.version_info < (3, 12)
     return {
         "num_workers": workers,
         "pin_memory": accelerator.device.type == "cuda",
-        "multiprocessing_context": "forkserver" if several else None,
+        "multiprocessing_context": "spawn" if risky else None,
         "worker_init_fn": _outlive_sigterm,
     }
 

@@ -199,7 +199,8 @@ def evaluate_all(args, accelerator, models, sets):
             request = {
                 "model": model_name, "weights": fingerprint(model_name), "benchmarks": benchmarks,
                 "data": args.data.get(name) or robustness.HUB.get(name, "digits"), "preprocessing": preprocessing,
-                "mean": config["mean"], "std": config["std"], "images": robustness.identity(sets[name]),
+                "mean": config["mean"], "std": config["std"],
+                "revision": robustness.revision(name, sets[name], args.data.get(name)),
             }  # fmt: skip
             request = json.loads(json.dumps(request))
             done = finished(folder, name, request)

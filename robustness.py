@@ -1,5 +1,6 @@
 """The robustness sets: where each is found, and which output of a model its labels mean."""
 
+import hashlib
 import itertools
 import json
 import pkgutil
@@ -7,6 +8,7 @@ import re
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import timm.data
 import torch
 from datasets.distributed import split_dataset_by_node
@@ -211,8 +213,16 @@ def passes(benchmarks: list[str]) -> dict[str, list[str]]:
     return plan
 
 
-def identity(ds) -> str:
-    """Names the images that a pass reads, so that results of others are not taken for theirs."""
-    if isinstance(ds, datasets.Dataset):
+def revision(benchmark: str, ds, where: str | None) -> str:
+    """Names the images that a pass reads, so that results of others are not taken for theirs.
+
+    That is a commit for a dataset of the Hub, and a hash of the files' names, sizes and times for local ones.
+    """
+    if benchmark.startswith("digits:"):
         return ds._fingerprint
-    return f"{ds.info.dataset_name} {ds.info.version}"
+    path = Path(where or HUB[benchmark]).expanduser()
+    if not path.exists():
+        return huggingface_hub.HfApi().dataset_info(where or HUB[benchmark]).sha
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()

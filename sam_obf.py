@@ -65,10 +65,8 @@ class OutputBiasForgetting:
         """
         num_classes = logits.shape[-1]
         if target.is_floating_point() or target.shape != logits.shape[:-1] or num_classes < 2:
-            raise ValueError(
-                f"OBF takes logits (..., K), K >= 2, and class indices (...); it got logits {tuple(logits.shape)} and "
-                f"a target {tuple(target.shape)} of {target.dtype}"
-            )
+            got = f"logits {tuple(logits.shape)} and a target {tuple(target.shape)} of {target.dtype}"
+            raise ValueError(f"OBF takes logits (..., K), K >= 2, and class indices (...); it got {got}")
         logits = logits.to(_wide(logits))  # 1/K beside a confident prediction needs more than half precision
         with torch.no_grad():
             p = logits.sigmoid() if self.link == "sigmoid" else logits.softmax(-1)
@@ -98,10 +96,8 @@ def proportional_rho(optimizer, *, rho_min: float, rho_max: float, lr_min: float
         ValueError: a range is empty or negative.
     """
     if not (0 <= rho_min <= rho_max and lr_min < lr_max):
-        raise ValueError(
-            f"rho cannot follow lr from ({lr_min}, {rho_min}) to ({lr_max}, {rho_max}): "
-            f"it needs lr_min < lr_max and 0 <= rho_min <= rho_max"
-        )
+        span = f"from ({lr_min}, {rho_min}) to ({lr_max}, {rho_max})"
+        raise ValueError(f"rho cannot follow lr {span}: it needs lr_min < lr_max and 0 <= rho_min <= rho_max")
     for group in optimizer.param_groups:
         fraction = (group["lr"] - lr_min) / (lr_max - lr_min)
         group["rho"] = rho_min + (rho_max - rho_min) * min(max(fraction, 0.0), 1.0)
@@ -185,7 +181,7 @@ class SAM(torch.optim.Optimizer):
         def ascend():
             loss = closure()
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-                got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+                got = getattr(loss, "shape", type(loss).__name__)
                 raise ValueError(f"the closure must return a loss, a tensor with one element; it returned {got}")
             if not loss.requires_grad:
                 raise RuntimeError("the closure's loss needs no gradient: compute it without no_grad() or detach()")
@@ -246,12 +242,12 @@ class SAM(torch.optim.Optimizer):
         _check_rho(*self.param_groups)
         norm_layers = [m for m in self.model.modules() if isinstance(m, _NormBase)]
         undo = []
-        self._inside = True
+        self._inside = self.ascending = True
         try:
             chunks = self._ascend(ascend)
-            scale = torch.ones((), device=next(self.model.parameters()).device)
-            if grad_scaler is not None:
-                scale = grad_scaler.scale(scale)
+            self.ascending = False
+            one = torch.ones((), device=next(self.model.parameters()).device)
+            scale = one if grad_scaler is None else grad_scaler.scale(one)
             inverse_norm = self._weigh(chunks, scale)
             undo += [([buffer], [buffer.clone()]) for layer in norm_layers for buffer in layer.buffers(recurse=False)]
             gsam = self._orthogonal(chunks, scale, inverse_norm, loss_weight)
@@ -262,20 +258,16 @@ class SAM(torch.optim.Optimizer):
             with torch.no_grad():
                 for tensors, copies in undo:
                     torch._foreach_copy_(tensors, copies)
-            self._inside = False
+            self._inside = self.ascending = False
 
     def _ascend(self, run):
         """Take g, the gradient that ``run`` leaves, as chunks of (parameters, local gradients, rho, sharding)."""
         every = {*self.model.parameters(), *(p for group in self.param_groups for p in group["params"])}
-        self.ascending = True
-        try:
-            with self._gradients_aside(every):
-                run()
-                chunks = _chunks(self.param_groups)
-                for p in every:
-                    p.grad = None
-        finally:
-            self.ascending = False
+        with self._gradients_aside(every):
+            run()
+            chunks = _chunks(self.param_groups)
+            for p in every:
+                p.grad = None
         if not chunks and any(group["rho"] > 0 for group in self.param_groups):
             raise RuntimeError("the ascent pass left no gradient to perturb along: is the loss that of SAM's model?")
         return chunks
@@ -305,7 +297,7 @@ class SAM(torch.optim.Optimizer):
             yield
             # g and gp are both on the loss scale; a g that was not finite counts as zero.
             length = scale.to(inverse_norm) * inverse_norm if self.gsam_normalize else inverse_norm.sign()
-            if chunks:
+            if chunks:  # there are none if rho is 0
                 _subtract_orthogonal(chunks, loss_weight * self.gsam_alpha * length)
 
     @torch.no_grad()
@@ -354,10 +346,7 @@ def _local(tensors):
 
 
 def _chunks(param_groups):
-    """The perturbed parameters and their gradients, in lists alike in rho, device, type and sharding.
-
-    Multi-tensor kernels run once a chunk; its temporaries are small enough for a CPU's cache.
-    """
+    """The perturbed parameters and their gradients, in lists alike and small enough for a CPU's cache."""
     chunks, latest = [], {}
     for group in param_groups:
         for p in group["params"]:
@@ -390,20 +379,20 @@ def _total(chunks, terms):
 @torch.no_grad()
 def _subtract_orthogonal(chunks, weight):
     """Replace gp in ``.grad`` by gp - weight (g - <g, gp> gp / ||gp||^2), for chunks with g."""
+
+    def dot(left, right):
+        products = [torch.dot(a.reshape(-1).to(_wide(a)), b.reshape(-1).to(_wide(b))) for a, b in zip(left, right)]
+        return sum((product.to(weight) for product in products), start=torch.zeros_like(weight))
+
     pairs = []
     for params, grads, *_ in chunks:
         kept = [(p.grad, g) for p, g in zip(params, grads) if p.grad is not None]
         pairs.append((_local([gp for gp, _ in kept]), [g for _, g in kept]))
-    product = _total(chunks, [_dot(gps, gs, weight) for gps, gs in pairs])
-    square = _total(chunks, [_dot(gps, gps, weight) for gps, _ in pairs])
+    product = _total(chunks, [dot(gps, gs) for gps, gs in pairs])
+    square = _total(chunks, [dot(gps, gps) for gps, _ in pairs])
     # A gp of zero, or one that overflowed, has no direction to project on.
     projection = (weight * product / square).nan_to_num(0.0, 0.0, 0.0)
     for gps, gs in pairs:
         if gps:
             torch._foreach_mul_(gps, (1 + projection).to(gps[0]))
             torch._foreach_sub_(gps, torch._foreach_mul(gs, weight.to(gs[0])))
-
-
-def _dot(left, right, like):
-    products = (torch.dot(a.reshape(-1).to(_wide(a)), b.reshape(-1).to(_wide(b))) for a, b in zip(left, right))
-    return sum((product.to(like) for product in products), start=torch.zeros_like(like))

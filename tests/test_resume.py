@@ -157,6 +157,15 @@ def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, imag
     assert_same_run(tmp_path / "whole", output)
 
 
+def test_killed_stream_resumes_where_it_was(tmp_path, images):
+    path = recipe(tmp_path, images, workers=0, epochs=2, streaming=True, train_num_samples=16)
+    assert finished(apart(train_apart, path, tmp_path / "whole"))
+    apart(die_while_writing, "optimizer.bin", path, tmp_path / "run").join()
+    assert steps_saved(tmp_path / "run") == 2
+    assert finished(apart(train_apart, path, tmp_path / "run", "--resume", "auto"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def wait_for(path, process):
     deadline = time.monotonic() + 90
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:

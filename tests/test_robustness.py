@@ -12,14 +12,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import timm
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from oracle import Oracle, jpeg, write_folders, write_tars
 from scipy.stats import norm
 from sklearn.metrics import top_k_accuracy_score
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
-from timm.models import save_for_hf
 
 import checkpoints
 import eval_robustness
@@ -312,24 +310,22 @@ def test_every_image_is_read_once_whatever_the_split(tmp_path, size, processes, 
 
 
 def test_two_processes_count_as_one(tmp_path):
-    for name in ("a", "b"):
-        torch.manual_seed(ord(name))
-        save_for_hf(timm.create_model("test_resnet", num_classes=10), tmp_path / name, safe_serialization=True)
-    script = [str(ROOT / "eval_robustness.py"), "--model", str(tmp_path / "a"), str(tmp_path / "b"), "--img-size", "32"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for size in (1, 7, 64, 65):
+        folder = write_folders(tmp_path / f"v2-{size}", {str(i): i for i in range(size)})
+        (folder / "0" / "0_0.jpeg").write_bytes(jpeg(0))
     results = []
-    for start in ([], launch):
-        output = ["--workers", "0", "--output", str(tmp_path / f"out{len(start)}")]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *start, *script, *output]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=180)
+    for processes in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        script = [str(ROOT / "tests" / "oracle.py"), str(tmp_path), str(tmp_path / f"out{processes}")]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *(launch if processes > 1 else []), *script]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
-        results.append(json.loads((Path(output[-1]) / "results.json").read_text()))
-    one, two = (result["results"] for result in results)
-    for model, benchmark in itertools.product(one, one[str(tmp_path / "a")]):
-        for key in ("top1", "top5", "examples"):
-            assert one[model][benchmark][key] == two[model][benchmark][key]
-    assert results[0]["differences_to_first"] == results[1]["differences_to_first"]
+        saved = [json.loads(file.read_text()) for file in sorted(tmp_path.glob(f"out{processes}/*/results.json"))]
+        results.append([(result["results"], result["differences_to_first"]) for result in saved])
+    assert results[0] == results[1]
+    sizes = [models["right"]["v2"]["examples"] for models, _ in results[0]]
+    assert sorted(sizes) == [1, 7, 64, 65]
 
 
 def test_killed_run_goes_on_after_the_last_finished_benchmark(tmp_path, monkeypatch, capsys):
