@@ -19,6 +19,8 @@ from data import InputError
 from sam_obf import SAM, OutputBiasForgetting, proportional_rho, random_perturbation
 from settings import METHODS
 
+IMAGES_PER_WORKER = 1000  # to evaluate: reading fewer takes less time than starting a worker
+
 
 def build_accelerator(args) -> Accelerator:
     """Accelerate as launched, with the run's tracker.
@@ -179,5 +181,6 @@ def evaluation_loader(args, accelerator, split, transform, loaded, persistent=Fa
     if isinstance(split, datasets.IterableDataset):
         stream = data.Stream(split, transform, loaded)
         return accelerator.prepare(_loader(args, accelerator, stream, min(args.workers, 1), batch_size=None))
-    options = {"batch_size": loaded, "persistent_workers": persistent and args.workers > 0}
-    return accelerator.prepare(_loader(args, accelerator, data.Images(split, transform), **options))
+    workers = min(args.workers, len(split) // IMAGES_PER_WORKER)
+    options = {"batch_size": loaded, "persistent_workers": persistent and workers > 0}
+    return accelerator.prepare(_loader(args, accelerator, data.Images(split, transform), workers, **options))

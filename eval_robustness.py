@@ -79,6 +79,10 @@ def open_models(args):
     return models
 
 
+def stored(ds):
+    return isinstance(ds, datasets.Dataset)
+
+
 def right_answers(benchmark, batch, real):
     """The protocols of a benchmark: name, logits' columns (None: all) and each image's right answers among them."""
     labels = [[label] for label in batch["label"]]
@@ -99,13 +103,14 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     transform = create_transform(**{key: config[key] for key in keys}, normalize=False)
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **rank)
-    workers = min(args.workers, getattr(ds, "num_shards", args.workers) if not isinstance(ds, datasets.Dataset) else 64)
+    workers = min(args.workers, len(ds) // builders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
     options = builders.worker_options(accelerator, workers)
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
     model, real = accelerator.prepare_model(model, evaluation_mode=True), robustness.real_labels()
     to_input = data.to_input(config, torch.float32)
-    columns, unreadable, total = {}, [], len(ds) if isinstance(ds, datasets.Dataset) else None
-    with tqdm(total=total, desc=name, unit="image", disable=not accelerator.is_main_process, dynamic_ncols=True) as bar:
+    columns, unreadable = {}, []
+    shown = {"desc": name, "unit": "image", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
+    with tqdm(total=len(ds) if stored(ds) else None, **shown) as bar:
         for batch in loader:
             unreadable += batch["unreadable"]
             if not batch["key"]:
@@ -201,6 +206,8 @@ def evaluate_all(args, accelerator, models, sets):
                 "data": args.data.get(name) or robustness.HUB.get(name, "digits"), "preprocessing": preprocessing,
                 "mean": config["mean"], "std": config["std"],
                 "revision": robustness.revision(name, sets[name], args.data.get(name)),
+                # A streamed image is known by the loader worker that reads it.
+                "stream": None if stored(sets[name]) else [accelerator.num_processes, args.workers],
             }  # fmt: skip
             request = json.loads(json.dumps(request))
             done = finished(folder, name, request)
