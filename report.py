@@ -1,4 +1,4 @@
-"""Tables and pictures of accuracies."""
+"""Tables and pictures."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -59,3 +59,63 @@ def draw(results, path):
     figure.legend(loc="outside upper left", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def show_correlations(found):
+    """Print Kendall's tau of every quantity with accuracy."""
+    lines = [["perturbation", "epochs", "quantity", "runs", "tau", "95 %", "p", "above flatness", "95 %"]]
+    for c in found:
+        names = [c["perturbation"], c["epochs"], c["quantity"], str(c["runs"])]
+        tau = [f"{c['tau']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}", f"{c['p_value']:.2g}"]
+        lines.append([*names, *tau, f"{c['above_rival']:+.2f}", f"{c['above_low']:+.2f} to {c['above_high']:+.2f}"])
+    if found:
+        print("\nKendall's tau with test accuracy (bootstrap intervals over runs):\n")
+        table(lines, False)
+
+
+def draw_forgetting(measured, rows, thresholds, folder):
+    """Forgetting and flatness against accuracy, and forgetting over epochs and thresholds."""
+    kinds = list(dict.fromkeys(row["perturbation"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    colours = {name: f"C{i}" for i, name in enumerate(methods)}
+    last = {(row["run"], row["perturbation"]): row for row in sorted(rows, key=lambda row: row["epoch"])}.values()
+
+    def panels(name, xlabel, ylabel, points):
+        figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.6), sharey=True, layout="constrained")
+        for axis, kind in zip(np.atleast_1d(axes), kinds):
+            for method in methods:
+                points(axis, kind, method)
+            axis.set(xlabel=xlabel, title=f"perturbation: {kind}")
+            axis.spines[["top", "right"]].set_visible(False)
+        np.atleast_1d(axes)[0].set(ylabel=ylabel)
+        figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        plt.close(figure)
+
+    def against_accuracy(quantity):
+        def points(axis, kind, method):
+            chosen = [row for row in last if row["perturbation"] == kind and row["method"] == method]
+            values = [quantity(row) for row in chosen], [100 * row["accuracy"] for row in chosen]
+            axis.scatter(*values, color=colours[method], label=method, s=14, alpha=0.7)
+
+        return points
+
+    def over_epochs(axis, kind, method):
+        chosen = [row for row in rows if row["perturbation"] == kind and row["method"] == method]
+        epochs = sorted({row["epoch"] for row in chosen})
+        values = [np.mean([row["forgetting"] for row in chosen if row["epoch"] == epoch]) for epoch in epochs]
+        axis.plot(epochs, values, "o-", color=colours[method], label=method, markersize=4)
+
+    def over_thresholds(axis, kind, method):
+        chosen = {}
+        for run, _, record in measured:  # a run's last epoch comes last
+            if run["settings"].method == method and kind in record["perturbations"]:
+                chosen[run["folder"]] = record["perturbations"][kind]["by_threshold"]
+        if chosen:
+            axis.plot(thresholds, np.mean(list(chosen.values()), 0), color=colours[method], label=method)
+
+    accuracy, bits = "accuracy, %", "forgetting, bits"
+    panels("forgetting_accuracy", bits, accuracy, against_accuracy(lambda row: row["forgetting"]))
+    panels("flatness_accuracy", "flatness, -lambda_max", accuracy, against_accuracy(lambda row: -row["lambda_max"]))
+    panels("forgetting_epochs", "epoch", bits, over_epochs)
+    panels("forgetting_thresholds", "threshold", bits, over_thresholds)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from accelerate.state import PartialState
 from accelerate.utils import LoggerType
 from timm.utils import ParseKwargs
 
@@ -42,7 +43,9 @@ PERTURBATION = {
 
 # Flags about one execution of a run; the others are settings, which a recipe may hold and a resumed run must share.
 NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
-FREE_ON_RESUME = ("output", "workers", "checkpoint_interval", "checkpoint_hist", "log_with", "push_to_hub")
+INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval")
+FREE_ON_RESUME = ("output", "workers", *INTERVALS, "log_with", "push_to_hub")
+POSITIVE = ("batch_size", "epochs", "m", "device_batch_size", "img_size", *INTERVALS)
 
 
 @contextlib.contextmanager
@@ -52,6 +55,8 @@ def clear_errors():
         yield
     except InputError as error:
         raise SystemExit(f"error: {str(error).split('data.InputError: ')[-1].strip()}") from None
+    else:
+        PartialState().destroy_process_group()
     finally:
         # Loader workers outlive a SIGTERM for a minute, also the one that they get when this program ends.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a killed worker for an accident
@@ -137,6 +142,7 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument("--resume", help="'auto': from the newest checkpoint in the output folder if any; or a checkpoint")
     g.add_argument("--checkpoint-interval", type=int, help="updates between checkpoints within an epoch (epochs only)")
     g.add_argument("--checkpoint-hist", type=int, default=2, help="newest checkpoints to keep (%(default)s)")
+    g.add_argument("--save-interval", type=int, help="epochs between models to keep in OUTPUT/epochs (none)")
     g.add_argument("--log-with", choices=TRACKERS, help="experiment tracker (none; metrics.jsonl is always written)")
     g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the final model, with a card (no)")
     p.set_defaults(**defaults)
@@ -151,7 +157,9 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     """
     argv = sys.argv[1:] if argv is None else argv
     recipe = p.parse_known_args(argv)[0].recipe
-    args, unknown = p.parse_known_args((_recipe_flags(p, recipe) if recipe else []) + argv)
+    args, unknown = p.parse_known_args(
+        (as_flags(p, read_recipe(Path(recipe)), f"the recipe {recipe}") if recipe else []) + argv
+    )
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], p._option_string_actions, 1, 0.0)[0]
         raise InputError(f"unknown argument {unknown[0]}: did you mean {nearest}?")
@@ -162,7 +170,7 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
         elif not used(*method):
             users = ", ".join(name for name, other in METHODS.items() if used(*other))
             raise InputError(f"{key} contradicts method {args.method}: drop it, or choose --method from {users}")
-    for key in ("batch_size", "epochs", "m", "device_batch_size", "img_size", "checkpoint_interval", "checkpoint_hist"):
+    for key in POSITIVE:
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise InputError(f"{key} is {getattr(args, key)}; it must be at least 1")
     if args.perturb_fraction is not None and not 0 < args.perturb_fraction <= 1:
@@ -217,14 +225,18 @@ def read_recipe(path: Path, heirs: tuple = ()) -> dict:
     return settings if base is None else read_recipe(path.parent / str(base), (*heirs, path.resolve())) | settings
 
 
-def _recipe_flags(p, path):
-    """The recipe as flags, so that argparse checks it like them."""
+def as_flags(p: argparse.ArgumentParser, settings: dict, where: str) -> list[str]:
+    """Settings, found ``where``, as flags, so that argparse checks them alike.
+
+    Raises:
+        InputError: an unknown key, with the nearest one.
+    """
     actions = {action.dest: action for action in p._actions if action.dest not in ("help", *NOT_SETTINGS)}
     flags = []
-    for key, value in read_recipe(Path(path)).items():
+    for key, value in settings.items():
         if key not in actions:
             nearest = difflib.get_close_matches(str(key), actions, 1, 0.0)[0]
-            raise InputError(f"the recipe {path} has an unknown key {key!r}: did you mean {nearest!r}?")
+            raise InputError(f"{where} has an unknown key {key!r}: did you mean {nearest!r}?")
         flag = f"--{key.replace('_', '-')}"
         if isinstance(actions[key], argparse.BooleanOptionalAction) and isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))

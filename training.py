@@ -159,6 +159,10 @@ def run_epochs(job, held_out, loader, folder, timm_config):
                     file.write(json.dumps(line) + "\n")
             if top1 > progress.best or held_out == "test":
                 checkpoints.save_model(accelerator, job.model, folder, timm_config)
+            number, interval = progress.epoch + 1, args.save_interval
+            if interval and (number % interval == 0 or number == args.epochs):
+                kept = Path(args.output) / "epochs" / f"{number:04d}"
+                checkpoints.save_model(accelerator, job.model, kept, timm_config)
             progress.best = max(progress.best, top1)
             progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
             save_checkpoint(job, progress)
@@ -191,10 +195,15 @@ def train_epoch(job, progress, watch, bar):
             save_checkpoint(job, progress)
         if terminated:
             bar.close()
-            job.accelerator.end_training()
+            finish_trackers(job.accelerator)
             job.accelerator.print(f"stopped by SIGTERM after step {progress.steps}; go on with --resume auto")
             raise SystemExit
     next(batches, None)  # lets the loader know of the end
+
+
+def finish_trackers(accelerator):
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def save_checkpoint(job, progress):
@@ -221,7 +230,7 @@ def begin(job) -> Progress:
     accelerator.wait_for_everyone()  # the main process is about to change the folder
     if accelerator.is_main_process:
         if path is None:
-            for old in ("checkpoints", "best", "last"):
+            for old in ("checkpoints", "best", "last", "epochs"):
                 shutil.rmtree(output / old, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
         metrics = output / "metrics.jsonl"
@@ -275,7 +284,7 @@ def finish(job, loaders, folder):
     results = {split: evaluate_top1(job, loader) for split, loader in loaders.items()}
     top1 = {split: result["top1"] for split, result in results.items()}
     accelerator.log({f"final/{split}": value for split, value in top1.items()})
-    accelerator.end_training()
+    finish_trackers(accelerator)
     accelerator.print(f"\nTop-1 accuracy of {args.model} trained with method {args.method}, {folder.name} epoch")
     accelerator.print(f"{'split':<12} {'images':>8} {'top-1':>8}")
     for split, result in results.items():

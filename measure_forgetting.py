@@ -1,0 +1,276 @@
+"""Measure what perturbations make trained models forget, how sharp these are, and which goes with generalisation."""
+
+import argparse
+import csv
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from sklearn.model_selection import train_test_split
+from timm.data import resolve_data_config
+from timm.layers import set_fused_attn
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+import builders
+import checkpoints
+import data
+import metrics
+import report
+import settings
+from data import InputError
+from forgetting import forgetting
+from sam_obf import SAM
+
+
+def parse(argv=None):
+    p = settings.Parser(description=__doc__, allow_abbrev=False)
+    p.add_argument("--runs", nargs="+", required=True, help="output folders, trained with --save-interval")
+    g = p.add_argument_group("perturbations")
+    kinds = ["own", "sam", "obf", "random"]
+    g.add_argument(
+        "--perturbations", nargs="+", choices=kinds, default=kinds[1:], help="own: the run's (sam obf random)"
+    )
+    g.add_argument("--rho", type=float, help="L2 norm (the run's own)")
+    g.add_argument("--m", type=int, help="examples that share a perturbation (the run's own)")
+    g.add_argument("--gamma", type=float, default=1.0, help="of obf (%(default)s)")
+    g.add_argument("--lam", type=float, help="of obf (1 / classes)")
+    g.add_argument("--micro-batches", type=int, default=8, help="perturbations to average over (%(default)s)")
+    g = p.add_argument_group("measurement")
+    thresholds = [i / 20 for i in range(1, 20)]
+    g.add_argument("--thresholds", nargs="+", type=float, default=thresholds, help="in (0, 1) (0.05 0.10 ... 0.95)")
+    g.add_argument("--miller-madow", action="store_true", help="correct entropies for bias (plug-in estimates)")
+    g.add_argument("--examples", type=int, default=8192, help="training images, all classes alike (%(default)s)")
+    g.add_argument("--hessian-examples", type=int, help="the first of them, for lambda_max (all)")
+    g.add_argument("--batch-size", type=int, default=256, help="images at once (%(default)s)")
+    g.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
+    g.add_argument("--seed", type=int, default=0, help="of the choice of images, and the bootstrap (%(default)s)")
+    p.add_argument("--output", default="outputs/forgetting", help="folder of the results (%(default)s)")
+    args = p.parse_args(argv)
+    for threshold in args.thresholds:
+        if not 0 < threshold < 1:
+            raise InputError(f"the threshold {threshold} does not lie inside (0, 1)")
+    for key in ("m", "micro_batches", "examples", "hessian_examples", "batch_size"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise InputError(f"{key} is {getattr(args, key)}; it must be at least 1")
+    return args
+
+
+def read_run(folder: Path) -> dict:
+    """A finished run: its ``settings``, ``accuracy`` on test (or else validation), and ``epochs``, folders of models.
+
+    Raises:
+        InputError: it is no run, is not finished, or has no saved epochs.
+    """
+    try:
+        run = argparse.Namespace(**yaml.safe_load((folder / "settings.yaml").read_text()))
+    except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{folder} is no output folder of a run: cannot read its settings.yaml ({error})") from error
+    try:
+        results = json.loads((folder / "results.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"the run {folder} is not finished: go on with --resume auto ({error})") from error
+    epochs = sorted(path.parent for path in folder.glob("epochs/*/config.json"))
+    if not epochs:
+        raise InputError(f"the run {folder} has no saved epochs: train it with --save-interval EPOCHS")
+    classes = json.loads((epochs[0] / "config.json").read_text())["num_classes"]
+    split = "test" if "test" in results else "validation"
+    return {"folder": folder, "settings": run, "accuracy": results[split], "epochs": epochs, "classes": classes}
+
+
+def check_alike(runs):
+    """Raise ``InputError`` if runs differ in dataset or number of classes."""
+    for run in runs[1:]:
+        for what, value in (("dataset", lambda r: r["settings"].dataset), ("classes", lambda r: r["classes"])):
+            if value(run) != value(runs[0]):
+                raise InputError(
+                    f"runs must share their {what}: {runs[0]['folder']} has {value(runs[0])} and {run['folder']} has "
+                    f"{value(run)}: measure them apart"
+                )
+
+
+def perturbations(args, run) -> dict[str, argparse.Namespace]:
+    """The settings of each perturbation to measure on a run.
+
+    Raises:
+        InputError: the run was trained without a perturbation, and no rho is given.
+    """
+    own, result = run["settings"], {}
+    trained = settings.METHODS[own.method] != (None, None)
+    for kind in args.perturbations:
+        if kind == "own" and not trained:
+            continue
+        m = args.m or own.m or min(own.device_batch_size, own.batch_size)
+        changes = {"rho": own.rho if args.rho is None else args.rho, "m": min(m, args.examples)}
+        if changes["rho"] is None:
+            raise InputError(f"the run {run['folder']} has no rho, as it was trained with method base: give --rho")
+        if kind != "own":
+            changes |= {"method": kind, "gamma": args.gamma, "lam": args.lam, "link": own.link or "sigmoid"}
+        result[kind] = argparse.Namespace(**vars(own) | changes)
+    return result
+
+
+def choose_images(args, name):
+    """Training images to measure on, undecoded, with all classes in the proportions of the dataset."""
+    split = data.load(name)["train"]
+    labels = np.asarray(split["label"])
+    classes = len(split.features["label"].names)
+    if args.examples < classes:
+        raise InputError(f"--examples {args.examples} cannot hold one of each of {classes} classes: raise it")
+    if args.examples >= len(split):
+        args.examples = len(split)
+        return split.shuffle(seed=args.seed)
+    size = {"train_size": args.examples, "test_size": None, "random_state": args.seed}
+    return split.select(train_test_split(range(len(split)), stratify=labels, **size)[0])
+
+
+def open_batches(args, accelerator, split, model, cache):
+    """The images as the model's evaluation transform makes them: uint8, labels, and ``batches``, a function of both."""
+    config = resolve_data_config(model=model)
+    key = str([config[name] for name in ("input_size", "interpolation", "crop_pct", "crop_mode")])
+    if key not in cache:
+        _, transform = data.transforms(config, scale=(1, 1), ratio=(1, 1), hflip=0)
+        workers = min(args.workers, len(split) // builders.IMAGES_PER_WORKER)
+        options = builders.worker_options(accelerator, workers)
+        parts = list(DataLoader(data.Images(split, transform), args.batch_size, **options))
+        cache[key] = [torch.cat([part[name] for part in parts]) for name in ("image", "label")]
+    images, labels = cache[key]
+    to_input, device = data.to_input(config, torch.float32), accelerator.device
+
+    def batches(start, stop, size=args.batch_size):
+        """Normalised images and labels, on the device, of the examples from ``start`` up to ``stop``."""
+        return DataLoader(
+            TensorDataset(images[start:stop], labels[start:stop]),
+            batch_size=None,
+            sampler=BatchSampler(range(len(images[start:stop])), size, drop_last=False),
+            collate_fn=lambda batch: (to_input(batch[0].to(device)), batch[1].to(device)),
+        )
+
+    return batches
+
+
+@torch.no_grad()
+def predict(model, batches, link):
+    """Predictions (examples, classes) in float64: in single precision many confident ones are 1."""
+    logits = torch.cat([model(images) for images, _ in batches]).double()
+    return logits.sigmoid() if link == "sigmoid" else logits.softmax(-1)
+
+
+def measure(args, run, model, batches) -> dict:
+    """All that is measured on one model, in bits and units of the loss."""
+    model.eval().requires_grad_()
+    criterion, size = builders.build_criterion(run["settings"]), args.examples
+    flat = min(args.hessian_examples or size, size)
+    link = "sigmoid" if run["settings"].loss == "bce" else "softmax"
+    thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
+    everything = batches(0, size)
+    labels = torch.cat([y for _, y in everything])
+    clean = predict(model, everything, link)
+    result = {"lambda_max": metrics.largest_eigenvalue(model, criterion, batches(0, flat), flat), "perturbations": {}}
+    for kind, own in perturbations(args, run).items():
+        adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
+        optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)
+        objective = builders.build_objective(own, model, criterion)
+        torch.manual_seed(args.seed)
+        each = []
+        for x, y in itertools.islice(batches(0, size // own.m * own.m, own.m), args.micro_batches):
+            with torch.no_grad():
+                before = criterion(model(x), y)
+            with optimizer.perturbed(lambda: objective(model(x), y)), torch.no_grad():
+                gap = criterion(model(x), y) - before
+                perturbed = predict(model, everything, link)
+            info = forgetting([(clean, perturbed, labels)], thresholds, miller_madow=args.miller_madow)
+            lost, change = (
+                info["information"] - info["information_perturbed"],
+                info["relevant_perturbed"] - info["relevant"],
+            )
+            each.append({"by_threshold": lost, "relevant_change": change.mean(), "sam_gap": gap})
+        means = {key: torch.stack([one[key].double() for one in each]).mean(0).tolist() for key in each[0]}
+        means["forgetting"] = float(np.mean(means["by_threshold"]))
+        result["perturbations"][kind] = {"rho": own.rho, "m": own.m, **means}
+    return result
+
+
+def measure_all(args, accelerator, runs, split):
+    """Measure every saved epoch of every run, on all processes together; finished measurements are read from disk."""
+    tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
+    kept = {key: value for key, value in vars(args).items() if key not in ("runs", "output", "workers", "batch_size")}
+    cache = {}
+    with accelerator.split_between_processes(tasks) as own:
+        for run, epoch in tqdm(own, unit="model", disable=not accelerator.is_main_process, dynamic_ncols=True):
+            weights = (epoch / "model.safetensors").stat()
+            request = {"model": str(epoch), "weights": [weights.st_size, weights.st_mtime_ns], **kept}
+            file = record_file(args, epoch)
+            if file.exists() and json.loads(file.read_text())["request"] == request:
+                continue
+            model = checkpoints.open_model(str(epoch)).to(accelerator.device)
+            batches = open_batches(args, accelerator, split, model, cache)
+            try:
+                measured = measure(args, run, model, batches)
+            except ValueError as error:
+                raise InputError(f"cannot measure {epoch}: {error}") from error
+            draft = file.with_suffix(".draft")
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps({"request": request, **measured}, indent=2) + "\n")
+            draft.replace(file)
+    accelerator.wait_for_everyone()
+    return [(run, epoch, json.loads(record_file(args, epoch).read_text())) for run, epoch in tasks]
+
+
+def record_file(args, epoch):
+    """Where the measurements of a saved epoch are kept."""
+    name = hashlib.sha256(str(epoch.resolve()).encode()).hexdigest()[:16]
+    return Path(args.output) / "measurements" / f"{name}.json"
+
+
+def table_of(measured) -> list[dict]:
+    """One row for each run, epoch and perturbation."""
+    rows = []
+    for run, epoch, record in measured:
+        for kind, values in record["perturbations"].items():
+            row = {"run": str(run["folder"]), "method": run["settings"].method, "epoch": int(epoch.name)}
+            row |= {"perturbation": kind} | {key: value for key, value in values.items() if key != "by_threshold"}
+            rows.append(row | {"lambda_max": record["lambda_max"], "accuracy": run["accuracy"]})
+    return rows
+
+
+def main(argv=None):
+    args = parse(argv)
+    accelerator = Accelerator()
+    set_fused_attn(False)  # it has no second derivatives
+    runs = [read_run(Path(folder).expanduser()) for folder in args.runs]
+    check_alike(runs)
+    for run in runs:
+        perturbations(args, run)
+    with accelerator.main_process_first():  # one process downloads
+        split = choose_images(args, runs[0]["settings"].dataset)
+    measured = measure_all(args, accelerator, runs, split)
+    if not accelerator.is_main_process:
+        return None
+    rows, output = table_of(measured), Path(args.output)
+    with (output / "measurements.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = metrics.correlations(rows, args.seed)
+    versions = {module.__name__: module.__version__ for module in (torch, timm, datasets)}
+    saved = {"correlations": found, "settings": vars(args), "versions": versions}
+    (output / "correlations.json").write_text(json.dumps(saved, indent=2) + "\n")
+    report.show_correlations(found)
+    if not found:
+        print(f"no rank correlation: it needs at least {metrics.MIN_RUNS} runs with the same perturbation")
+    report.draw_forgetting(measured, rows, args.thresholds, output)
+    print(f"\nwritten: {output}/measurements.csv, correlations.json and {len(list(output.glob('*.png')))} pictures")
+    return found
+
+
+if __name__ == "__main__":
+    with settings.clear_errors():
+        main()
