@@ -20,7 +20,7 @@ class InputError(ValueError):
     """Something that the user can mend; the scripts print its message and no traceback."""
 
 
-def load(name: str, streaming: bool = False) -> datasets.DatasetDict:
+def load(name: str, streaming: bool = False, validation_share: float | None = None) -> datasets.DatasetDict:
     """Return every labelled split of a dataset, with the columns ``image`` (bytes or a path, undecoded) and ``label``.
 
     Args:
@@ -28,6 +28,8 @@ def load(name: str, streaming: bool = False) -> datasets.DatasetDict:
             with a copy of a Hub dataset, or a dataset of the Hub such as "ILSVRC/imagenet-1k". Validation splits may
             be called as ``datasets`` knows them ("val", "valid", ...).
         streaming: read the splits train and validation as they are needed; nothing is stored.
+        validation_share: of the training images, in (0, 1), the same in every class, to become the split validation.
+            A dataset's own validation split becomes test then; if it has both, that is an error.
 
     Raises:
         InputError: it cannot be loaded, lacks a split or a column, or has classes or labels that do not fit.
@@ -50,9 +52,23 @@ def load(name: str, streaming: bool = False) -> datasets.DatasetDict:
                 f"{name!r} has no {' or '.join(wanted)} split, only {', '.join(splits) or 'unlabelled ones'}: put its "
                 f"images in {name}/{wanted[0]}"
             )
+    if validation_share is not None:
+        splits = _hold_out(splits, name, validation_share, streaming)
     if not streaming:
         _check_classes(splits, name)
     return datasets.DatasetDict(splits) if not streaming else datasets.IterableDatasetDict(splits)
+
+
+def _hold_out(splits, name, share, streaming):
+    if streaming or {"validation", "test"} <= set(splits):
+        reason = "a stream cannot be divided" if streaming else "there are validation and test already"
+        raise InputError(f"{name!r}: validation_share {share} does not apply, as {reason}: drop it")
+    try:
+        parts = splits["train"].train_test_split(test_size=share, stratify_by_column="label", seed=0)
+    except ValueError as error:
+        raise InputError(f"{name!r}: cannot hold out validation_share {share}: {error}") from error
+    (test,) = (ds for split, ds in splits.items() if split in ("validation", "test"))
+    return {"train": parts["train"], "validation": parts["test"], "test": test}
 
 
 def hub(path: str, name: str, **options):

@@ -18,7 +18,7 @@ def main(argv=None):
     args = settings.parse(settings.parser(__doc__, MODEL_HELP, **defaults), argv)
     accelerator = builders.build_accelerator(args)
     with accelerator.main_process_first():  # one process downloads
-        splits = data.load(args.dataset, args.streaming)
+        splits = data.load(args.dataset, args.streaming, args.validation_share)
     set_seed(args.seed)
     model = checkpoints.open_model(args.model, **args.model_kwargs)
     model.reset_classifier(splits["train"].features["label"].num_classes)

@@ -47,7 +47,9 @@ def conditional_entropy(patterns: torch.Tensor, given: torch.Tensor, *, miller_m
     joint, cells = _runs(patterns + _names(int(given.max()) + 1, given, seed=1)[given, None])
     marginal, groups = _runs(given[:, None])
     entropy = (marginal - joint) / len(given)
-    return entropy + (cells - groups) / (2 * math.log(2) * len(given)) if miller_madow else entropy
+    if miller_madow:
+        entropy += (cells - groups).double() / (2 * math.log(2) * len(given))
+    return entropy
 
 
 def adjusted_thresholds(labels: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,7 @@ def parse(argv=None):
     g = p.add_argument_group("measurement")
     thresholds = [i / 20 for i in range(1, 20)]
     g.add_argument("--thresholds", nargs="+", type=float, default=thresholds, help="in (0, 1) (0.05 0.10 ... 0.95)")
+    g.add_argument("--link", choices=["sigmoid", "softmax"], help="from logits to predictions (sigmoid if loss is bce)")
     g.add_argument("--miller-madow", action="store_true", help="correct entropies for bias (plug-in estimates)")
     g.add_argument("--examples", type=int, default=8192, help="training images, all classes alike (%(default)s)")
     g.add_argument("--hessian-examples", type=int, help="the first of them, for lambda_max (all)")
@@ -86,9 +87,14 @@ def read_run(folder: Path) -> dict:
 
 
 def check_alike(runs):
-    """Raise ``InputError`` if runs differ in dataset or number of classes."""
+    """Raise ``InputError`` if runs differ in their training images or number of classes."""
+    shared = {
+        "dataset": lambda run: run["settings"].dataset,
+        "validation_share": lambda run: run["settings"].validation_share,
+        "classes": lambda run: run["classes"],
+    }
     for run in runs[1:]:
-        for what, value in (("dataset", lambda r: r["settings"].dataset), ("classes", lambda r: r["classes"])):
+        for what, value in shared.items():
             if value(run) != value(runs[0]):
                 raise InputError(
                     f"runs must share their {what}: {runs[0]['folder']} has {value(runs[0])} and {run['folder']} has "
@@ -117,9 +123,9 @@ def perturbations(args, run) -> dict[str, argparse.Namespace]:
     return result
 
 
-def choose_images(args, name):
+def choose_images(args, run):
     """Training images to measure on, undecoded, with all classes in the proportions of the dataset."""
-    split = data.load(name)["train"]
+    split = data.load(run.dataset, validation_share=run.validation_share)["train"]
     labels = np.asarray(split["label"])
     classes = len(split.features["label"].names)
     if args.examples < classes:
@@ -160,6 +166,8 @@ def open_batches(args, accelerator, split, model, cache):
 def predict(model, batches, link):
     """Predictions (examples, classes) in float64: in single precision many confident ones are 1."""
     logits = torch.cat([model(images) for images, _ in batches]).double()
+    if not logits.isfinite().all():
+        raise ValueError("its logits are not finite: leave the run out, or lower --rho")
     return logits.sigmoid() if link == "sigmoid" else logits.softmax(-1)
 
 
@@ -168,7 +176,7 @@ def measure(args, run, model, batches) -> dict:
     model.eval().requires_grad_()
     criterion, size = builders.build_criterion(run["settings"]), args.examples
     flat = min(args.hessian_examples or size, size)
-    link = "sigmoid" if run["settings"].loss == "bce" else "softmax"
+    link = args.link or ("sigmoid" if run["settings"].loss == "bce" else "softmax")
     thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
     everything = batches(0, size)
     labels = torch.cat([y for _, y in everything])
@@ -250,7 +258,7 @@ def main(argv=None):
     for run in runs:
         perturbations(args, run)
     with accelerator.main_process_first():  # one process downloads
-        split = choose_images(args, runs[0]["settings"].dataset)
+        split = choose_images(args, runs[0]["settings"])
     measured = measure_all(args, accelerator, runs, split)
     if not accelerator.is_main_process:
         return None

@@ -90,6 +90,9 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
     g.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
     g.add_argument("--streaming", action=boolean, default=False, help="read from the Hub as needed, store nothing (no)")
+    g.add_argument(
+        "--validation-share", type=float, help="of the training images, to hold out (the dataset's own split)"
+    )
     g.add_argument("--train-num-samples", type=int, help="training images, where a streamed dataset does not say")
     g = p.add_argument_group("model and loss")
     g.add_argument("--model", default="resnet50", help=model_help)
@@ -175,6 +178,8 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
             raise InputError(f"{key} is {getattr(args, key)}; it must be at least 1")
     if args.perturb_fraction is not None and not 0 < args.perturb_fraction <= 1:
         raise InputError(f"perturb_fraction is {args.perturb_fraction}; it must lie above 0 and at most at 1")
+    if args.validation_share is not None and not 0 < args.validation_share < 1:
+        raise InputError(f"validation_share is {args.validation_share}; it must lie above 0 and below 1")
     if args.shrink_perturb is not None and not 0 <= args.shrink_perturb <= 1:
         raise InputError(f"shrink_perturb is {args.shrink_perturb}; it must lie in [0, 1]")
     if not 0 <= args.warmup_epochs < args.epochs:

@@ -22,6 +22,7 @@ import report
 import settings
 from data import InputError
 
+ATTEMPTS = 3  # to open the storage
 HEARTBEAT, GRACE = 10, 60  # seconds; a worker that is silent for longer has died
 KEYS = {"recipe", "settings", "choose", "grids"}
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
@@ -113,22 +114,22 @@ def open_study(args, shared: dict):
     url = args.storage or f"sqlite:///{args.output / 'sweep.db'}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    for attempt in reversed(range(3)):
+    options = {"study_name": args.output.name, "direction": "maximize", "load_if_exists": True}
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             storage = optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
-            options = {"study_name": args.output.name, "direction": "maximize", "load_if_exists": True}
             study = optuna.create_study(storage=storage, **options)
             earlier = study.user_attrs.get("shared", shared)
             study.set_user_attr("shared", earlier)
             break
         except (RuntimeError, SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
-            if attempt:  # another worker may be creating it
-                time.sleep(1)
-                continue
-            raise InputError(
-                f"cannot use the storage {url}: {str(error).splitlines()[0]}. If another program locks it, end that; if "
-                f"another version of Optuna wrote it, choose another --storage or --output: finished runs are kept"
-            ) from error
+            if attempt == ATTEMPTS:
+                reason = str(error).splitlines()[0]
+                raise InputError(
+                    f"cannot use the storage {url}: {reason}. End the program that locks it; or if another version of "
+                    f"Optuna wrote it, choose another --storage. Finished runs are kept"
+                ) from error
+            time.sleep(1)  # another worker may be creating it
     for key in sorted(set(earlier) & set(shared)):
         if earlier[key] != shared[key]:
             raise InputError(

@@ -32,7 +32,7 @@ def main(argv=None):
     args = settings.parse(parser, argv)
     accelerator = builders.build_accelerator(args)
     with accelerator.main_process_first():  # one process downloads
-        splits = data.load(args.dataset, args.streaming)
+        splits = data.load(args.dataset, args.streaming, args.validation_share)
     set_seed(args.seed)
     model = create_model(args, splits["train"].features["label"].num_classes)
     return training.train(args, accelerator, splits, model)

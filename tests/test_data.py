@@ -309,3 +309,26 @@ def test_columns_that_do_not_fit_are_listed(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: text)
     with pytest.raises(data.InputError, match=r"text \(Value\), label \(Value\)"):
         data.load("a/b")
+
+
+@pytest.mark.parametrize("held_out", ["validation", "test"])
+def test_a_share_of_the_training_images_becomes_validation_and_the_held_out_split_test(tmp_path, held_out):
+    write_folder(tmp_path, splits=("train", held_out), images=8)
+    whole, divided = data.load(str(tmp_path)), data.load(str(tmp_path), validation_share=0.25)
+    assert {split: len(ds) for split, ds in divided.items()} == {"train": 12, "validation": 4, "test": 16}
+    assert sorted(divided["validation"]["label"]) == [0, 0, 1, 1]
+    paths = {split: {image["path"] for image in ds["image"]} for split, ds in divided.items()}
+    assert paths["train"] | paths["validation"] == {image["path"] for image in whole["train"]["image"]}
+    assert paths["test"] == {image["path"] for image in whole[held_out]["image"]}
+    again = data.load(str(tmp_path), validation_share=0.25)
+    assert again["validation"]["image"] == divided["validation"]["image"]
+
+
+def test_a_share_that_cannot_be_held_out_is_refused(tmp_path):
+    write_folder(tmp_path, splits=("train", "val"), images=3)
+    with pytest.raises(data.InputError, match=r"cannot hold out validation_share 0\.01"):
+        data.load(str(tmp_path), validation_share=0.01)
+    with pytest.raises(data.InputError, match="a stream cannot be divided"):
+        data.load(str(tmp_path), streaming=True, validation_share=0.5)
+    with pytest.raises(data.InputError, match="there are validation and test already"):
+        data.load("digits", validation_share=0.5)

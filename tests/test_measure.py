@@ -1,0 +1,262 @@
+"""measure_forgetting.py: curvature against an explicit Hessian, forgetting against perturbing by hand, bad input."""
+
+import argparse
+import copy
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from scipy.stats import kendalltau
+from test_data import write_folder
+from test_forgetting import counted_entropy
+from test_training import small_recipe
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+
+import data
+import measure_forgetting
+import metrics
+import train_imagenet
+from data import InputError
+
+
+def small_network(norm):
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 4, 3), norm(4) if norm else torch.nn.Identity(), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(16, 3)).double()
+    return model.eval() if norm is None else _with_statistics(model)
+
+
+def _with_statistics(model):
+    model.train()(torch.randn(64, 3, 4, 4, dtype=torch.float64) * 2 + 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("norm", [None, torch.nn.BatchNorm2d])
+@pytest.mark.parametrize("criterion", [LabelSmoothingCrossEntropy(0.1), BinaryCrossEntropy(0.0, sum_classes=True)])
+@pytest.mark.parametrize("sizes", [[12], [5, 5, 2]])
+def test_largest_eigenvalue_is_that_of_the_explicit_hessian(norm, criterion, sizes):
+    model = small_network(norm)
+    x, y = torch.randn(12, 3, 4, 4, dtype=torch.float64), torch.arange(12) % 3
+    names, params = zip(*model.named_parameters())
+
+    def loss(flat):
+        parts = torch.split(flat, [p.numel() for p in params])
+        named = {name: part.reshape(p.shape) for name, part, p in zip(names, parts, params)}
+        return criterion(torch.func.functional_call(model, named, (x,)), y)
+
+    flat = torch.cat([p.detach().flatten() for p in params])
+    hessian = torch.autograd.functional.hessian(loss, flat)
+    expected = torch.linalg.eigvalsh(hessian)[-1].item()
+    batches = list(zip(x.split(sizes), y.split(sizes)))
+    assert metrics.largest_eigenvalue(model, criterion, batches, 12) == pytest.approx(expected, rel=1e-4)
+
+
+def test_kendall_is_scipys_also_with_ties_and_its_interval_holds_it():
+    rng = np.random.default_rng(0)
+    accuracy = rng.integers(0, 6, 40).tolist()
+    quantities = {"good": [a + rng.integers(0, 3) for a in accuracy], "noise": rng.integers(0, 5, 40).tolist()}
+    found = metrics.kendall(quantities, accuracy, "noise", seed=0)
+    for name, values in quantities.items():
+        pairs = [(i, j) for i in range(40) for j in range(i)]
+        signs = [(np.sign(values[i] - values[j]), np.sign(accuracy[i] - accuracy[j])) for i, j in pairs]
+        agreement = sum(a * b for a, b in signs)
+        tau = agreement / np.sqrt(sum(a != 0 for a, _ in signs) * sum(b != 0 for _, b in signs))
+        assert found[name]["tau"] == pytest.approx(tau) == pytest.approx(kendalltau(values, accuracy).statistic)
+        assert found[name]["p_value"] == kendalltau(values, accuracy).pvalue
+        assert found[name]["low"] < tau < found[name]["high"]
+    good, noise = found["good"], found["noise"]
+    assert good["above_rival"] == pytest.approx(good["tau"] - noise["tau"])
+    assert good["above_low"] < good["above_rival"] < good["above_high"]
+    assert noise["above_rival"] == noise["above_low"] == noise["above_high"] == 0
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("images"), splits=("train", "validation", "test"), images=6)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, images):
+    """Four finished runs with models of epochs 1 and 2."""
+    folders = []
+    for i, method in enumerate(["base", "sam", "obf", "asam"]):
+        folder = tmp_path_factory.mktemp(f"run{i}")
+        changes = {"rho": 0.05} if method != "base" else {}
+        options = {"epochs": 2, "save_interval": 1, "seed": i, "method": method, "output": str(folder / "run")}
+        train_imagenet.main(small_recipe(folder, images, **options, **changes))
+        folders.append(folder / "run")
+    return folders
+
+
+def measure(runs, tmp_path, *flags):
+    output = ["--output", str(tmp_path / "out"), "--workers", "0", "--hessian-examples", "4"]
+    return measure_forgetting.main(["--runs", *map(str, runs), "--rho", "0.05", *output, *flags])
+
+
+def rows(tmp_path):
+    return list(csv.DictReader((tmp_path / "out" / "measurements.csv").open()))
+
+
+def by_hand(epoch, images, kind, rho, m, count):
+    """Forgetting at threshold 0.5 and the gap, averaged over perturbations made and counted here."""
+    args, run = argparse.Namespace(examples=12, seed=0), argparse.Namespace(dataset=str(images), validation_share=None)
+    _, transform = data.transforms(
+        {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"},
+        scale=(1, 1), ratio=(1, 1), hflip=0,
+    )  # fmt: skip
+    examples = data.Images(measure_forgetting.choose_images(args, run), transform).__getitems__(range(12))
+    y = torch.tensor([example["label"] for example in examples])
+    model = timm.create_model(f"local-dir:{epoch}", pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).reshape(3, 1, 1) for key in ("mean", "std"))
+    x = torch.stack([(example["image"] / 255 - mean) / std for example in examples])
+    with torch.no_grad():
+        clean = model(x).double().softmax(-1)
+    labels, forgotten, gaps = (clean > 0.5).sum(), [], []
+    for start in range(0, m * count, m):
+        part = slice(start, start + m)
+        before = F.cross_entropy(model(x[part]), y[part])
+        ascended = before
+        if kind == "obf":
+            logits = model(x[part])
+            p = logits.detach().sigmoid()
+            target = F.one_hot(y[part], 2)
+            alpha = 0.5 * (1 - 0.5 / (p * target).sum(-1, keepdim=True)).clamp_min(0) / (1 - 0.5)
+            ascended = ((0.5 - alpha * p - (1 - alpha) * target) * logits).sum(-1).mean()
+        grads = torch.autograd.grad(ascended, list(model.parameters()))
+        norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for p, g in zip(moved.parameters(), grads):
+                p += rho * g / norm
+            perturbed = moved(x).double().softmax(-1)
+            gaps.append((F.cross_entropy(moved(x[part]), y[part]) - before).item())
+        # The threshold that gives as many labels lies between two neighbouring predictions.
+        ordered = sorted(perturbed.flatten().tolist(), reverse=True)
+        adjusted = (ordered[labels - 1] + ordered[labels]) / 2
+        forgotten.append(counted_entropy(clean, y, 0.5) - counted_entropy(perturbed, y, adjusted))
+    return np.mean(forgotten), np.mean(gaps)
+
+
+@pytest.mark.parametrize("kind", ["sam", "obf"])
+def test_forgetting_and_gap_are_those_of_perturbing_by_hand(runs, images, tmp_path, kind):
+    flags = ["--perturbations", kind, "--m", "4", "--micro-batches", "3", "--thresholds", "0.5", "--gamma", "0.5"]
+    measure(runs[1:2], tmp_path, *flags, "--rho", "0.3")
+    measured = rows(tmp_path)
+    assert [row["epoch"] for row in measured] == ["1", "2"]
+    for row, epoch in zip(measured, sorted((runs[1] / "epochs").iterdir())):
+        forgotten, gap = by_hand(epoch, images, kind, rho=0.3, m=4, count=3)
+        assert float(row["forgetting"]) == pytest.approx(forgotten, abs=1e-9)
+        assert float(row["sam_gap"]) == pytest.approx(gap, rel=1e-3, abs=1e-6)
+
+
+def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsys):
+    found = measure(runs, tmp_path, "--perturbations", "own", "sam", "random", "--micro-batches", "2")
+    measured = rows(tmp_path)
+    assert len(measured) == 4 * 2 * 3 - 2  # run, epoch, perturbation; base has none of its own
+    assert {(row["perturbation"], row["epoch"]) for row in measured} == {
+        (kind, epoch) for kind in ("own", "sam", "random") for epoch in "12"
+    }
+    for row in measured:
+        results = json.loads((runs[0].parent / row["run"] / "results.json").read_text())
+        assert float(row["accuracy"]) == results["test"]
+    # Only three runs have a perturbation of their own, too few for a correlation.
+    assert {(c["perturbation"], c["epochs"]) for c in found} == {
+        (k, e) for k in ("sam", "random") for e in ("last", "mean")
+    }
+    last = [row for row in measured if row["perturbation"] == "sam" and row["epoch"] == "2"]
+    expected = kendalltau(
+        [-float(row["lambda_max"]) for row in last], [float(row["accuracy"]) for row in last]
+    ).statistic
+    (flatness,) = (c for c in found if (c["perturbation"], c["epochs"], c["quantity"]) == ("sam", "last", "flatness"))
+    assert flatness["tau"] == pytest.approx(expected, nan_ok=True)
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {f"{name}.png" for name in (
+        "forgetting_accuracy", "flatness_accuracy", "forgetting_epochs", "forgetting_thresholds"
+    )}  # fmt: skip
+    assert "Kendall's tau" in capsys.readouterr().out
+
+
+def test_finished_measurements_are_not_made_again(runs, tmp_path, monkeypatch):
+    measure(runs[:1], tmp_path, "--micro-batches", "1")
+    before = (tmp_path / "out" / "measurements.csv").read_text()
+    monkeypatch.setattr(measure_forgetting, "measure", lambda *_: pytest.fail("measured again"))
+    measure(runs[:1], tmp_path, "--micro-batches", "1")
+    assert (tmp_path / "out" / "measurements.csv").read_text() == before
+    with pytest.raises(pytest.fail.Exception):
+        measure(runs[:1], tmp_path, "--micro-batches", "2")
+
+
+def test_too_few_runs_are_measured_but_not_correlated(runs, tmp_path, capsys):
+    assert measure(runs[:3], tmp_path, "--perturbations", "sam", "--micro-batches", "1") == []
+    assert len(rows(tmp_path)) == 6
+    assert "at least 4 runs" in capsys.readouterr().out
+
+
+def altered(run, tmp_path, **changes):
+    """A copy of a run with other settings."""
+    shutil.copytree(run, tmp_path / "altered")
+    saved = yaml.safe_load((run / "settings.yaml").read_text()) | changes
+    (tmp_path / "altered" / "settings.yaml").write_text(yaml.safe_dump(saved))
+    return tmp_path / "altered"
+
+
+def test_runs_of_different_data_are_refused(runs, tmp_path):
+    with pytest.raises(InputError, match=r"share their dataset.*elsewhere"):
+        measure([runs[0], altered(runs[1], tmp_path, dataset="elsewhere")], tmp_path)
+
+
+def test_runs_of_different_class_counts_are_refused(runs, tmp_path):
+    other = altered(runs[1], tmp_path)
+    for file in other.glob("epochs/*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_classes": 7}))
+    with pytest.raises(InputError, match=r"share their classes.* 2 and .* 7"):
+        measure([runs[0], other], tmp_path)
+
+
+def test_a_run_without_epochs_and_an_unfinished_one_are_refused(runs, tmp_path):
+    other = altered(runs[1], tmp_path)
+    shutil.rmtree(other / "epochs")
+    with pytest.raises(InputError, match="--save-interval"):
+        measure([other], tmp_path)
+    (other / "results.json").unlink()
+    with pytest.raises(InputError, match=r"not finished.*--resume auto"):
+        measure([other], tmp_path)
+    with pytest.raises(InputError, match=r"no output folder.*settings\.yaml"):
+        measure([tmp_path], tmp_path)
+
+
+def test_base_needs_a_rho(runs, tmp_path):
+    with pytest.raises(InputError, match="give --rho"):
+        measure_forgetting.main(["--runs", str(runs[0]), "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--thresholds", "0.5", "1"], r"1\.0 does not lie inside"),
+        (["--examples", "1"], "--examples 1 cannot hold one of each of 2 classes"),
+        (["--micro-batches", "0"], "micro_batches is 0"),
+        (["--perturbations", "asam"], "invalid choice"),
+    ],
+)
+def test_bad_flags_are_refused(runs, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        measure(runs[:1], tmp_path, *flags)
+
+
+def test_a_model_that_diverged_is_named_and_what_was_measured_is_kept(runs, tmp_path):
+    other = altered(runs[1], tmp_path)
+    file = other / "epochs" / "0002" / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["fc.weight"].fill_(float("nan"))
+    safetensors.torch.save_file(weights, file)
+    with pytest.raises(InputError, match=r"epochs/0002.*not finite"):
+        measure([other], tmp_path, "--perturbations", "sam", "--micro-batches", "1")
+    assert len(list((tmp_path / "out" / "measurements").glob("*.json"))) == 1
