@@ -46,7 +46,8 @@ def parse(argv=None):
     g = p.add_argument_group("measurement")
     thresholds = [i / 20 for i in range(1, 20)]
     g.add_argument("--thresholds", nargs="+", type=float, default=thresholds, help="in (0, 1) (0.05 0.10 ... 0.95)")
-    g.add_argument("--link", choices=["sigmoid", "softmax"], help="from logits to predictions (sigmoid if loss is bce)")
+    links = ["sigmoid", "softmax"]
+    g.add_argument("--link", choices=links, default=links[0], help="from logits to predictions (%(default)s)")
     g.add_argument("--miller-madow", action="store_true", help="correct entropies for bias (plug-in estimates)")
     g.add_argument("--examples", type=int, default=8192, help="training images, all classes alike (%(default)s)")
     g.add_argument("--hessian-examples", type=int, help="the first of them, for lambda_max (all)")
@@ -176,11 +177,10 @@ def measure(args, run, model, batches) -> dict:
     model.eval().requires_grad_()
     criterion, size = builders.build_criterion(run["settings"]), args.examples
     flat = min(args.hessian_examples or size, size)
-    link = args.link or ("sigmoid" if run["settings"].loss == "bce" else "softmax")
     thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
     everything = batches(0, size)
     labels = torch.cat([y for _, y in everything])
-    clean = predict(model, everything, link)
+    clean = predict(model, everything, args.link)
     result = {"lambda_max": metrics.largest_eigenvalue(model, criterion, batches(0, flat), flat), "perturbations": {}}
     for kind, own in perturbations(args, run).items():
         adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
@@ -193,7 +193,7 @@ def measure(args, run, model, batches) -> dict:
                 before = criterion(model(x), y)
             with optimizer.perturbed(lambda: objective(model(x), y)), torch.no_grad():
                 gap = criterion(model(x), y) - before
-                perturbed = predict(model, everything, link)
+                perturbed = predict(model, everything, args.link)
             info = forgetting([(clean, perturbed, labels)], thresholds, miller_madow=args.miller_madow)
             lost, change = (
                 info["information"] - info["information_perturbed"],

@@ -104,7 +104,7 @@ def rows(tmp_path):
     return list(csv.DictReader((tmp_path / "out" / "measurements.csv").open()))
 
 
-def by_hand(epoch, images, kind, rho, m, count):
+def by_hand(epoch, images, kind, link, rho, m, count):
     """Forgetting at threshold 0.5 and the gap, averaged over perturbations made and counted here."""
     args, run = argparse.Namespace(examples=12, seed=0), argparse.Namespace(dataset=str(images), validation_share=None)
     _, transform = data.transforms(
@@ -117,7 +117,7 @@ def by_hand(epoch, images, kind, rho, m, count):
     mean, std = (torch.tensor(model.pretrained_cfg[key]).reshape(3, 1, 1) for key in ("mean", "std"))
     x = torch.stack([(example["image"] / 255 - mean) / std for example in examples])
     with torch.no_grad():
-        clean = model(x).double().softmax(-1)
+        clean = link(model(x).double())
     labels, forgotten, gaps = (clean > 0.5).sum(), [], []
     for start in range(0, m * count, m):
         part = slice(start, start + m)
@@ -135,7 +135,7 @@ def by_hand(epoch, images, kind, rho, m, count):
         with torch.no_grad():
             for p, g in zip(moved.parameters(), grads):
                 p += rho * g / norm
-            perturbed = moved(x).double().softmax(-1)
+            perturbed = link(moved(x).double())
             gaps.append((F.cross_entropy(moved(x[part]), y[part]) - before).item())
         # The threshold that gives as many labels lies between two neighbouring predictions.
         ordered = sorted(perturbed.flatten().tolist(), reverse=True)
@@ -144,14 +144,28 @@ def by_hand(epoch, images, kind, rho, m, count):
     return np.mean(forgotten), np.mean(gaps)
 
 
-@pytest.mark.parametrize("kind", ["sam", "obf"])
-def test_forgetting_and_gap_are_those_of_perturbing_by_hand(runs, images, tmp_path, kind):
-    flags = ["--perturbations", kind, "--m", "4", "--micro-batches", "3", "--thresholds", "0.5", "--gamma", "0.5"]
+@pytest.mark.parametrize("kind, link", [("sam", "softmax"), ("obf", "sigmoid")])
+def test_forgetting_and_gap_are_those_of_perturbing_by_hand(runs, images, tmp_path, kind, link):
+    function = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}[link]
+    flags = [
+        "--perturbations",
+        kind,
+        "--link",
+        link,
+        "--m",
+        "4",
+        "--micro-batches",
+        "3",
+        "--thresholds",
+        "0.5",
+        "--gamma",
+        "0.5",
+    ]
     measure(runs[1:2], tmp_path, *flags, "--rho", "0.3")
     measured = rows(tmp_path)
     assert [row["epoch"] for row in measured] == ["1", "2"]
     for row, epoch in zip(measured, sorted((runs[1] / "epochs").iterdir())):
-        forgotten, gap = by_hand(epoch, images, kind, rho=0.3, m=4, count=3)
+        forgotten, gap = by_hand(epoch, images, kind, function, rho=0.3, m=4, count=3)
         assert float(row["forgetting"]) == pytest.approx(forgotten, abs=1e-9)
         assert float(row["sam_gap"]) == pytest.approx(gap, rel=1e-3, abs=1e-6)
 
