@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -223,12 +223,12 @@ def save(args, rows):
 
 def main(argv=None):
     args, rest = parse(argv)
-    state = PartialState()
+    accelerator = Accelerator()
     sweep = read_sweep(Path(args.sweep))
     points = points_of(args, sweep)
     for point in points:
         checked = settings.parse(settings.parser("", ""), flags_of(args, sweep, rest, point))
-        builders.split_batch(checked, state.num_processes)
+        builders.split_batch(checked, accelerator.num_processes)
     script = importlib.import_module(args.script)
 
     def run(point=None):
@@ -245,7 +245,7 @@ def main(argv=None):
         run({})  # or the other processes would time out
         time.sleep(1)
 
-    if not state.is_main_process:
+    if not accelerator.is_main_process:
         going = {}
         while going is not None:
             with contextlib.suppress(InputError):

@@ -5,7 +5,11 @@ import copy
 import csv
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +30,7 @@ import metrics
 import train_imagenet
 from data import InputError
 
+ROOT = Path(__file__).parent.parent
 THRESHOLDS = [i / 50 for i in range(1, 50)]
 
 
@@ -189,6 +194,21 @@ def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsy
         "forgetting_accuracy", "flatness_accuracy", "forgetting_epochs", "forgetting_thresholds"
     )}  # fmt: skip
     assert "Kendall's tau" in capsys.readouterr().out
+
+
+def test_two_processes_measure_the_same(runs, tmp_path):
+    flags = ["--perturbations", "sam", "--micro-batches", "1"]
+    measure(runs, tmp_path / "one", *flags)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ["measure_forgetting.py", "--runs", *map(str, runs), "--rho", "0.05", "--hessian-examples", "4", *flags]
+    command = [*launch, *script, "--output", str(tmp_path / "two" / "out")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert [one[key] for key in ("run", "epoch", "accuracy")] == [two[key] for key in ("run", "epoch", "accuracy")]
+        for key in ("forgetting", "sam_gap", "lambda_max"):
+            assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-4, abs=1e-6)
 
 
 def test_finished_measurements_are_not_made_again(runs, tmp_path, monkeypatch):

@@ -1,0 +1,25 @@
+"""Every example, beside a copy of sam_obf.py in an empty folder, trains on the digits."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NEEDS = {"hf_trainer": "transformers", "lightning_module": "lightning"}
+
+
+@pytest.mark.parametrize("example", sorted(path.stem for path in (ROOT / "examples").glob("*.py")))
+def test_example_trains(tmp_path, example):
+    if example in NEEDS and find_spec(NEEDS[example]) is None:
+        pytest.skip(f"needs {NEEDS[example]}: pip install -r examples/requirements.txt")
+    for file in (ROOT / "sam_obf.py", ROOT / "examples" / f"{example}.py"):
+        shutil.copy(file, tmp_path)
+    command = [sys.executable, f"{example}.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 90
