@@ -195,11 +195,9 @@ def measure(args, run, model, batches) -> dict:
                 gap = criterion(model(x), y) - before
                 perturbed = predict(model, everything, args.link)
             info = forgetting([(clean, perturbed, labels)], thresholds, miller_madow=args.miller_madow)
-            lost, change = (
-                info["information"] - info["information_perturbed"],
-                info["relevant_perturbed"] - info["relevant"],
-            )
-            each.append({"by_threshold": lost, "relevant_change": change.mean(), "sam_gap": gap})
+            lost = info["information"] - info["information_perturbed"]
+            gained = info["relevant_perturbed"] - info["relevant"]
+            each.append({"by_threshold": lost, "relevant_change": gained.mean(), "sam_gap": gap})
         means = {key: torch.stack([one[key].double() for one in each]).mean(0).tolist() for key in each[0]}
         means["forgetting"] = float(np.mean(means["by_threshold"]))
         result["perturbations"][kind] = {"rho": own.rho, "m": own.m, **means}
@@ -222,7 +220,7 @@ def measure_all(args, accelerator, runs, split):
             batches = open_batches(args, accelerator, split, model, cache)
             try:
                 measured = measure(args, run, model, batches)
-            except ValueError as error:
+            except (ValueError, NotImplementedError) as error:  # the latter where torch lacks a second derivative
                 raise InputError(f"cannot measure {epoch}: {error}") from error
             draft = file.with_suffix(".draft")
             draft.parent.mkdir(parents=True, exist_ok=True)

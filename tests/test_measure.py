@@ -288,3 +288,10 @@ def test_a_model_that_diverged_is_named_and_what_was_measured_is_kept(runs, tmp_
     with pytest.raises(InputError, match=r"epochs/0002.*not finite"):
         measure([other], tmp_path, "--perturbations", "sam", "--micro-batches", "1")
     assert len(list((tmp_path / "out" / "measurements").glob("*.json"))) == 1
+
+
+def test_a_model_that_torch_cannot_differentiate_twice_is_named(tmp_path, images):
+    options = {"model": "test_efficientnet", "save_interval": 1, "method": "sam"}  # its SiLU has no forward derivative
+    train_imagenet.main(small_recipe(tmp_path, images, **options))
+    with pytest.raises(InputError, match=r"cannot measure .*0001.*forward AD"):
+        measure([tmp_path / "run"], tmp_path)

@@ -1,0 +1,158 @@
+# Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
+"""One update with SAM and OBF on the smallest models of every family of timm's, and with every optimizer of timm's.
+
+Each is compared with an update without SAM: the gradient of the loss at weights moved by hand, on a copy of the model.
+It passes if the weights come back bit for bit, the gradients are finite and those of the copy, and so is the update.
+
+    python benchmarks/timm_coverage.py                             # all: about an hour on two cores
+    python benchmarks/timm_coverage.py --models resnet18 --optimizers adamw muon
+"""
+
+import argparse
+import copy
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2, list_optimizers
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sam_obf import SAM, OutputBiasForgetting
+
+PER_FAMILY = 2
+RHO = 0.05
+
+
+def smallest_models() -> list[str]:
+    """The names of the smallest models of each of timm's families, by their numbers of parameters."""
+    names = []
+    for family in tqdm(timm.list_modules(), desc="families", leave=False):
+        sizes = {}
+        for name in timm.list_models(module=family):
+            try:
+                with torch.device("meta"):
+                    sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+            except Exception:  # some need real tensors to be built
+                continue
+        names += sorted(sizes, key=sizes.get)[:PER_FAMILY]
+    return names
+
+
+def batch_for(model, examples=2):
+    """Random images of the size and type that the model takes, and labels."""
+    channels, *size = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    if not model.pretrained_cfg.get("fixed_input_size", False):
+        size = model.pretrained_cfg.get("min_input_size", (channels, *size))[1:]
+    dtype = next(model.parameters()).dtype
+    return torch.randn(examples, channels, *size, dtype=dtype), torch.arange(examples)
+
+
+def update_by_hand(model, optimizer, x, y, forget):
+    """The update without SAM, on a copy of everything; returns the copy's gradients."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(1)
+    grads = torch.autograd.grad(forget(model(x), y), params, allow_unused=True)
+    norm = torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt()
+    with torch.no_grad():
+        start = [p.clone() for p in params]
+        for p, g in zip(params, grads):
+            if g is not None:
+                p += RHO * g / norm
+    F.cross_entropy(model(x), y).backward()
+    with torch.no_grad():
+        for p, s in zip(params, start):
+            p.copy_(s)
+    gradients = [p.grad.clone() if p.grad is not None else None for p in params]
+    optimizer.step()
+    return gradients
+
+
+def difference(one, two):
+    """The largest difference over the largest value; infinite if only one has a gradient, or one is not finite."""
+    if any((a is None) != (b is None) or (a is not None and not a.isfinite().all()) for a, b in zip(one, two)):
+        return float("inf")
+    pairs = [(a, b) for a, b in zip(one, two) if a is not None]
+    scale = max(b.abs().max().item() for _, b in pairs)
+    return max((a - b).abs().max().item() for a, b in pairs) / (scale or 1.0)
+
+
+def try_update(model, optimizer_name, x, y):
+    """Make the update both ways; returns whether the weights came back, and differences in gradients and weights."""
+    twin, forget = copy.deepcopy(model), OutputBiasForgetting()
+    options = {"lr": 1e-3, "weight_decay": 0.01}
+    sam = SAM(create_optimizer_v2(model, optimizer_name, **options), model, rho=RHO)
+    base = create_optimizer_v2(twin, optimizer_name, **options)
+    for optimizer in (sam, base):
+        if hasattr(optimizer, "train"):  # schedule-free optimizers
+            optimizer.train()
+    start = [p.detach().clone() for p in model.parameters()]
+    torch.manual_seed(1)
+    with sam.perturbed(lambda: forget(model(x), y)):
+        F.cross_entropy(model(x), y).backward()
+    restored = all(torch.equal(p, s) for p, s in zip(model.parameters(), start))
+    gradients = [p.grad.clone() if p.grad is not None else None for p in model.parameters() if p.requires_grad]
+    sam.step()
+    expected = update_by_hand(twin, base, x, y, forget)
+    moved = [p.detach() - s for p, s in zip(model.parameters(), start)]
+    wanted = [p.detach() - s for p, s in zip(twin.parameters(), start)]
+    return restored, difference(gradients, expected), difference(moved, wanted)
+
+
+def row(name, build, tolerance):
+    """A line of the report, and whether it passed."""
+    begin = time.perf_counter()
+    try:
+        model, optimizer = build()
+        x, y = batch_for(model)
+        restored, gradients, weights = try_update(model.train(), optimizer, x, y)
+        count = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+        passed = restored and max(gradients, weights) <= tolerance
+        verdict = "ok" if passed else "DIFFERS" if restored else "NOT RESTORED"
+        cells = [name, count, verdict, f"{gradients:.1e}", f"{weights:.1e}", f"{time.perf_counter() - begin:.1f} s"]
+    except Exception as error:
+        passed, cells = (
+            False,
+            [name, "", f"FAILS: {type(error).__name__}: {str(error).splitlines()[0][:90]}", "", "", ""],
+        )
+    return passed, "| " + " | ".join(cells) + " |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", help="timm names (the smallest of each family)")
+    parser.add_argument("--optimizers", nargs="*", help="timm names (all)")
+    parser.add_argument("--report", help="Markdown file to write (the terminal only)")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    models = smallest_models() if args.models is None else args.models
+    optimizers = list_optimizers() if args.optimizers is None else args.optimizers
+    contestants = [(name, lambda name=name: (timm.create_model(name, num_classes=10), "sgd")) for name in models]
+    # In double precision: a first step of Adam's kind makes much of the smallest gradients.
+    contestants += [
+        (name, lambda name=name: (timm.create_model("test_vit", num_classes=10).double(), name)) for name in optimizers
+    ]
+    lines = [
+        "| model or optimizer | weights | verdict | gradients | update | time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    print("\n".join(lines))
+    passes = 0
+    for name, build in contestants:
+        passed, line = row(name, build, tolerance=1e-4)
+        passes += passed
+        lines.append(line)
+        print(line, flush=True)
+    lines.append(f"\n{passes} of {len(contestants)} pass: {len(models)} models, {len(optimizers)} optimizers")
+    print(lines[-1])
+    if args.report:
+        Path(args.report).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
