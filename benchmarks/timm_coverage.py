@@ -26,6 +26,7 @@ from sam_obf import SAM, OutputBiasForgetting
 
 PER_FAMILY = 2
 RHO = 0.05
+TOLERANCE = 1e-6  # of the largest value
 
 
 def smallest_models() -> list[str]:
@@ -52,8 +53,8 @@ def batch_for(model, examples=2):
     return torch.randn(examples, channels, *size, dtype=dtype), torch.arange(examples)
 
 
-def update_by_hand(model, optimizer, x, y, forget):
-    """The update without SAM, on a copy of everything; returns the copy's gradients."""
+def gradients_by_hand(model, x, y, forget):
+    """The gradients of the descent pass without SAM."""
     params = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(1)
     grads = torch.autograd.grad(forget(model(x), y), params, allow_unused=True)
@@ -67,9 +68,7 @@ def update_by_hand(model, optimizer, x, y, forget):
     with torch.no_grad():
         for p, s in zip(params, start):
             p.copy_(s)
-    gradients = [p.grad.clone() if p.grad is not None else None for p in params]
-    optimizer.step()
-    return gradients
+    return [p.grad for p in params]
 
 
 def difference(one, two):
@@ -96,22 +95,31 @@ def try_update(model, optimizer_name, x, y):
         F.cross_entropy(model(x), y).backward()
     restored = all(torch.equal(p, s) for p, s in zip(model.parameters(), start))
     gradients = [p.grad.clone() if p.grad is not None else None for p in model.parameters() if p.requires_grad]
-    sam.step()
-    expected = update_by_hand(twin, base, x, y, forget)
+    expected = gradients_by_hand(twin, x, y, forget)
+    # From the same gradients: the sign of one that is zero but for rounding, which some take, means nothing.
+    for p, gradient in zip((p for p in twin.parameters() if p.requires_grad), gradients):
+        p.grad = gradient
+    for optimizer in (sam, base):
+        torch.manual_seed(2)
+        optimizer.step()
     moved = [p.detach() - s for p, s in zip(model.parameters(), start)]
     wanted = [p.detach() - s for p, s in zip(twin.parameters(), start)]
     return restored, difference(gradients, expected), difference(moved, wanted)
 
 
-def row(name, build, tolerance):
+def build(name):
+    """A model in double precision, in which rounding does not move an activation past a kink."""
+    return timm.create_model(name, num_classes=10).double().train()
+
+
+def row(name, model, optimizer):
     """A line of the report, and whether it passed."""
     begin = time.perf_counter()
     try:
-        model, optimizer = build()
-        x, y = batch_for(model)
-        restored, gradients, weights = try_update(model.train(), optimizer, x, y)
+        model = build(model)
+        restored, gradients, weights = try_update(model, optimizer, *batch_for(model))
         count = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
-        passed = restored and max(gradients, weights) <= tolerance
+        passed = restored and max(gradients, weights) <= TOLERANCE
         verdict = "ok" if passed else "DIFFERS" if restored else "NOT RESTORED"
         cells = [name, count, verdict, f"{gradients:.1e}", f"{weights:.1e}", f"{time.perf_counter() - begin:.1f} s"]
     except Exception as error:
@@ -132,23 +140,19 @@ def main():
     torch.manual_seed(0)
     models = smallest_models() if args.models is None else args.models
     optimizers = list_optimizers() if args.optimizers is None else args.optimizers
-    contestants = [(name, lambda name=name: (timm.create_model(name, num_classes=10), "sgd")) for name in models]
-    # In double precision: a first step of Adam's kind makes much of the smallest gradients.
-    contestants += [
-        (name, lambda name=name: (timm.create_model("test_vit", num_classes=10).double(), name)) for name in optimizers
-    ]
+    pairs = [(name, name, "sgd") for name in models] + [(name, "test_vit", name) for name in optimizers]
     lines = [
         "| model or optimizer | weights | verdict | gradients | update | time |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     print("\n".join(lines))
     passes = 0
-    for name, build in contestants:
-        passed, line = row(name, build, tolerance=1e-4)
+    for name, model, optimizer in pairs:
+        passed, line = row(name, model, optimizer)
         passes += passed
         lines.append(line)
         print(line, flush=True)
-    lines.append(f"\n{passes} of {len(contestants)} pass: {len(models)} models, {len(optimizers)} optimizers")
+    lines.append(f"\n{passes} of {len(pairs)} pass: {len(models)} models, {len(optimizers)} optimizers")
     print(lines[-1])
     if args.report:
         Path(args.report).write_text("\n".join(lines) + "\n")
