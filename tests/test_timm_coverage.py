@@ -11,7 +11,8 @@ import timm_coverage
 
 MODELS = [
     "convnext_atto", "deit_tiny_patch16_224", "efficientnet_b0", "ghostnet_050", "mixer_s32_224",
-    "mobilenetv3_small_050", "regnetx_002", "resnet18", "test_resnet", "test_vit", "test_byobnet", "xcit_nano_12_p16_224",
+    "mobilenetv3_small_050", "regnetx_002", "resnet18", "test_byobnet", "test_resnet", "test_vit",
+    "xcit_nano_12_p16_224",
 ]  # fmt: skip
 OPTIMIZERS = [
     "adafactor", "adamw", "adan", "adopt", "lamb", "lars", "lion", "madgrad", "muon", "nadamw", "rmsproptf",
