@@ -4,8 +4,8 @@
 Same model, folder, batch size, workers and preprocessing; they take turns, and a ratio compares two of the same round.
 The third contestant scores ImageNet-Real besides, in the same pass.
 
-    python benchmarks/evaluate.py                                                   # 2048 made-up photographs
-    python benchmarks/evaluate.py --folder imagenet/val --model vit_small_patch32_224 --workers 12
+    python benchmarks/evaluation.py                                                   # 2048 made-up photographs
+    python benchmarks/evaluation.py --folder imagenet/val --model vit_small_patch32_224 --workers 12
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="validation images as WORDNET_ID/FILE (made up)")
     parser.add_argument("--images", type=int, default=2048, help="to make up (%(default)s)")
-    parser.add_argument("--model", default="test_resnet", help="small by default: the loader is what differs")
+    parser.add_argument("--model", default="test_vit", help="fast by default: the loader is what differs (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
