@@ -83,10 +83,11 @@ def stored(ds):
     return isinstance(ds, datasets.Dataset)
 
 
-def right_answers(benchmark, batch, real):
+def right_answers(benchmark, batch):
     """The protocols of a benchmark: name, logits' columns (None: all) and each image's right answers among them."""
     labels = [[label] for label in batch["label"]]
     if benchmark == "real":
+        real = robustness.real_labels()
         yield "real", None, [real[robustness.validation_number(path)] for path in batch["path"]]
     elif benchmark == "r":
         positions = {index: position for position, index in enumerate(robustness.R_INDICES)}
@@ -106,7 +107,7 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     workers = min(args.workers, len(ds) // builders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
     options = builders.worker_options(accelerator, workers)
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
-    model, real = accelerator.prepare_model(model, evaluation_mode=True), robustness.real_labels()
+    model = accelerator.prepare_model(model, evaluation_mode=True)
     to_input = data.to_input(config, torch.float32)
     columns, unreadable = {}, []
     shown = {"desc": name, "unit": "image", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
@@ -117,7 +118,7 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
                 continue
             logits = model(to_input(batch["image"].to(accelerator.device, non_blocking=True)))
             for benchmark in benchmarks:
-                for protocol, outputs, answers in right_answers(benchmark, batch, real):
+                for protocol, outputs, answers in right_answers(benchmark, batch):
                     add_scores(columns.setdefault(protocol, {}), logits, outputs, answers, batch["key"])
             bar.update(len(batch["key"]) * accelerator.num_processes)
     parts = gather_object([columns])

@@ -1,5 +1,6 @@
 """The robustness sets: where each is found, and which output of a model its labels mean."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -42,6 +43,7 @@ def _timm_info(file):
 R_INDICES = [int(line) for line in _timm_info("imagenet_r_indices.txt").split()]  # ImageNet-R's 200 of the 1000 classes
 
 
+@functools.cache
 def real_labels() -> list[list[int]]:
     """ImageNet-Real's right answers, class indices, by number of the validation image, from 1 (index 0 is empty)."""
     return [[], *json.loads(_timm_info("imagenet_real_labels.json"))]

@@ -264,7 +264,7 @@ def test_r_protocol_of_200_classes_agrees_with_masking():
     labels = [random.Random(i).choice(robustness.R_INDICES) for i in range(400)]
     batch = {"label": labels, "path": [None] * 400}
     columns = {}
-    for protocol, outputs, answers in eval_robustness.right_answers("r", batch, None):
+    for protocol, outputs, answers in eval_robustness.right_answers("r", batch):
         eval_robustness.add_scores(
             columns.setdefault(protocol, {}), logits, outputs, answers, list(map(str, range(400)))
         )
