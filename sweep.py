@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 
 import builders
+import data
 import report
 import settings
 from data import InputError
@@ -201,7 +202,9 @@ def tabulate(sweep, rows):
     splits = list(rows[0]["results"])
     lines = [["settings", *(["chosen", "of"] if sweep["choose"] else []), "runs", *(f"{split} %" for split in splits)]]
     for shown, candidates in groups.items():
-        chosen = max(candidates, key=lambda name: np.mean([result["validation"] for result in candidates[name]]))
+        chosen = next(iter(candidates))
+        if sweep["choose"]:
+            chosen = max(candidates, key=lambda name: np.mean([result["validation"] for result in candidates[name]]))
         results = candidates[chosen]
         cells = [shown, *([chosen, str(len(candidates))] if sweep["choose"] else []), str(len(results))]
         for split in splits:
@@ -229,6 +232,11 @@ def main(argv=None):
     for point in points:
         checked = settings.parse(settings.parser("", ""), flags_of(args, sweep, rest, point))
         builders.split_batch(checked, accelerator.num_processes)
+    if sweep["choose"]:
+        with accelerator.main_process_first():
+            splits = data.load(checked.dataset, checked.streaming, checked.validation_share)
+        if "validation" not in splits:
+            raise InputError(f"{checked.dataset!r} has no validation images to choose on: give --validation-share")
     script = importlib.import_module(args.script)
 
     def run(point=None):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -111,12 +112,23 @@ def test_what_is_chosen_on_validation_is_reported_on_test(tmp_path, monkeypatch,
         return {"validation": 0.9 if right else 0.8, "test": (0.3 if right else 0.6) + 0.02 * int(point["seed"])}
 
     faked(monkeypatch, results)
+    write_folder(tmp_path / "images", splits=("train", "validation"))
     sweep.main(write_sweep(tmp_path, GRID, choose=["lr"]))
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| method")]
     assert len(printed) == 2
     for line, best in zip(printed, ("lr=0.02", "lr=0.01")):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[1:] == [best, "2", "2", "90.00 ± 0.00", "31.00 ± 1.41"]
+
+
+def test_without_validation_images_nothing_is_chosen(tmp_path, monkeypatch, capsys):
+    calls = faked(monkeypatch, lambda point: {"test": 0.25})
+    write_folder(tmp_path / "images", splits=("train", "test"))
+    with pytest.raises(InputError, match="no validation images to choose on: give --validation-share"):
+        sweep.main(write_sweep(tmp_path, GRID, choose=["lr"]))
+    assert calls == []
+    sweep.main(write_sweep(tmp_path, GRID))
+    assert re.search(r"method=sam,lr=0\.01 +\| 2 +\| 25\.00 ± 0\.00", capsys.readouterr().out)
 
 
 def test_random_points_are_the_same_again_and_within_their_ranges(tmp_path, monkeypatch):
