@@ -128,7 +128,7 @@ def test_without_validation_images_nothing_is_chosen(tmp_path, monkeypatch, caps
         sweep.main(write_sweep(tmp_path, GRID, choose=["lr"]))
     assert calls == []
     sweep.main(write_sweep(tmp_path, GRID))
-    assert re.search(r"method=sam,lr=0\.01 +\| 2 +\| 25\.00 ± 0\.00", capsys.readouterr().out)
+    assert re.search(r"lr=0\.01,method=sam +\| 2 +\| 25\.00 ± 0\.00", capsys.readouterr().out)
 
 
 def test_random_points_are_the_same_again_and_within_their_ranges(tmp_path, monkeypatch):
