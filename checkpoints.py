@@ -17,6 +17,7 @@ from timm.models import is_model_pretrained, push_to_hf_hub, save_for_hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from data import InputError
+from settings import lost_process
 
 FORMAT = 1  # of progress.json
 
@@ -60,6 +61,8 @@ def room_for(tensors, folder: Path, main: bool):
                 raise OSError("the disk is full")
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
+        if lost_process(error):
+            raise
         shutil.rmtree(folder / "draft", ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
         raise InputError(
@@ -139,6 +142,8 @@ def restore(accelerator, path: Path) -> None:
         else:
             accelerator.print(f"{path} is of fewer processes: random numbers differ from those of an unbroken run")
     except Exception as error:  # whatever unpickling a damaged file may raise
+        if lost_process(error):
+            raise
         raise InputError(
             f"cannot load the checkpoint {path}: {error}. Remove it to resume from the one before"
         ) from error

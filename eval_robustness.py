@@ -232,9 +232,8 @@ def main(argv=None):
     args = parse(argv)
     accelerator = Accelerator()
     models = open_models(args)
-    with accelerator.main_process_first():  # one process downloads
-        names = robustness.passes(args.benchmarks)
-        sets = {name: robustness.open_set(name, args.data.get(name), args.allow_partial) for name in names}
+    names = robustness.passes(args.benchmarks)
+    sets = {name: robustness.open_set(name, args.data.get(name), args.allow_partial) for name in names}
     tables, notes = evaluate_all(args, accelerator, models, sets)
     if not accelerator.is_main_process:
         return None

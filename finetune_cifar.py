@@ -17,8 +17,8 @@ def main(argv=None):
     defaults = {"model": "resnet50", "dataset": "uoft-cs/cifar10", "epochs": 100, "batch_size": 512, "lr": 0.01}
     args = settings.parse(settings.parser(__doc__, MODEL_HELP, **defaults), argv)
     accelerator = builders.build_accelerator(args)
-    with accelerator.main_process_first():  # one process downloads
-        splits = data.load(args.dataset, args.streaming, args.validation_share)
+    # Its cache is locked, so one process downloads; a barrier would time out when that takes long.
+    splits = data.load(args.dataset, args.streaming, args.validation_share)
     set_seed(args.seed)
     model = checkpoints.open_model(args.model, **args.model_kwargs)
     model.reset_classifier(splits["train"].features["label"].num_classes)

@@ -255,8 +255,7 @@ def main(argv=None):
     check_alike(runs)
     for run in runs:
         perturbations(args, run)
-    with accelerator.main_process_first():  # one process downloads
-        split = choose_images(args, runs[0]["settings"])
+    split = choose_images(args, runs[0]["settings"])
     measured = measure_all(args, accelerator, runs, split)
     if not accelerator.is_main_process:
         return None

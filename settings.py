@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate.state import PartialState
 from accelerate.utils import LoggerType
@@ -48,13 +49,25 @@ FREE_ON_RESUME = ("output", "workers", *INTERVALS, "log_with", "push_to_hub")
 POSITIVE = ("batch_size", "epochs", "m", "device_batch_size", "img_size", *INTERVALS)
 
 
+def lost_process(error: Exception) -> bool:
+    """Whether an error says that another process of the run cannot be reached; gloo has no class for that."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 @contextlib.contextmanager
 def clear_errors():
-    """End the program with an ``InputError``'s message alone, also when it comes from a data loading process."""
+    """End the program with one line for what the user can mend: bad input, or another process that died."""
     try:
         yield
-    except InputError as error:
+    except InputError as error:  # a data loading process puts its traceback before the message
         raise SystemExit(f"error: {str(error).split('data.InputError: ')[-1].strip()}") from None
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        raise SystemExit(
+            f"error: another process of this run died or cannot be reached; look for its own error ({error}). What was "
+            f"saved is intact: start all processes anew with the same command (training: with --resume auto)"
+        ) from None
     else:
         PartialState().destroy_process_group()
     finally:

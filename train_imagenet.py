@@ -31,8 +31,8 @@ def main(argv=None):
     parser = settings.parser(__doc__, "timm architecture, trained from scratch (%(default)s)", model="resnet50")
     args = settings.parse(parser, argv)
     accelerator = builders.build_accelerator(args)
-    with accelerator.main_process_first():  # one process downloads
-        splits = data.load(args.dataset, args.streaming, args.validation_share)
+    # Its cache is locked, so one process downloads; a barrier would time out when that takes long.
+    splits = data.load(args.dataset, args.streaming, args.validation_share)
     set_seed(args.seed)
     model = create_model(args, splits["train"].features["label"].num_classes)
     return training.train(args, accelerator, splits, model)

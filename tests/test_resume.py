@@ -24,6 +24,7 @@ from test_data import write_folder
 import checkpoints
 import train_imagenet
 from data import InputError
+from settings import clear_errors
 
 ROOT = Path(__file__).parent.parent
 # Dropout, augmentation, workers, a schedule for lr and rho, noise in the perturbation, momentum: all must resume.
@@ -337,6 +338,16 @@ def test_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_one_before(
     assert re.search(r"cannot write .* It needs \d+\.\d MiB, .* are free", message.read_text())
     assert sorted(os.listdir(output / "checkpoints")) == ["step-00000001", "step-00000002"]
     assert in_process(path, output, "--resume", "auto")
+
+
+def test_process_that_dies_while_a_checkpoint_is_written_is_called_that_and_no_full_disk(tmp_path, images, monkeypatch):
+    def save_state(*_):
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
+
+    monkeypatch.setattr(Accelerator, "save_state", save_state)
+    with pytest.raises(SystemExit, match=r"^error: another process of this run died .*reset by peer.* --resume auto"):
+        with clear_errors():
+            in_process(recipe(tmp_path, images, workers=0), tmp_path / "run")
 
 
 def test_full_disk_is_noticed_before_writing(tmp_path, images, monkeypatch):
