@@ -63,6 +63,26 @@ def split_batch(args, processes: int) -> tuple[int, int, int]:
     return loaded, share // loaded, args.m or loaded
 
 
+def check_model(model, input_size, examples: int, num_classes: int) -> None:
+    """Try a forward pass as in training, on black images; the model and its batch norm stay as they are.
+
+    Raises:
+        InputError: the model does not take them, or does not return logits (examples, num_classes).
+    """
+    images = torch.zeros(examples, *input_size, dtype=next(model.parameters()).dtype)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad():
+            logits = torch.func.functional_call(model, buffers, (images,))
+        if logits.shape != (examples, num_classes):
+            raise ValueError(f"it returns {tuple(logits.shape)}, not logits {examples, num_classes}")
+    except Exception as error:  # each model fails in its own way
+        raise InputError(
+            f"the model cannot be trained on {examples} at once (m, or its perturb_fraction) of images {input_size}: "
+            f"{error}; change model, model_kwargs, img_size or m"
+        ) from error
+
+
 def _divisors(number):
     return "choose one of " + ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
 

@@ -1,5 +1,6 @@
 """Datasets by name, and the images and labels a model sees: the bundled digits, a local folder, or the Hub."""
 
+import glob
 import io
 import itertools
 import random
@@ -14,6 +15,13 @@ from timm.data import create_transform
 from torchvision.transforms import Normalize
 
 from digits import digits
+
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+INTERPOLATIONS = [mode.name.lower() for mode in Image.Resampling]  # as timm calls them
 
 
 class InputError(ValueError):
@@ -40,7 +48,8 @@ def load(name: str, streaming: bool = False, validation_share: float | None = No
             splits = {split: ds.to_iterable_dataset(num_shards=8) for split, ds in splits.items()}
     else:
         folder = Path(name).expanduser()
-        splits = hub(str(folder) if folder.is_dir() else name, name, streaming=streaming)
+        files = _split_folders(folder)
+        splits = hub(str(folder) if folder.is_dir() else name, name, streaming=streaming, data_files=files or None)
     splits = {split: _standard_columns(ds, name) for split, ds in splits.items()}
     if streaming:  # what else there is cannot be told from an unlabelled split without reading it
         splits = {split: ds for split, ds in splits.items() if split in ("train", "validation")}
@@ -57,6 +66,13 @@ def load(name: str, streaming: bool = False, validation_share: float | None = No
     if not streaming:
         _check_classes(splits, name)
     return datasets.DatasetDict(splits) if not streaming else datasets.IterableDatasetDict(splits)
+
+
+def _split_folders(folder):
+    """The files of each SPLIT/ there is; ``datasets``' own search takes a class called "train" or "test" for one."""
+    found = {split: [name for name in names if (folder / name).is_dir()] for split, names in SPLIT_FOLDERS.items()}
+    escaped = glob.escape(str(folder))
+    return {split: [f"{escaped}/{name}/**" for name in names] for split, names in found.items() if names}
 
 
 def _hold_out(splits, name, share, streaming):
@@ -93,8 +109,9 @@ def hub(path: str, name: str, **options):
         raise InputError(
             f"there is no folder {name!r} here, and the Hub cannot be reached to look there: {error}"
         ) from error
-    except (datasets.exceptions.DatasetsError, RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"cannot load {name!r}: {str(error).strip() or type(error).__name__}") from error
+    except Exception as error:  # the readers of tar, zip, JSON, ... that datasets picks each raise their own
+        cause = error.__cause__ or error  # a DatasetGenerationError itself says nothing
+        raise InputError(f"cannot load {name!r}: {str(cause).strip() or type(cause).__name__}") from error
 
 
 def _standard_columns(ds, name):
@@ -107,7 +124,8 @@ def _standard_columns(ds, name):
     if len(images) != 1 or len(labels) != 1:
         columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
         raise InputError(
-            f"{name!r} must have one image column and one class label column; its columns are {columns or 'unknown'}"
+            f"{name!r} must have one image column and one class label column; its columns are {columns or 'unknown'} "
+            f"(a folder of images needs them as SPLIT/CLASS/FILE, in two classes or more)"
         )
     ds = ds.select_columns([images[0], labels[0]])
     for column, usual in ((images[0], "image"), (labels[0], "label")):
@@ -120,7 +138,7 @@ def _check_classes(splits, name):
     names = splits["train"].features["label"].names
     present = {split: set(ds.unique("label")) for split, ds in splits.items()}
     for split, labels in present.items():
-        wrong = sorted(label for label in labels if label is None or not 0 <= label < len(names))
+        wrong = [label for label in labels if label is None or not 0 <= label < len(names)]
         if wrong:
             raise InputError(
                 f"{name!r}: {split} has the label {wrong[0]}; labels must lie in 0..{len(names) - 1}, one for each of "
@@ -197,7 +215,7 @@ class Stream(torch.utils.data.IterableDataset):
         )
         done = len(range(worker, self.first, workers))
         for number, rows in itertools.islice(enumerate(self._batches(split, share)), done, None):
-            wrong = [label for label in rows["label"] if not 0 <= label < self.num_classes]
+            wrong = [label for label in rows["label"] if label is None or not 0 <= label < self.num_classes]
             if wrong:
                 raise InputError(f"the stream has the label {wrong[0]}; labels must lie in 0..{self.num_classes - 1}")
             keys = [(self.epoch, share, number * self.batch_size + i) for i in range(len(rows["label"]))]
@@ -206,17 +224,25 @@ class Stream(torch.utils.data.IterableDataset):
 
     def _batches(self, split, share):
         if not self.training:
-            yield from split.iter(self.batch_size)
+            yield from reading(split.iter(self.batch_size))
             return
         split = split.shuffle(self.seed, buffer_size=1000)
         for lap in itertools.count():
             split.set_epoch(self.epoch + 1000 * lap)
             empty = True
-            for rows in split.iter(self.batch_size, drop_last_batch=True):
+            for rows in reading(split.iter(self.batch_size, drop_last_batch=True)):
                 empty = False
                 yield rows
             if empty:
                 raise InputError(f"share {share} of the stream has fewer than {self.batch_size} images: lower workers")
+
+
+def reading(batches):
+    """The same batches of a stream; what its reader raises, of whatever kind, becomes an ``InputError``."""
+    try:
+        yield from batches
+    except Exception as error:
+        raise InputError(f"cannot read on from the stream: {error!r}; training goes on with --resume auto") from error
 
 
 def _examples(images, labels, keys, transform, seed):
@@ -231,14 +257,16 @@ def _examples(images, labels, keys, transform, seed):
     return examples
 
 
-def decode(image: dict) -> Image.Image:
-    """An undecoded image of ``datasets``, in RGB.
+def decode(image: dict | None) -> Image.Image:
+    """An undecoded image of ``datasets``, in RGB; None is one that is missing.
 
     Raises:
         InputError: it cannot be read; the message has its file name.
     """
+    image = image or {"bytes": b"", "path": None}
     try:
-        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+        here = image["bytes"] is not None or image["path"] is None
+        with Image.open(io.BytesIO(image["bytes"] or b"") if here else image["path"]) as opened:
             opened.load()
             return opened if opened.mode == "RGB" else opened.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files

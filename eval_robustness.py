@@ -42,7 +42,7 @@ def parse(argv=None):
     p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes")
     p.add_argument("--img-size", type=int, help="pixels (each model's own)")
     p.add_argument("--crop-pct", type=float, help="centre crop, fraction of the side (each model's own)")
-    p.add_argument("--interpolation", help="of the resize (each model's own)")
+    p.add_argument("--interpolation", choices=data.INTERPOLATIONS, help="of the resize (each model's own)")
     p.add_argument("--batch-size", type=int, default=256, help="images of a process at once (%(default)s)")
     p.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
     p.add_argument("--output", default="outputs/robustness", help="folder of the results (%(default)s)")
@@ -53,9 +53,9 @@ def parse(argv=None):
         if name not in robustness.HUB or not place:
             raise InputError(f"--data {name}={place}: give SET=PLACE, SET one of {', '.join(robustness.HUB)}")
     args.data = dict(places)
-    for key in ("batch_size", "img_size"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise InputError(f"{key} is {getattr(args, key)}; it must be at least 1")
+    settings.check_ranges(
+        args, {key: settings.RANGES[key] for key in ("batch_size", "img_size", "crop_pct", "workers")}
+    )
     return args
 
 

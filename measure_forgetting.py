@@ -56,12 +56,9 @@ def parse(argv=None):
     g.add_argument("--seed", type=int, default=0, help="of the choice of images, and the bootstrap (%(default)s)")
     p.add_argument("--output", default="outputs/forgetting", help="folder of the results (%(default)s)")
     args = p.parse_args(argv)
-    for threshold in args.thresholds:
-        if not 0 < threshold < 1:
-            raise InputError(f"the threshold {threshold} does not lie inside (0, 1)")
-    for key in ("m", "micro_batches", "examples", "hessian_examples", "batch_size"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise InputError(f"{key} is {getattr(args, key)}; it must be at least 1")
+    own = {"thresholds": "(0, 1)", **dict.fromkeys(("micro_batches", "examples", "hessian_examples"), "[1, inf)")}
+    shared = ("rho", "m", "gamma", "lam", "batch_size", "workers", "seed")
+    settings.check_ranges(args, own | {key: settings.RANGES[key] for key in shared})
     return args
 
 

@@ -119,3 +119,35 @@ def draw_forgetting(measured, rows, thresholds, folder):
     panels("flatness_accuracy", "flatness, -lambda_max", accuracy, against_accuracy(lambda row: -row["lambda_max"]))
     panels("forgetting_epochs", "epoch", bits, over_epochs)
     panels("forgetting_thresholds", "threshold", bits, over_thresholds)
+
+
+def pairs(point: dict) -> str:
+    return ",".join(f"{key}={value}" for key, value in point.items())
+
+
+def show_sweep(rows, choose):
+    """Print top-1, mean and standard deviation over seeds, by settings; for those to ``choose``, the best on validation.
+
+    Each row has a ``point``, the settings of a run, and its ``results``, top-1 in [0, 1] by split.
+    """
+    groups = {}
+    for row in rows:
+        point = row["point"]
+        shown = {key: value for key, value in point.items() if key not in ("seed", *choose)}
+        chosen = {key: point[key] for key in choose if key in point}
+        groups.setdefault(pairs(shown), {}).setdefault(pairs(chosen), []).append(row["results"])
+    splits = list(rows[0]["results"])
+    lines = [["settings", *(["chosen", "of"] if choose else []), "runs", *(f"{split} %" for split in splits)]]
+    for shown, candidates in groups.items():
+        chosen = next(iter(candidates))
+        if choose:
+            chosen = max(candidates, key=lambda name: np.mean([result["validation"] for result in candidates[name]]))
+        results = candidates[chosen]
+        cells = [shown, *([chosen, str(len(candidates))] if choose else []), str(len(results))]
+        for split in splits:
+            values = [100 * result[split] for result in results]
+            spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.2f}{spread}")
+        lines.append(cells)
+    print("\nTop-1, mean ± standard deviation over seeds" + (", best on validation" if choose else "") + ":\n")
+    table(lines, True)

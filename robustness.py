@@ -108,7 +108,7 @@ class Pictures(torch.utils.data.IterableDataset):
         whole = self.ds.num_shards >= shares
         ds = self.ds.shard(shares, share) if whole else split_dataset_by_node(self.ds, share, shares)
         counter = itertools.count()
-        for rows in ds.iter(self.batch_size):
+        for rows in data.reading(ds.iter(self.batch_size)):
             yield rows, [f"{share} of {shares}: {next(counter)}" for _ in rows["label"]]
 
     def __iter__(self):
@@ -118,7 +118,7 @@ class Pictures(torch.utils.data.IterableDataset):
                 try:
                     picture = self.transform(data.decode(image))
                 except InputError:
-                    batch["unreadable"].append(image["path"] or f"image {key}")
+                    batch["unreadable"].append((image and image["path"]) or f"image {key}")
                     continue
                 batch["image"].append(picture)
                 batch["label"].append(self._label(label, image["path"]))
@@ -130,7 +130,11 @@ class Pictures(torch.utils.data.IterableDataset):
         if label is None:  # a flat folder; the Hub's archive has the class in the file name
             found = re.search(r"_(n\d{8})\.", Path(path or "").name)
             return class_index(found[1], self.benchmark) if found else -1
-        return self.to_index[label] if self.to_index else self._index(label)
+        if self.to_index is None:
+            return self._index(label)
+        if not 0 <= label < len(self.to_index):  # -1 stands for none, as in test splits
+            raise InputError(f"{self.benchmark}: the label of {path or 'an image'} is {label}: choose a labelled split")
+        return self.to_index[label]
 
 
 def open_set(benchmark: str, where: str | None, allow_partial: bool):

@@ -1,5 +1,5 @@
 # Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
-"""Sharpness-aware minimization (SAM) as perturbed forgetting, in one file that you can copy.
+"""Sharpness-aware minimization (SAM) as perturbed forgetting, in one file that you can copy: torch 2.5 or newer.
 
 "The paper" is "Forget Sharpness: Perturbed Forgetting of Model Biases Within SAM Dynamics" (Vani et al., ICML 2024,
 arXiv 2406.06700). Each training step makes two passes over a micro-batch:
@@ -130,7 +130,7 @@ class SAM(torch.optim.Optimizer):
         ascending: True in the ascent pass: the time for the closure of ``step(closure)`` to return OBF's objective.
 
     Raises:
-        ValueError: an argument is out of its range, or the optimizer holds none of the model's parameters.
+        ValueError: an argument is out of its range, or the optimizer has a rho of its own or no parameter of the model.
     """
 
     # A fused base optimizer unscales on its own, told through attributes that GradScaler would set here, not there.
@@ -145,6 +145,8 @@ class SAM(torch.optim.Optimizer):
             raise ValueError(f"adaptive={adaptive!r} (ASAM) and gsam_alpha={gsam_alpha} (GSAM) contradict: drop one")
         if gsam_normalize and not gsam_alpha:
             raise ValueError("gsam_normalize=True does nothing without GSAM: set gsam_alpha > 0, or drop it")
+        if "rho" in base_optimizer.defaults:
+            raise ValueError(f"{type(base_optimizer).__name__} has a rho of its own, or a SAM around it: take another")
         _check_rho({"rho": rho}, *({"rho": rho, **group} for group in base_optimizer.param_groups))
         held = {id(p) for group in base_optimizer.param_groups for p in group["params"]}
         if held.isdisjoint(map(id, model.parameters())):
@@ -369,10 +371,9 @@ def _total(chunks, terms):
     sums = {}
     for (*_, sharding), term in zip(chunks, terms):
         sums[sharding] = sums.get(sharding, 0) + term.to(terms[0])
-    for mesh, placements in filter(None, sums):
-        partial = [Partial() if placement.is_shard() else placement for placement in placements]
-        own = DTensor.from_local(sums[mesh, placements], mesh, partial, run_check=False)
-        sums[mesh, placements] = own.full_tensor()
+    for key in filter(None, sums):
+        partial = [Partial() if placement.is_shard() else placement for placement in key[1]]
+        sums[key] = DTensor.from_local(sums[key], key[0], partial, run_check=False).full_tensor()
     return sum(sums.values())
 
 

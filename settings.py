@@ -14,7 +14,7 @@ from accelerate.state import PartialState
 from accelerate.utils import LoggerType
 from timm.utils import ParseKwargs
 
-from data import InputError
+from data import INTERPOLATIONS, InputError
 
 TRACKERS = [name for name in LoggerType.list() if name != "all"]
 # What the perturbation ascends, and the variant of the step.
@@ -46,7 +46,17 @@ PERTURBATION = {
 NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
 INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval")
 FREE_ON_RESUME = ("output", "workers", *INTERVALS, "log_with", "push_to_hub")
-POSITIVE = ("batch_size", "epochs", "m", "device_batch_size", "img_size", *INTERVALS)
+# Where a setting's value, or each of its values, must lie.
+RANGES = {
+    **dict.fromkeys(("batch_size", "epochs", "m", "device_batch_size", "img_size", *INTERVALS), "[1, inf)"),
+    **dict.fromkeys(("lr", "min_lr", "warmup_lr", "weight_decay", "rho", "rho_min", "gsam_alpha"), "[0, inf)"),
+    **dict.fromkeys(("hflip", "momentum", "shrink_perturb", "gamma"), "[0, 1]"),
+    **dict.fromkeys(("smoothing", "lam"), "[0, 1)"),
+    **dict.fromkeys(("scale", "perturb_fraction"), "(0, 1]"),
+    **dict.fromkeys(("ratio", "clip_grad"), "(0, inf)"),
+    "train_num_samples": "[1, inf)", "validation_share": "(0, 1)", "head_bias": "(-inf, inf)", "workers": "[0, inf)",
+    "seed": "[0, 2147483647]", "crop_pct": "[0.01, 1]",
+}  # fmt: skip
 
 
 def lost_process(error: Exception) -> bool:
@@ -82,6 +92,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+class KeyValues(ParseKwargs):
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [value for value in values if "=" not in value]
+        if wrong:
+            parser.error(f"{option_string} takes KEY=VALUE, not {wrong[0]!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentParser:
     """Flags, which are also the keys of a recipe, with a script's own ``defaults``."""
     p = Parser(description=description, allow_abbrev=False)
@@ -97,7 +115,9 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument(
         "--crop-pct", type=float, help="centre crop of the evaluation, fraction of the side (the model's own)"
     )
-    g.add_argument("--interpolation", help="of the evaluation and training resize (the model's own)")
+    g.add_argument(
+        "--interpolation", choices=INTERPOLATIONS, help="of the evaluation and training resize (the model's own)"
+    )
     g.add_argument("--scale", type=float, nargs=2, default=(0.05, 1.0), help="crop's share of the area (0.05 1)")
     g.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="crop's aspect ratio (0.75 1.33)")
     g.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
@@ -109,13 +129,13 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument("--train-num-samples", type=int, help="training images, where a streamed dataset does not say")
     g = p.add_argument_group("model and loss")
     g.add_argument("--model", default="resnet50", help=model_help)
-    g.add_argument("--model-kwargs", nargs="*", action=ParseKwargs, default={}, help="KEY=VALUE for timm.create_model")
+    g.add_argument("--model-kwargs", nargs="*", action=KeyValues, default={}, help="KEY=VALUE for timm.create_model")
     g.add_argument("--head-bias", type=float, help="first value of the classifier's biases (timm's)")
     g.add_argument("--loss", choices=["ce", "bce"], default="ce", help="bce sums over classes (%(default)s)")
     g.add_argument("--smoothing", type=float, default=0.0, help="label smoothing (%(default)s)")
     g = p.add_argument_group("optimization")
     g.add_argument("--opt", default="sgd", help="base optimizer, any of timm's (%(default)s)")
-    g.add_argument("--opt-kwargs", nargs="*", action=ParseKwargs, default={}, help="KEY=VALUE for the base optimizer")
+    g.add_argument("--opt-kwargs", nargs="*", action=KeyValues, default={}, help="KEY=VALUE for the base optimizer")
     g.add_argument("--lr", type=float, default=0.1, help="highest learning rate (%(default)s)")
     g.add_argument("--min-lr", type=float, default=0.0, help="lowest, at the end (%(default)s)")
     g.add_argument("--warmup-lr", type=float, default=0.0, help="first, before warm-up (%(default)s)")
@@ -186,18 +206,13 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
         elif not used(*method):
             users = ", ".join(name for name, other in METHODS.items() if used(*other))
             raise InputError(f"{key} contradicts method {args.method}: drop it, or choose --method from {users}")
-    for key in POSITIVE:
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            raise InputError(f"{key} is {getattr(args, key)}; it must be at least 1")
-    if args.perturb_fraction is not None and not 0 < args.perturb_fraction <= 1:
-        raise InputError(f"perturb_fraction is {args.perturb_fraction}; it must lie above 0 and at most at 1")
-    if args.validation_share is not None and not 0 < args.validation_share < 1:
-        raise InputError(f"validation_share is {args.validation_share}; it must lie above 0 and below 1")
-    if args.shrink_perturb is not None and not 0 <= args.shrink_perturb <= 1:
-        raise InputError(f"shrink_perturb is {args.shrink_perturb}; it must lie in [0, 1]")
+    check_ranges(args, RANGES)
+    for key in ("scale", "ratio"):
+        if getattr(args, key)[0] > getattr(args, key)[1]:
+            raise InputError(f"{key} is {getattr(args, key)}; give the smaller value first")
     if not 0 <= args.warmup_epochs < args.epochs:
         raise InputError(f"warmup_epochs is {args.warmup_epochs}; it must lie between 0 and epochs, {args.epochs}")
-    if args.rho_min is not None and not (0 <= args.rho_min <= args.rho and args.min_lr < args.lr):
+    if args.rho_min is not None and not (args.rho_min <= args.rho and args.min_lr < args.lr):
         raise InputError(
             f"rho cannot follow lr from ({args.min_lr}, {args.rho_min}) to ({args.lr}, {args.rho}): choose rho_min in "
             f"[0, rho] and min_lr below lr, or drop rho_min for a constant rho"
@@ -212,6 +227,21 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
             f"another --output"
         )
     return args
+
+
+def check_ranges(args, ranges: dict) -> None:
+    """Check that numbers lie in their intervals, written as "[low, high)": round brackets exclude the end.
+
+    Raises:
+        InputError: one does not, or is not a number.
+    """
+    for key, interval in ranges.items():
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        values = getattr(args, key) if isinstance(getattr(args, key), (list, tuple)) else [getattr(args, key)]
+        for value in values:
+            at_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+            if value is not None and not low < value < high and not at_end:
+                raise InputError(f"{key} is {value}; it must lie in {interval}")
 
 
 def resolved(args) -> dict:

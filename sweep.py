@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib
 import itertools
+import json
 import sys
 import time
 import warnings
@@ -25,7 +26,8 @@ from data import InputError
 
 ATTEMPTS = 3  # to open the storage
 HEARTBEAT, GRACE = 10, 60  # seconds; a worker that is silent for longer has died
-KEYS = {"recipe", "settings", "choose", "grids"}
+MAX_NAME = 240  # bytes; ".txt" makes it a log's
+KINDS = {"recipe": str, "settings": dict, "choose": list, "grids": list}  # the keys of a sweep
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 
 
@@ -52,23 +54,39 @@ def read_sweep(path: Path) -> dict:
     Raises:
         InputError: it cannot be read, has an unknown key, no grid, or an empty axis.
     """
-    sweep = {"recipe": None, "settings": {}, "choose": [], **settings.read_recipe(path)}
-    unknown = sorted(set(sweep) - KEYS)
+    given = {key: value for key, value in settings.read_recipe(path).items() if value is not None}
+    sweep = {"recipe": "", "settings": {}, "choose": [], "grids": [], **given}
+    unknown = sorted(map(str, set(sweep) - set(KINDS)))
     if unknown:
-        raise InputError(f"the sweep {path} has an unknown key {unknown[0]!r}: it takes {', '.join(sorted(KEYS))}")
-    grids = sweep.get("grids")
-    if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) and grid for grid in grids):
+        raise InputError(f"the sweep {path} has an unknown key {unknown[0]!r}: it takes {', '.join(sorted(KINDS))}")
+    for key, kind in KINDS.items():
+        if not isinstance(sweep[key], kind):
+            raise InputError(f"the sweep {path} has {key} {sweep[key]!r}: it must be a {kind.__name__}")
+    grids = sweep["grids"]
+    if not grids or not all(isinstance(grid, dict) and grid for grid in grids):
         raise InputError(f"the sweep {path} needs grids: a list of mappings, each KEY: [VALUE, ...]; it has {grids!r}")
-    for grid in grids:
-        for key, axis in grid.items():
-            if isinstance(axis, dict) and set(axis) in ({"low", "high"}, {"low", "high", "log"}):
-                continue
-            if not isinstance(axis, list) or not axis:
-                raise InputError(
-                    f"the axis {key} of the sweep {path} is {axis!r}: give a list of values, or with --trials a range "
-                    f"{{low: ..., high: ..., log: true}}"
-                )
+    for key, axis in itertools.chain.from_iterable(grid.items() for grid in grids):
+        if not is_range(axis) and not (isinstance(axis, list) and axis):
+            raise InputError(
+                f"the axis {key} of the sweep {path} is {axis!r}: give a list of values, or with --trials a range "
+                f"{{low: ..., high: ..., log: true}}, low below high, and above 0 for log"
+            )
+    for key in map(str, sweep["choose"]):
+        if not any(key in grid for grid in grids):
+            raise InputError(f"the sweep {path} is to choose {key!r}, which no grid varies")
+    try:
+        json.dumps(grids)
+    except TypeError as error:  # a date, or binary data
+        raise InputError(f"the sweep {path} has a value that cannot be stored: {error}") from error
     return sweep
+
+
+def is_range(axis):
+    if not isinstance(axis, dict) or set(axis) - {"log"} != {"low", "high"}:
+        return False
+    low, high = axis["low"], axis["high"]
+    numbers = all(isinstance(end, (int, float)) and abs(end) < 1e300 for end in (low, high))
+    return numbers and low < high and (low > 0 or not axis.get("log"))
 
 
 def points_of(args, sweep) -> list[dict]:
@@ -82,7 +100,13 @@ def points_of(args, sweep) -> list[dict]:
             points += [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
         else:
             points += [{key: draw(rng, axis) for key, axis in grid.items()} for _ in range(args.trials)]
-    return list({name_of(point): point for point in points}.values())
+    points = {name_of(point): point for point in points}
+    longest = max(points, key=len)
+    if len(longest.encode()) > MAX_NAME:
+        raise InputError(
+            f"the run {longest!r} has too long a name for a folder: shorten its values, or vary fewer keys"
+        )
+    return list(points.values())
 
 
 def draw(rng, axis):
@@ -94,7 +118,7 @@ def draw(rng, axis):
 
 
 def name_of(point):
-    return ",".join(f"{key}={value}" for key, value in point.items())
+    return report.pairs(point).replace("/", "%2F")  # it names a folder
 
 
 def flags_of(args, sweep, rest, point):
@@ -191,31 +215,6 @@ def work(study, points, run, idle):
                 return failed
 
 
-def tabulate(sweep, rows):
-    """Print mean and standard deviation over seeds, for the best of what is to be chosen on validation."""
-    groups = {}
-    for row in rows:
-        point = row["point"]
-        shown = {key: value for key, value in point.items() if key not in ("seed", *sweep["choose"])}
-        chosen = {key: point[key] for key in sweep["choose"] if key in point}
-        groups.setdefault(name_of(shown), {}).setdefault(name_of(chosen), []).append(row["results"])
-    splits = list(rows[0]["results"])
-    lines = [["settings", *(["chosen", "of"] if sweep["choose"] else []), "runs", *(f"{split} %" for split in splits)]]
-    for shown, candidates in groups.items():
-        chosen = next(iter(candidates))
-        if sweep["choose"]:
-            chosen = max(candidates, key=lambda name: np.mean([result["validation"] for result in candidates[name]]))
-        results = candidates[chosen]
-        cells = [shown, *([chosen, str(len(candidates))] if sweep["choose"] else []), str(len(results))]
-        for split in splits:
-            values = [100 * result[split] for result in results]
-            spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.2f}{spread}")
-        lines.append(cells)
-    print("\nTop-1, mean ± standard deviation over seeds" + (", best on validation" if sweep["choose"] else "") + ":\n")
-    report.table(lines, True)
-
-
 def save(args, rows):
     with (args.output / "sweep.csv").open("w", newline="") as file:
         flat = [{"run": row["run"], **row["point"], **row["results"]} for row in rows]
@@ -271,7 +270,7 @@ def main(argv=None):
     ]
     if rows:
         save(args, rows)
-        tabulate(sweep, rows)
+        report.show_sweep(rows, sweep["choose"])
         print(f"\nwritten: {args.output}/sweep.csv, runs/, logs/")
     if failed:
         raise InputError(

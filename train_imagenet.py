@@ -19,7 +19,7 @@ def create_model(args, num_classes):
     """
     try:
         return timm.create_model(args.model, num_classes=num_classes, **args.model_kwargs)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # timm, its models and the Hub each raise their own
         message = f"timm cannot create {args.model!r} with {args.model_kwargs}: {error}"
         if not timm.is_model(args.model):
             nearest = ", ".join(difflib.get_close_matches(args.model, timm.list_models(), 3, 0.0))

@@ -101,6 +101,8 @@ def train(args, accelerator: Accelerator, splits: datasets.DatasetDict, model: t
     config = resolve_data_config(config, model=model)
     train_transform, eval_transform = data.transforms(config, scale=args.scale, ratio=args.ratio, hflip=args.hflip)
     timm_config = checkpoints.timm_config(model, args, config, splits["train"].features["label"].names)
+    ascending = max(1, round((args.perturb_fraction or 1) * m))  # examples of the ascent pass
+    builders.check_model(model, config["input_size"], min(2, ascending), splits["train"].features["label"].num_classes)
     if args.head_bias is not None:
         torch.nn.init.constant_(model.get_classifier().bias, args.head_bias)
     criterion = builders.build_criterion(args)

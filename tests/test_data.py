@@ -113,6 +113,17 @@ def test_folder_loads_with_class_names_and_decodes_to_rgb(tmp_path):
     assert sorted(example["label"] for example in examples) == [0] * 5 + [1] * 3
 
 
+def test_folder_with_a_class_called_like_a_split_keeps_its_splits_apart(tmp_path):
+    """CIFAR-100 has a class "train"; datasets' own search would train on the test images of it."""
+    root = write_folder(tmp_path / "a[1] *", ("train", "val", "test"), ("cat", "train", "test"))
+    loaded = data.load(str(root))
+    assert set(loaded) == {"train", "validation", "test"}
+    for split, folder in (("train", "train"), ("validation", "val"), ("test", "test")):
+        names = loaded[split].features["label"].names
+        found = {(row["image"]["path"], names[row["label"]]) for row in loaded[split]}
+        assert found == {(str(path), path.parent.name) for path in (root / folder).glob("*/*.png")}
+
+
 def test_hub_columns_are_found_by_type_and_unlabelled_splits_left_out(monkeypatch):
     def ds(labels):
         features = {
@@ -124,7 +135,7 @@ def test_hub_columns_are_found_by_type_and_unlabelled_splits_left_out(monkeypatc
         return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
     hub = datasets.DatasetDict(train=ds([0, 1]), validation=ds([1, 0]), test=ds([-1, -1]))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: hub)
     splits = data.load("somebody/something")
     assert {name: split.column_names for name, split in splits.items()} == {
         "train": ["image", "label"],
@@ -299,14 +310,14 @@ def test_label_out_of_range_is_named(monkeypatch, label):
     table = pa.table({"image": [{"bytes": png(i), "path": None} for i in range(3)], "label": [0, 1, label]})
     ds = datasets.Dataset(table.cast(features.arrow_schema)).cast(features)
     hub = datasets.DatasetDict(train=ds, validation=ds)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: hub)
     with pytest.raises(data.InputError, match=rf"train has the label {label}; labels must lie in 0..1"):
         data.load("a/b")
 
 
 def test_columns_that_do_not_fit_are_listed(monkeypatch):
     text = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"], "label": [0]}))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: text)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: text)
     with pytest.raises(data.InputError, match=r"text \(Value\), label \(Value\)"):
         data.load("a/b")
 

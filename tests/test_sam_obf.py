@@ -369,7 +369,7 @@ class OwnForwardBatchNorm(torch.nn.BatchNorm1d):
 
 
 def _batch_norm_act(n):
-    from timm.layers import BatchNormAct2d
+    BatchNormAct2d = pytest.importorskip("timm.layers", reason="timm is not installed").BatchNormAct2d
 
     return torch.nn.Sequential(torch.nn.Unflatten(1, (n, 1, 1)), BatchNormAct2d(n), torch.nn.Flatten())
 
@@ -729,6 +729,16 @@ def test_proportional_rho_is_linear_in_lr_and_constant_outside():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input
+
+
+def test_optimizers_with_a_rho_of_their_own_are_refused():
+    """Adadelta's rho is a decay: taken for SAM's, it would be a perturbation of length 0.9."""
+    model = network()
+    adadelta, wrapped = torch.optim.Adadelta(model.parameters()), torch.optim.SGD(model.parameters(), lr=0.1)
+    SAM(wrapped, model)
+    for base in (adadelta, wrapped):
+        with pytest.raises(ValueError, match="has a rho of its own, or a SAM around it"):
+            SAM(base, model, rho=0.05)
 
 
 @pytest.mark.parametrize(
