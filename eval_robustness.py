@@ -28,7 +28,8 @@ from data import InputError
 BENCHMARKS = ("imagenet", "real", "v2", "r", "sketch", "digits")
 
 
-def parse(argv=None):
+def parser() -> settings.Parser:
+    """The flags."""
     p = settings.Parser(description=__doc__, allow_abbrev=False)
     p.add_argument("--model", nargs="+", required=True, help="folders of trained models (OUTPUT/best) or timm names")
     p.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=["digits"], help="(%(default)s)")
@@ -47,7 +48,16 @@ def parse(argv=None):
     p.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
     p.add_argument("--output", default="outputs/robustness", help="folder of the results (%(default)s)")
     p.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    args = p.parse_args(argv)
+    return p
+
+
+def parse(argv=None):
+    """Read and check the flags; ``--data`` becomes a dictionary.
+
+    Raises:
+        InputError: a flag or its value is wrong.
+    """
+    args = parser().parse_args(argv)
     places = [item.partition("=")[::2] for item in args.data]
     for name, place in places:
         if name not in robustness.HUB or not place:
@@ -79,7 +89,8 @@ def open_models(args):
     return models
 
 
-def stored(ds):
+def stored(ds) -> bool:
+    """Whether a set is on this machine, and not streamed."""
     return isinstance(ds, datasets.Dataset)
 
 
@@ -128,6 +139,7 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
 
 
 def collate(batch):
+    """Stack a batch's images; a batch may have none that could be read."""
     return batch | {"image": torch.stack(batch["image"]) if batch["image"] else None}
 
 
@@ -180,6 +192,11 @@ def save(folder, name, request, columns, unreadable):
 
 
 def check_unreadable(name, columns, unreadable):
+    """Let few images be unreadable.
+
+    Raises:
+        InputError: they are more than ``robustness.MAX_UNREADABLE`` of the set.
+    """
     size = max(len(table["key"]) for table in columns.values()) + len(unreadable) if columns else len(unreadable)
     if len(unreadable) > robustness.MAX_UNREADABLE * size:
         shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
@@ -229,6 +246,7 @@ def evaluate_all(args, accelerator, models, sets):
 
 
 def main(argv=None):
+    """Run as from the command line; the main process returns measures by model and protocol."""
     args = parse(argv)
     accelerator = Accelerator()
     models = open_models(args)

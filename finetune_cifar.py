@@ -13,9 +13,15 @@ MODEL_HELP = (
 )
 
 
-def main(argv=None):
+def parser() -> settings.Parser:
+    """The flags."""
     defaults = {"model": "resnet50", "dataset": "uoft-cs/cifar10", "epochs": 100, "batch_size": 512, "lr": 0.01}
-    args = settings.parse(settings.parser(__doc__, MODEL_HELP, **defaults), argv)
+    return settings.parser(__doc__, MODEL_HELP, **defaults)
+
+
+def main(argv=None):
+    """Run as from the command line; returns top-1, in [0, 1], by split."""
+    args = settings.parse(parser(), argv)
     accelerator = builders.build_accelerator(args)
     # Its cache is locked, so one process downloads; a barrier would time out when that takes long.
     splits = data.load(args.dataset, args.streaming, args.validation_share)

@@ -30,7 +30,8 @@ from forgetting import forgetting
 from sam_obf import SAM
 
 
-def parse(argv=None):
+def parser() -> settings.Parser:
+    """The flags."""
     p = settings.Parser(description=__doc__, allow_abbrev=False)
     p.add_argument("--runs", nargs="+", required=True, help="output folders, trained with --save-interval")
     g = p.add_argument_group("perturbations")
@@ -55,7 +56,16 @@ def parse(argv=None):
     g.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
     g.add_argument("--seed", type=int, default=0, help="of the choice of images, and the bootstrap (%(default)s)")
     p.add_argument("--output", default="outputs/forgetting", help="folder of the results (%(default)s)")
-    args = p.parse_args(argv)
+    return p
+
+
+def parse(argv=None):
+    """Read and check the flags.
+
+    Raises:
+        InputError: a flag or its value is wrong.
+    """
+    args = parser().parse_args(argv)
     own = {"thresholds": "(0, 1)", **dict.fromkeys(("micro_batches", "examples", "hessian_examples"), "[1, inf)")}
     shared = ("rho", "m", "gamma", "lam", "batch_size", "workers", "seed")
     settings.check_ranges(args, own | {key: settings.RANGES[key] for key in shared})
@@ -245,6 +255,7 @@ def table_of(measured) -> list[dict]:
 
 
 def main(argv=None):
+    """Run as from the command line; the main process returns the rank correlations."""
     args = parse(argv)
     accelerator = Accelerator()
     set_fused_attn(False)  # it has no second derivatives

@@ -122,11 +122,12 @@ def draw_forgetting(measured, rows, thresholds, folder):
 
 
 def pairs(point: dict) -> str:
+    """Settings in one line: key=value,..."""
     return ",".join(f"{key}={value}" for key, value in point.items())
 
 
 def show_sweep(rows, choose):
-    """Print top-1, mean and standard deviation over seeds, by settings; for those to ``choose``, the best on validation.
+    """Print top-1, mean and standard deviation over seeds, by settings; of those to ``choose``, the best on validation.
 
     Each row has a ``point``, the settings of a run, and its ``results``, top-1 in [0, 1] by split.
     """

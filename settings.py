@@ -88,11 +88,15 @@ def clear_errors():
 
 
 class Parser(argparse.ArgumentParser):
+    """Raises ``InputError`` where argparse would print its usage and exit."""
+
     def error(self, message):
         raise InputError(message)
 
 
 class KeyValues(ParseKwargs):
+    """timm's KEY=VALUE pairs, with an error for what is none."""
+
     def __call__(self, parser, namespace, values, option_string=None):
         wrong = [value for value in values if "=" not in value]
         if wrong:

@@ -31,8 +31,8 @@ KINDS = {"recipe": str, "settings": dict, "choose": list, "grids": list}  # the 
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 
 
-def parse(argv=None):
-    """Return the sweep's own arguments, and those for every run."""
+def parser() -> settings.Parser:
+    """The sweep's own flags."""
     p = settings.Parser(description=__doc__, allow_abbrev=False, epilog="Other flags are settings of every run.")
     p.add_argument("sweep", help="YAML file: grids, and optionally recipe, settings and choose, as in sweeps/")
     scripts = ["train_imagenet", "finetune_cifar"]
@@ -41,7 +41,16 @@ def parse(argv=None):
     p.add_argument("--trial-seed", type=int, default=0, help="of the draw (%(default)s)")
     p.add_argument("--storage", help="Optuna's URL of a database that all workers share (OUTPUT/sweep.db)")
     p.add_argument("--output", help="folder of the runs and tables (outputs/NAME of the sweep)")
-    args, rest = p.parse_known_args(argv)
+    return p
+
+
+def parse(argv=None):
+    """Return the sweep's own arguments, and those for every run.
+
+    Raises:
+        InputError: a flag or its value is wrong.
+    """
+    args, rest = parser().parse_known_args(argv)
     args.output = Path(args.output or f"outputs/{Path(args.sweep).stem}")
     if args.trials is not None and args.trials < 1:
         raise InputError(f"trials is {args.trials}; it must be at least 1")
@@ -81,7 +90,8 @@ def read_sweep(path: Path) -> dict:
     return sweep
 
 
-def is_range(axis):
+def is_range(axis) -> bool:
+    """Whether an axis of a sweep is a mapping of low, high and perhaps log, that can be drawn from."""
     if not isinstance(axis, dict) or set(axis) - {"log"} != {"low", "high"}:
         return False
     low, high = axis["low"], axis["high"]
@@ -110,6 +120,7 @@ def points_of(args, sweep) -> list[dict]:
 
 
 def draw(rng, axis):
+    """A value of a list, or of a range, uniform or uniform in the logarithm."""
     if isinstance(axis, list):
         return axis[rng.integers(len(axis))]
     low, high = (np.log(axis[end]) if axis.get("log") else axis[end] for end in ("low", "high"))
@@ -117,8 +128,9 @@ def draw(rng, axis):
     return float(np.exp(value) if axis.get("log") else value)
 
 
-def name_of(point):
-    return report.pairs(point).replace("/", "%2F")  # it names a folder
+def name_of(point: dict) -> str:
+    """A point's name, also that of its folder: without slashes."""
+    return report.pairs(point).replace("/", "%2F")
 
 
 def flags_of(args, sweep, rest, point):
@@ -216,6 +228,7 @@ def work(study, points, run, idle):
 
 
 def save(args, rows):
+    """Write every run's settings and results into sweep.csv."""
     with (args.output / "sweep.csv").open("w", newline="") as file:
         flat = [{"run": row["run"], **row["point"], **row["results"]} for row in rows]
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
@@ -224,6 +237,7 @@ def save(args, rows):
 
 
 def main(argv=None):
+    """Run as from the command line; the main process returns a row for each finished run."""
     args, rest = parse(argv)
     accelerator = Accelerator()
     sweep = read_sweep(Path(args.sweep))

@@ -27,9 +27,14 @@ def create_model(args, num_classes):
         raise data.InputError(message) from error
 
 
+def parser() -> settings.Parser:
+    """The flags."""
+    return settings.parser(__doc__, "timm architecture, trained from scratch (%(default)s)", model="resnet50")
+
+
 def main(argv=None):
-    parser = settings.parser(__doc__, "timm architecture, trained from scratch (%(default)s)", model="resnet50")
-    args = settings.parse(parser, argv)
+    """Run as from the command line; returns top-1, in [0, 1], by split."""
+    args = settings.parse(parser(), argv)
     accelerator = builders.build_accelerator(args)
     # Its cache is locked, so one process downloads; a barrier would time out when that takes long.
     splits = data.load(args.dataset, args.streaming, args.validation_share)

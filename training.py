@@ -204,6 +204,7 @@ def train_epoch(job, progress, watch, bar):
 
 
 def finish_trackers(accelerator):
+    """Let trackers write what they hold; ``Accelerator.end_training`` would end the process group too."""
     for tracker in accelerator.trackers:
         tracker.finish()
 

@@ -304,13 +304,16 @@ def test_hub_errors_say_what_to_do(monkeypatch, error, words):
     assert "'a/b'" in str(caught.value)
 
 
-@pytest.mark.parametrize("label", [-1, 2])
+@pytest.mark.parametrize("label", [-1, 2, None])
 def test_label_out_of_range_is_named(monkeypatch, label):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     table = pa.table({"image": [{"bytes": png(i), "path": None} for i in range(3)], "label": [0, 1, label]})
     ds = datasets.Dataset(table.cast(features.arrow_schema)).cast(features)
     hub = datasets.DatasetDict(train=ds, validation=ds)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: hub)
+    stream = data.Stream(ds.to_iterable_dataset(), lambda image: torch.zeros(1), batch_size=3)
+    with pytest.raises(data.InputError, match=rf"the stream has the label {label}; labels must lie in 0..1"):
+        list(stream)
     with pytest.raises(data.InputError, match=rf"train has the label {label}; labels must lie in 0..1"):
         data.load("a/b")
 

@@ -268,7 +268,7 @@ def test_base_needs_a_rho(runs, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--thresholds", "0.5", "1"], r"1\.0 does not lie inside"),
+        (["--thresholds", "0.5", "1"], r"thresholds is 1.0; it must lie in"),
         (["--examples", "1"], "--examples 1 cannot hold one of each of 2 classes"),
         (["--micro-batches", "0"], "micro_batches is 0"),
         (["--perturbations", "asam"], "invalid choice"),

@@ -420,6 +420,17 @@ def test_what_cannot_be_evaluated(tmp_path, benchmarks, places, words):
         evaluate(tmp_path, benchmarks, *places)
 
 
+@pytest.mark.parametrize("label", [-1, None])
+def test_image_without_a_label_is_not_taken_for_one_of_the_last_class(tmp_path, label):
+    names = [f"{i}" for i in range(1000)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    columns = {"image": [{"bytes": jpeg(0), "path": "0.jpeg"}], "label": [label]}
+    ds = datasets.Dataset.from_dict(columns, features=features)
+    ds.to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(InputError, match=r"the label of 0.jpeg is -1: choose a labelled split|an image has no label"):
+        evaluate(tmp_path, ["v2"], f"v2={tmp_path}")
+
+
 def test_empty_folder_and_columns_that_do_not_fit(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no images and no tar files"):
