@@ -21,7 +21,7 @@ SPLIT_FOLDERS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-INTERPOLATIONS = [mode.name.lower() for mode in Image.Resampling]  # as timm calls them
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # of PIL and timm
 
 
 class InputError(ValueError):

@@ -30,24 +30,23 @@ BENCHMARKS = ("imagenet", "real", "v2", "r", "sketch", "digits")
 
 def parser() -> settings.Parser:
     """The flags."""
-    p = settings.Parser(description=__doc__, allow_abbrev=False)
-    p.add_argument("--model", nargs="+", required=True, help="folders of trained models (OUTPUT/best) or timm names")
-    p.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=["digits"], help="(%(default)s)")
+    p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=settings.DEFAULTS)
     p.add_argument(
-        "--data",
-        nargs="+",
-        metavar="SET=PLACE",
-        default=[],
-        help="folder, tar files or Hub dataset of imagenet, v2, ...",
+        "--model", nargs="+", required=True, help="folders of trained models (OUTPUT/best) or timm names (required)"
     )
-    p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes")
-    p.add_argument("--img-size", type=int, help="pixels (each model's own)")
-    p.add_argument("--crop-pct", type=float, help="centre crop, fraction of the side (each model's own)")
+    p.add_argument(
+        "--benchmarks", nargs="+", choices=BENCHMARKS, default=["digits"], help="sets to evaluate on (digits)"
+    )
+    place = "folder, tar files or Hub dataset of imagenet, v2, r or sketch (the Hub's usual one)"
+    p.add_argument("--data", nargs="+", metavar="SET=PLACE", default=[], help=place)
+    p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes (no)")
+    p.add_argument("--img-size", type=int, help="side of the model's input, pixels (each model's own)")
+    p.add_argument("--crop-pct", type=float, help="centre crop, share of the side (each model's own)")
     p.add_argument("--interpolation", choices=data.INTERPOLATIONS, help="of the resize (each model's own)")
     p.add_argument("--batch-size", type=int, default=256, help="images of a process at once (%(default)s)")
-    p.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
+    p.add_argument("--workers", type=int, default=4, help="data loading processes of each process (%(default)s)")
     p.add_argument("--output", default="outputs/robustness", help="folder of the results (%(default)s)")
-    p.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    p.add_argument("--markdown", action="store_true", help="print Markdown tables (no)")
     return p
 
 

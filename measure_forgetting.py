@@ -32,28 +32,36 @@ from sam_obf import SAM
 
 def parser() -> settings.Parser:
     """The flags."""
-    p = settings.Parser(description=__doc__, allow_abbrev=False)
-    p.add_argument("--runs", nargs="+", required=True, help="output folders, trained with --save-interval")
+    p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=settings.DEFAULTS)
+    p.add_argument("--runs", nargs="+", required=True, help="output folders, trained with --save-interval (required)")
     g = p.add_argument_group("perturbations")
     kinds = ["own", "sam", "obf", "random"]
     g.add_argument(
         "--perturbations", nargs="+", choices=kinds, default=kinds[1:], help="own: the run's (sam obf random)"
     )
-    g.add_argument("--rho", type=float, help="L2 norm (the run's own)")
+    g.add_argument("--rho", type=float, help="L2 norm of a perturbation, in units of the weights (the run's own)")
     g.add_argument("--m", type=int, help="examples that share a perturbation (the run's own)")
-    g.add_argument("--gamma", type=float, default=1.0, help="of obf (%(default)s)")
-    g.add_argument("--lam", type=float, help="of obf (1 / classes)")
+    g.add_argument(
+        "--gamma", type=float, default=1.0, help="OBF: 1 pushes to uniform, 0 only lowers the target (%(default)s)"
+    )
+    g.add_argument("--lam", type=float, help="OBF: target's probability up to which gamma does not act (1 / classes)")
     g.add_argument("--micro-batches", type=int, default=8, help="perturbations to average over (%(default)s)")
     g = p.add_argument_group("measurement")
     thresholds = [i / 20 for i in range(1, 20)]
-    g.add_argument("--thresholds", nargs="+", type=float, default=thresholds, help="in (0, 1) (0.05 0.10 ... 0.95)")
+    g.add_argument(
+        "--thresholds",
+        nargs="+",
+        type=float,
+        default=thresholds,
+        help="of predictions, probabilities (0.05 0.10 ... 0.95)",
+    )
     links = ["sigmoid", "softmax"]
     g.add_argument("--link", choices=links, default=links[0], help="from logits to predictions (%(default)s)")
-    g.add_argument("--miller-madow", action="store_true", help="correct entropies for bias (plug-in estimates)")
+    g.add_argument("--miller-madow", action="store_true", help="correct the entropies' bias (no)")
     g.add_argument("--examples", type=int, default=8192, help="training images, all classes alike (%(default)s)")
-    g.add_argument("--hessian-examples", type=int, help="the first of them, for lambda_max (all)")
+    g.add_argument("--hessian-examples", type=int, help="how many of them for lambda_max (all)")
     g.add_argument("--batch-size", type=int, default=256, help="images at once (%(default)s)")
-    g.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
+    g.add_argument("--workers", type=int, default=4, help="data loading processes of each process (%(default)s)")
     g.add_argument("--seed", type=int, default=0, help="of the choice of images, and the bootstrap (%(default)s)")
     p.add_argument("--output", default="outputs/forgetting", help="folder of the results (%(default)s)")
     return p

@@ -16,6 +16,7 @@ from timm.utils import ParseKwargs
 
 from data import INTERPOLATIONS, InputError
 
+DEFAULTS = "In parentheses: the default."
 TRACKERS = [name for name in LoggerType.list() if name != "all"]
 # What the perturbation ascends, and the variant of the step.
 METHODS = {
@@ -106,84 +107,78 @@ class KeyValues(ParseKwargs):
 
 def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentParser:
     """Flags, which are also the keys of a recipe, with a script's own ``defaults``."""
-    p = Parser(description=description, allow_abbrev=False)
+    p = Parser(description=description, allow_abbrev=False, epilog=DEFAULTS)
     boolean = argparse.BooleanOptionalAction
-    p.add_argument("--recipe", help="YAML file of settings, on top of those of its 'base' if any; flags override it")
-    p.add_argument("--print-config", action="store_true", help="print the resolved settings as a recipe and stop")
-    p.add_argument(
-        "--dry-run", action="store_true", help="check data, model, memory and one update, write nothing and stop"
-    )
+    p.add_argument("--recipe", help="YAML file of settings, on top of those of its 'base'; flags override it (none)")
+    p.add_argument("--print-config", action="store_true", help="print the resolved settings as a recipe and stop (no)")
+    p.add_argument("--dry-run", action="store_true", help="try data, model, memory and two updates, write nothing (no)")
     g = p.add_argument_group("data")
     g.add_argument("--dataset", default="ILSVRC/imagenet-1k", help="'digits', a folder or a Hub dataset (%(default)s)")
-    g.add_argument("--img-size", type=int, help="pixels (the model's own)")
+    g.add_argument("--img-size", type=int, help="side of the model's input, pixels (the model's own)")
+    g.add_argument("--crop-pct", type=float, help="evaluation's centre crop, share of the side (the model's own)")
+    g.add_argument("--interpolation", choices=INTERPOLATIONS, help="of every resize (the model's own)")
     g.add_argument(
-        "--crop-pct", type=float, help="centre crop of the evaluation, fraction of the side (the model's own)"
+        "--scale", type=float, nargs=2, default=(0.05, 1.0), help="training crop's share of the area (0.05 1)"
     )
-    g.add_argument(
-        "--interpolation", choices=INTERPOLATIONS, help="of the evaluation and training resize (the model's own)"
-    )
-    g.add_argument("--scale", type=float, nargs=2, default=(0.05, 1.0), help="crop's share of the area (0.05 1)")
-    g.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="crop's aspect ratio (0.75 1.33)")
+    g.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="its width over height (0.75 1.33)")
     g.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
-    g.add_argument("--workers", type=int, default=4, help="data loading processes per process (%(default)s)")
+    g.add_argument("--workers", type=int, default=4, help="data loading processes of each process (%(default)s)")
     g.add_argument("--streaming", action=boolean, default=False, help="read from the Hub as needed, store nothing (no)")
+    g.add_argument("--validation-share", type=float, help="share of training images to hold out (the dataset's split)")
     g.add_argument(
-        "--validation-share", type=float, help="of the training images, to hold out (the dataset's own split)"
+        "--train-num-samples", type=int, help="training images, if a streamed dataset does not say (it does)"
     )
-    g.add_argument("--train-num-samples", type=int, help="training images, where a streamed dataset does not say")
     g = p.add_argument_group("model and loss")
     g.add_argument("--model", default="resnet50", help=model_help)
-    g.add_argument("--model-kwargs", nargs="*", action=KeyValues, default={}, help="KEY=VALUE for timm.create_model")
-    g.add_argument("--head-bias", type=float, help="first value of the classifier's biases (timm's)")
-    g.add_argument("--loss", choices=["ce", "bce"], default="ce", help="bce sums over classes (%(default)s)")
-    g.add_argument("--smoothing", type=float, default=0.0, help="label smoothing (%(default)s)")
+    g.add_argument(
+        "--model-kwargs", nargs="*", action=KeyValues, default={}, help="KEY=VALUE, timm.create_model's (none)"
+    )
+    g.add_argument("--head-bias", type=float, help="first value of the classifier's biases, a logit (timm's)")
+    g.add_argument(
+        "--loss", choices=["ce", "bce"], default="ce", help="bce: sigmoids, summed over classes (%(default)s)"
+    )
+    g.add_argument("--smoothing", type=float, default=0.0, help="label smoothing, a probability (%(default)s)")
     g = p.add_argument_group("optimization")
     g.add_argument("--opt", default="sgd", help="base optimizer, any of timm's (%(default)s)")
-    g.add_argument("--opt-kwargs", nargs="*", action=KeyValues, default={}, help="KEY=VALUE for the base optimizer")
-    g.add_argument("--lr", type=float, default=0.1, help="highest learning rate (%(default)s)")
-    g.add_argument("--min-lr", type=float, default=0.0, help="lowest, at the end (%(default)s)")
-    g.add_argument("--warmup-lr", type=float, default=0.0, help="first, before warm-up (%(default)s)")
     g.add_argument(
-        "--sched", choices=["poly", "cosine", "constant"], default="poly", help="poly is linear (%(default)s)"
+        "--opt-kwargs", nargs="*", action=KeyValues, default={}, help="KEY=VALUE, the base optimizer's (none)"
     )
-    g.add_argument("--epochs", type=int, default=90, help="warm-up included (%(default)s)")
-    g.add_argument("--warmup-epochs", type=int, default=0, help="(%(default)s)")
-    g.add_argument("--momentum", type=float, default=0.9, help="(%(default)s)")
+    g.add_argument("--lr", type=float, default=0.1, help="highest learning rate (%(default)s)")
+    g.add_argument("--min-lr", type=float, default=0.0, help="learning rate at the end (%(default)s)")
+    g.add_argument("--warmup-lr", type=float, default=0.0, help="learning rate at the start of warm-up (%(default)s)")
+    schedules = ["poly", "cosine", "constant"]
+    g.add_argument("--sched", choices=schedules, default="poly", help="how lr falls; poly: linearly (%(default)s)")
+    g.add_argument("--epochs", type=int, default=90, help="passes over the data, warm-up included (%(default)s)")
+    g.add_argument("--warmup-epochs", type=int, default=0, help="epochs in which lr rises (%(default)s)")
+    g.add_argument("--momentum", type=float, default=0.9, help="of the base optimizer, if it has any (%(default)s)")
     g.add_argument("--weight-decay", type=float, default=0.0, help="none on biases and norms (%(default)s)")
     g.add_argument("--clip-grad", type=float, help="largest L2 norm of the gradient of an update (none)")
-    g.add_argument(
-        "--batch-size", type=int, default=256, help="examples of one update, over all processes (%(default)s)"
-    )
-    g.add_argument(
-        "--device-batch-size",
-        type=int,
-        default=256,
-        help="examples a process loads at once, at most (%(default)s or m)",
-    )
-    g.add_argument(
-        "--shrink-perturb", type=float, help="pull to the initial weights after an update, times lr / max lr (none)"
-    )
-    g.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    g.add_argument("--batch-size", type=int, default=256, help="examples of an update, on all processes (%(default)s)")
+    loaded = "examples that a process loads at once, at most (%(default)s, or m)"
+    g.add_argument("--device-batch-size", type=int, default=256, help=loaded)
+    pull = "pull to the first weights after an update, a share at the highest lr (none)"
+    g.add_argument("--shrink-perturb", type=float, help=pull)
+    g.add_argument("--seed", type=int, default=0, help="of weights, data order, augmentation and noise (%(default)s)")
     g = p.add_argument_group("perturbation")
-    g.add_argument("--method", choices=METHODS, default="obf", help="(%(default)s)")
+    g.add_argument("--method", choices=METHODS, default="obf", help="the perturbation and the step (%(default)s)")
     g.add_argument("--m", type=int, help="examples that share a perturbation: m-sharpness (the device batch)")
     g.add_argument("--perturb-fraction", type=float, help="share of the m examples in the ascent pass (1.0)")
-    g.add_argument("--rho", type=float, help="L2 norm of the perturbation (0.05)")
-    g.add_argument("--rho-min", type=float, help="makes rho follow lr, down to this at min-lr (constant)")
+    g.add_argument("--rho", type=float, help="L2 norm of the perturbation, in units of the weights (0.05)")
+    g.add_argument("--rho-min", type=float, help="makes rho follow lr, down to this at min-lr (rho: constant)")
     g.add_argument("--gamma", type=float, help="OBF: 1 pushes to uniform, 0 only lowers the target (1.0)")
-    g.add_argument("--lam", type=float, help="OBF: target prediction below which gamma does not act (1 / classes)")
+    g.add_argument("--lam", type=float, help="OBF: target's probability up to which gamma does not act (1 / classes)")
     g.add_argument("--link", choices=["sigmoid", "softmax"], help="OBF: from logits to predictions (sigmoid)")
     g.add_argument("--adaptive", choices=["before", "after", "both"], help="ASAM: where |theta| enters (both)")
     g.add_argument("--gsam-alpha", type=float, help="GSAM: weight of the orthogonal part (0.4)")
     g.add_argument("--gsam-normalize", action=boolean, help="GSAM: scale g to unit norm first (no)")
     g = p.add_argument_group("output")
     g.add_argument("--output", help="folder of the run (outputs/DATASET-METHOD)")
-    g.add_argument("--overwrite", action=boolean, default=False, help="replace an earlier run in that folder")
-    g.add_argument("--resume", help="'auto': from the newest checkpoint in the output folder if any; or a checkpoint")
-    g.add_argument("--checkpoint-interval", type=int, help="updates between checkpoints within an epoch (epochs only)")
+    g.add_argument("--overwrite", action=boolean, default=False, help="replace an earlier run in that folder (no)")
+    g.add_argument("--resume", help="a checkpoint, or 'auto': the output folder's newest, if there is any (none)")
+    g.add_argument("--checkpoint-interval", type=int, help="updates between checkpoints (an epoch's)")
     g.add_argument("--checkpoint-hist", type=int, default=2, help="newest checkpoints to keep (%(default)s)")
     g.add_argument("--save-interval", type=int, help="epochs between models to keep in OUTPUT/epochs (none)")
-    g.add_argument("--log-with", choices=TRACKERS, help="experiment tracker (none; metrics.jsonl is always written)")
+    g.add_argument("--log-with", choices=TRACKERS, help="experiment tracker, beside metrics.jsonl (none)")
     g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the final model, with a card (no)")
     p.set_defaults(**defaults)
     return p

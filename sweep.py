@@ -33,8 +33,9 @@ UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 
 def parser() -> settings.Parser:
     """The sweep's own flags."""
-    p = settings.Parser(description=__doc__, allow_abbrev=False, epilog="Other flags are settings of every run.")
-    p.add_argument("sweep", help="YAML file: grids, and optionally recipe, settings and choose, as in sweeps/")
+    others = f"{settings.DEFAULTS} Other flags are settings of every run."
+    p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=others)
+    p.add_argument("sweep", help="YAML file of grids, perhaps recipe, settings and choose, as in sweeps/ (required)")
     scripts = ["train_imagenet", "finetune_cifar"]
     p.add_argument("--script", choices=scripts, default=scripts[0], help="what a run is (%(default)s)")
     p.add_argument("--trials", type=int, help="points to draw from each grid (all of them)")

@@ -89,8 +89,7 @@ class Watch:
 def train(args, accelerator: Accelerator, splits: datasets.DatasetDict, model: torch.nn.Module) -> dict[str, float]:
     """Train ``model`` on the split train; return the top-1 on all other splits of its best epoch on validation.
 
-    Without a validation split, nothing is chosen: the last epoch counts, and test shows the progress. The README says
-    what is written into ``args.output``.
+    Without a validation split the last epoch counts, and test shows progress. The README says what is written.
 
     Raises:
         InputError: settings that do not fit each other, the data or the checkpoint to resume from, data that cannot be
