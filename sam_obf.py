@@ -81,8 +81,7 @@ class OutputBiasForgetting:
 def random_perturbation(parameters) -> torch.Tensor:
     """Return a scalar whose gradient is a new draw from N(0, I): RandSAM, a baseline of the paper.
 
-    If the model has batch norm, run ``model(x)`` in the same closure, so that its statistics move. Every process draws
-    from its own generator: seed them differently.
+    If the model has batch norm, run ``model(x)`` too: its statistics move here. Seed each process differently.
     """
     return sum((p * torch.randn_like(p)).sum() for p in parameters if p.requires_grad)
 
@@ -154,8 +153,7 @@ class SAM(torch.optim.Optimizer):
         # No super().__init__(): what an optimizer holds, the base optimizer holds; __getattr__ finds it there.
         self.base_optimizer, self.model = base_optimizer, model
         self.adaptive, self.gsam_alpha, self.gsam_normalize = adaptive, gsam_alpha, gsam_normalize
-        self.ascending = self._inside = False
-        self._set_aside = []
+        self.ascending, self._inside, self._set_aside = False, False, []
         base_optimizer.defaults["rho"] = rho  # for groups that are added later
         for group in base_optimizer.param_groups:
             group.setdefault("rho", rho)
@@ -242,11 +240,12 @@ class SAM(torch.optim.Optimizer):
         if self._inside:
             raise RuntimeError("perturbed() is nested in itself: leave the first block before entering the next")
         _check_rho(*self.param_groups)
-        norm_layers = [m for m in self.model.modules() if isinstance(m, _NormBase)]
+        modules = list(self.model.modules())
+        norm_layers = [module for module in modules if isinstance(module, _NormBase)]
         undo = []
         self._inside = self.ascending = True
         try:
-            chunks = self._ascend(ascend)
+            chunks = self._ascend(ascend, modules)
             self.ascending = False
             one = torch.ones((), device=next(self.model.parameters()).device)
             scale = one if grad_scaler is None else grad_scaler.scale(one)
@@ -262,9 +261,10 @@ class SAM(torch.optim.Optimizer):
                     torch._foreach_copy_(tensors, copies)
             self._inside = self.ascending = False
 
-    def _ascend(self, run):
+    def _ascend(self, run, modules):
         """Take g, the gradient that ``run`` leaves, as chunks of (parameters, local gradients, rho, sharding)."""
-        every = {*self.model.parameters(), *(p for group in self.param_groups for p in group["params"])}
+        every = {p for module in modules for p in module._parameters.values() if p is not None}
+        every.update(*(group["params"] for group in self.param_groups))
         with self._gradients_aside(every):
             run()
             chunks = _chunks(self.param_groups)
@@ -325,7 +325,7 @@ class SAM(torch.optim.Optimizer):
                 grads = [g.nan_to_num_(0.0, 0.0, 0.0) for g in grads]  # a step of 0 does not erase inf and nan
             params = _local(params)
             undo.append((params, [p.clone() for p in params]))
-            wide = [g.to(_wide(g)) for g in grads]
+            wide = grads if grads[0].dtype == _wide(grads[0]) else [g.to(_wide(g)) for g in grads]
             torch._foreach_add_(params, torch._foreach_mul(wide, rho * inverse_norm.to(wide[0])))
             if not self.gsam_alpha:
                 chunks[i] = None  # frees g: one parameter-sized buffer is left beside the weights
@@ -349,20 +349,20 @@ def _local(tensors):
 
 def _chunks(param_groups):
     """The perturbed parameters and their gradients, in lists alike and small enough for a CPU's cache."""
-    chunks, latest = [], {}
-    for group in param_groups:
-        for p in group["params"]:
-            if p.grad is None or group["rho"] == 0:
-                continue
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(f"SAM cannot follow {p.grad.layout} gradients: use sparse=False")
-            sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
-            key = (group["rho"], sharding, p.device, p.dtype, p.grad.dtype)
-            if key not in latest or sum(q.numel() for q in latest[key][0]) >= 2**18:
-                latest[key] = ([], [], group["rho"], sharding)
-                chunks.append(latest[key])
-            latest[key][0].append(p)
-            latest[key][1].extend(_local([p.grad]))
+    chunks, latest, sizes = [], {}, {}
+    for rho, p in ((group["rho"], p) for group in param_groups for p in group["params"]):
+        if rho == 0 or (grad := p.grad) is None:
+            continue
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"SAM cannot follow {grad.layout} gradients: use sparse=False")
+        sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
+        key = (rho, sharding, p.device, p.dtype, grad.dtype)
+        if sizes.get(key, 2**18) >= 2**18:
+            latest[key], sizes[key] = ([], [], rho, sharding), 0
+            chunks.append(latest[key])
+        latest[key][0].append(p)
+        latest[key][1].append(grad.to_local() if sharding else grad)
+        sizes[key] += p.numel()
     return chunks
 
 

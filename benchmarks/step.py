@@ -10,7 +10,7 @@ On a CPU the script restarts itself so that malloc keeps the memory that it is g
 to the kernel, and whoever allocates next pays for getting it again, page by page; by chance, that is one contestant or
 another. A GPU's allocator, jemalloc and tcmalloc keep it too.
 
-    python benchmarks/step.py                          # both models on a GPU if there is one, else on the CPU
+    python benchmarks/step.py                          # all models on a GPU if there is one, else on the CPU
     python benchmarks/step.py --models resnet50 --batch-size 8 --rounds 5
     python benchmarks/step.py --device cuda --batch-size 64 --amp bf16 --compile
 """
@@ -41,30 +41,52 @@ try:
 except ImportError:
     peer = None
 
-MODELS = {  # one per family: image size, base optimizer and its options
-    "vit_small_patch32_224": (224, torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 0.3}),
-    "resnet50": (160, torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}),
+CLASSES, LAYERS, WIDTH = 1000, 500, 64  # of the MLP, whose 1,000 small tensors show what each costs by itself
+SGD = (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3})
+MODELS = {  # batch size, shape of an input, base optimizer and its options
+    "vit_small_patch32_224": (32, (3, 224, 224), torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 0.3}),
+    "vit_small_patch16_224": (32, (3, 224, 224), torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 0.3}),
+    "resnet50": (32, (3, 160, 160), *SGD),
+    "mlp": (1024, (WIDTH,), *SGD),
 }
 OURS = {"SAM": {}, "OBF": {}, "ASAM": {"adaptive": "both"}, "GSAM": {"gsam_alpha": 0.4}}  # name: SAM's arguments
 PEER_OF = {"SAM": "peer SAM", "OBF": "peer SAM", "ASAM": "peer ASAM", "GSAM": "peer GSAM"}
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RHO = 0.05
-MAX_RATIO_TO_LIMIT, MAX_RATIO_TO_PEER, MAX_RATIO_TO_PLAIN = 1.03, 1.00, 1.30
+USUAL = {"cpu": ["vit_small_patch32_224", "resnet50", "mlp"], "cuda": ["vit_small_patch16_224", "resnet50"]}
+MAX_RATIO_TO_LIMIT = {"cpu": 1.03, "cuda": 1.02}
+MAX_RATIO_TO_PEER, MAX_RATIO_TO_PLAIN = 1.00, 1.30
 MAX_COPIES = {"SAM": 1, "OBF": 1, "ASAM": 1, "GSAM": 2}
+
+
+def build(name):
+    if name != "mlp":
+        return timm.create_model(name, num_classes=CLASSES)
+    layers = [torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU()) for _ in range(LAYERS - 1)]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, CLASSES))
 
 
 def make_step(name, model, x, y, base, options, amp):
     """Return a function that makes one step of contestant ``name`` on (x, y) and leaves no gradient."""
 
+    autocast = torch.autocast(x.device.type, TYPES.get(amp), enabled=amp is not None)
+    scaler = torch.amp.GradScaler(x.device.type, enabled=amp == "fp16")
+
     def loss(part=1.0):
         examples = round(part * len(x))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp == "bf16"):
+        with autocast:
             return F.cross_entropy(model(x[:examples]), y[:examples])
 
     def forward_backward():
-        value = loss()
+        value = scaler.scale(loss())
         with record_function("backward"):  # count_memory() looks at the last one of a step
             value.backward()
+
+    def update():
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
 
     if name == "limit":
         optimizer = base(model.parameters(), **options)
@@ -73,16 +95,14 @@ def make_step(name, model, x, y, base, options, amp):
             forward_backward()
             optimizer.zero_grad()
             forward_backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            update()
 
     elif name == "plain":
         optimizer = base(model.parameters(), **options)
 
         def step():
             forward_backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            update()
 
     elif name in ("peer SAM", "peer ASAM"):
         optimizer = peer.SAM(model.parameters(), base, rho=RHO, adaptive=name == "peer ASAM", **options)
@@ -121,16 +141,15 @@ def make_step(name, model, x, y, base, options, amp):
         forget = OutputBiasForgetting()
 
         def forget_loss():
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp == "bf16"):
+            with autocast:
                 return forget(model(x), y)
 
         ascents = {"OBF": forget_loss, "SAM 1/4": lambda: loss(0.25)}
 
         def step():
-            with optimizer.perturbed(ascents.get(name, loss)):
+            with optimizer.perturbed(ascents.get(name, loss), grad_scaler=scaler):
                 forward_backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            update()
 
     return step
 
@@ -167,11 +186,12 @@ def count_memory(make, device):
 
 def measure(model_name, names, args, device):
     """Return one row per contestant."""
-    size, base, options = MODELS[model_name]
+    batch_size, shape, base, options = MODELS[model_name]
+    batch_size = args.batch_size or batch_size
     torch.manual_seed(0)
-    model = timm.create_model(model_name, pretrained=False).to(device).train()
-    x = torch.randn(args.batch_size, 3, size, size, device=device)
-    y = torch.randint(model.num_classes, (args.batch_size,), device=device)
+    model = build(model_name).to(device).train()
+    x = torch.randn(batch_size, *shape, device=device)
+    y = torch.randint(CLASSES, (batch_size,), device=device)
     parameter_bytes = sum(p.nbytes for p in model.parameters())
 
     def make(name):
@@ -197,7 +217,7 @@ def measure(model_name, names, args, device):
     rows = []
     for name in names:
         extra = {key: memory[name][key] - memory["limit"][key] for key in memory[name]}
-        row = {"model": model_name, "contestant": name, "seconds": times[name]}
+        row = {"model": model_name, "contestant": name, "examples": batch_size, "seconds": times[name]}
         row["to_limit"] = [a / b for a, b in zip(times[name], times["limit"])]
         if name == "SAM 1/4":
             row["to_plain"] = [a / b for a, b in zip(times[name], times["plain"])]
@@ -209,14 +229,14 @@ def measure(model_name, names, args, device):
     return rows
 
 
-def print_table(rows):
+def print_table(rows, max_ratio_to_limit):
     def spread(ratios):
         return f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "-"
 
     def verdict(value, target):
         return f"<= {target:.2f} {'ok' if round(value, 3) <= target else 'MISSED'}"
 
-    heads = ["contestant", "ms/step", "ratio to limit", "target", "ratio to peer", "target"]
+    heads = ["contestant", "ms/step", "examples/s", "ratio to limit", "target", "ratio to peer", "target"]
     lines = [[*heads, "extra copies", "target", "peak extra MiB"]]
     for row in rows:
         name, to_limit, to_peer, copies = row["contestant"], row["to_limit"], row.get("to_peer"), row["extra_copies"]
@@ -225,8 +245,9 @@ def print_table(rows):
             [
                 name,
                 f"{1e3 * statistics.median(row['seconds']):.1f}",
+                f"{row['examples'] / statistics.median(row['seconds']):.0f}",
                 spread(to_limit),
-                verdict(statistics.median(to_limit), MAX_RATIO_TO_LIMIT) if ours else "",
+                verdict(statistics.median(to_limit), max_ratio_to_limit) if ours else "",
                 spread(to_peer),
                 verdict(statistics.median(to_peer), MAX_RATIO_TO_PEER) if to_peer else "",
                 f"{copies:.2f}",
@@ -238,37 +259,41 @@ def print_table(rows):
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     to_plain = next(row["to_plain"] for row in rows if "to_plain" in row)
-    target = verdict(statistics.median(to_plain), MAX_RATIO_TO_PLAIN)
+    target = verdict(statistics.median(to_plain), MAX_RATIO_TO_PLAIN) if rows[0]["model"].startswith("vit") else ""
     print(f"SAM with a quarter of the examples in the ascent pass, ratio to a plain step: {spread(to_plain)}  {target}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--models", nargs="+", choices=MODELS, help=f"{USUAL}")
+    parser.add_argument("--batch-size", type=int, help="examples (32 images, 1024 vectors)")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", choices=["bf16"], help="autocast")
+    parser.add_argument("--amp", choices=TYPES, help="autocast; fp16 scales the loss")
     parser.add_argument("--compile", action="store_true", help="torch.compile the models")
     parser.add_argument("--json", type=Path, help="write every time and ratio to this file")
     args = parser.parse_args()
 
     names = ["limit", *OURS, "plain", "SAM 1/4", *dict.fromkeys(PEER_OF.values())]
-    if peer is None:
-        print("No peer to compare with: pip install pytorch_optimizer")
+    if peer is None or args.amp == "fp16":  # the peers take no GradScaler
+        print(
+            "No peer to compare with" + (": pip install pytorch_optimizer" if peer is None else " takes a GradScaler")
+        )
         names = ["limit", *OURS, "plain", "SAM 1/4"]
     device = torch.device(args.device)
     if device.type == "cpu" and not KEEP_MEMORY.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    setup = f"torch {torch.__version__}, {where}, batch {args.batch_size}, {args.rounds} rounds"
+    speed = f"{args.amp or 'fp32'}, {'compiled' if args.compile else 'eager'}"
+    setup = f"torch {torch.__version__}, {where}, {speed}, {args.rounds} rounds"
     rows = []
-    for model_name in args.models:
+    for model_name in args.models or USUAL[device.type]:
         rows.append(measure(model_name, names, args, device))
-        size, base, _ = MODELS[model_name]
-        print(f"\n{model_name} at {size} px, {base.__name__}; {setup}; median (min-max)")
-        print_table(rows[-1])
+        batch_size, shape, base, _ = MODELS[model_name]
+        batch = f"batch {args.batch_size or batch_size} of {shape}"
+        print(f"\n{model_name}, {batch}, {base.__name__}; {setup}; median (min-max)")
+        print_table(rows[-1], MAX_RATIO_TO_LIMIT[device.type])
     if args.json:
         args.json.write_text(json.dumps({"setup": setup, "rows": list(itertools.chain(*rows))}, indent=2))
 
