@@ -139,7 +139,7 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     )
     g.add_argument("--smoothing", type=float, default=0.0, help="label smoothing, a probability (%(default)s)")
     g = p.add_argument_group("optimization")
-    g.add_argument("--opt", default="sgd", help="base optimizer, any of timm's (%(default)s)")
+    g.add_argument("--opt", default="sgd", help="base optimizer, one of timm's (%(default)s)")
     g.add_argument(
         "--opt-kwargs", nargs="*", action=KeyValues, default={}, help="KEY=VALUE, the base optimizer's (none)"
     )

@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from settings import METHODS
 
+ROOT = Path(__file__).resolve().parents[1]
 MAX_SECONDS, MIN_TOP1 = 240, 0.95
 
 

@@ -161,6 +161,7 @@ def main():
     optimizers = list_optimizers() + OTHER_OPTIMIZERS if args.optimizers is None else args.optimizers
     pairs = [(name, name, "sgd") for name in models] + [(name, "test_vit", name) for name in optimizers]
     lines = [
+        f"timm {timm.__version__}, torch {torch.__version__}\n",
         "| model or optimizer | weights | verdict | gradients | update | time |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
