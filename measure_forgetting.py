@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 import builders
 import checkpoints
 import data
+import flatness
 import metrics
 import report
 import settings
@@ -196,7 +197,7 @@ def measure(args, run, model, batches) -> dict:
     everything = batches(0, size)
     labels = torch.cat([y for _, y in everything])
     clean = predict(model, everything, args.link)
-    result = {"lambda_max": metrics.largest_eigenvalue(model, criterion, batches(0, flat), flat), "perturbations": {}}
+    result = {"lambda_max": flatness.largest_eigenvalue(model, criterion, batches(0, flat), flat), "perturbations": {}}
     for kind, own in perturbations(args, run).items():
         adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
         optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)

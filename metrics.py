@@ -1,11 +1,9 @@
-"""What classifiers are worth: accuracies with intervals, calibration, comparisons, curvature, rank correlations."""
+"""What classifiers are worth: accuracies with intervals, calibration, comparisons, rank correlations."""
 
 import datasets
 import evaluate
 import numpy as np
 import torch
-from curvlinops import HessianLinearOperator
-from scipy.sparse.linalg import eigsh
 from scipy.stats import binomtest, bootstrap, kendalltau
 
 BINS = 15  # of the expected calibration error, as in Guo et al. 2017
@@ -145,28 +143,3 @@ def correlations(rows: list[dict], seed: int) -> list[dict]:
                 for name, tau in kendall(quantities, accuracy, "flatness", seed).items():
                     found.append({"perturbation": kind, "epochs": epochs, "quantity": name, "runs": len(runs), **tau})
     return found
-
-
-class _MeanLoss(torch.nn.Module):
-    """A loss that says what curvlinops asks: timm's average over a batch, but say "none" or nothing."""
-
-    reduction = "mean"
-
-    def __init__(self, criterion):
-        super().__init__()
-        self.criterion = criterion
-
-    def forward(self, logits, labels):
-        return self.criterion(logits, labels)
-
-
-def largest_eigenvalue(model, criterion, batches, size: int) -> float:
-    """The largest eigenvalue of the Hessian of the mean loss over ``size`` examples, by Lanczos' method.
-
-    ``batches`` yields inputs and labels, the same each time; ``criterion`` averages over a batch.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    options = {"num_data": size, "check_deterministic": False}
-    hessian = HessianLinearOperator(model, _MeanLoss(criterion), params, batches, **options).to_scipy()
-    start = np.random.default_rng(0).standard_normal(hessian.shape[0]).astype(hessian.dtype)
-    return float(eigsh(hessian, k=1, which="LA", tol=1e-5, v0=start, return_eigenvectors=False)[0])

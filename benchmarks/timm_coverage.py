@@ -2,8 +2,8 @@
 """One update with SAM and OBF on the smallest models of every family of timm's, and with every optimizer of timm's.
 
 Each is compared with an update without SAM: the gradient of the loss at weights moved by hand, on a copy of the model.
-It passes if the weights come back bit for bit, the gradients are finite and those of the copy, and so is the update, made
-eight times, since some optimizers only gather statistics in their first steps.
+It passes if the weights come back bit for bit, the gradients are finite and those of the copy, and so is the update,
+made eight times, since some optimizers only gather statistics at first.
 Optimizers of other packages are named by their place: ``torch.optim.Muon``, ``schedulefree.AdamWScheduleFree``.
 
     python benchmarks/timm_coverage.py                             # all: about 40 minutes on two cores
@@ -93,7 +93,7 @@ def gradients_by_hand(model, optimizer, x, y, forget):
 
 
 def difference(one, two):
-    """The largest difference over the largest value; infinite if that is 0, or not finite, or just one has a gradient."""
+    """The largest difference over the largest value; infinite if that is 0, or not finite, or only one is there."""
     if any((a is None) != (b is None) or (a is not None and not a.isfinite().all()) for a, b in zip(one, two)):
         return float("inf")
     pairs = [(a, b) for a, b in zip(one, two) if a is not None]

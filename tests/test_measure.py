@@ -25,6 +25,7 @@ from test_training import small_recipe
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import data
+import flatness
 import measure_forgetting
 import metrics
 import train_imagenet
@@ -63,7 +64,7 @@ def test_largest_eigenvalue_is_that_of_the_explicit_hessian(norm, criterion, siz
     hessian = torch.autograd.functional.hessian(loss, flat)
     expected = torch.linalg.eigvalsh(hessian)[-1].item()
     batches = list(zip(x.split(sizes), y.split(sizes)))
-    assert metrics.largest_eigenvalue(model, criterion, batches, 12) == pytest.approx(expected, rel=1e-4)
+    assert flatness.largest_eigenvalue(model, criterion, batches, 12) == pytest.approx(expected, rel=1e-4)
 
 
 def test_kendall_is_scipys_also_with_ties_and_its_interval_holds_it():
