@@ -123,7 +123,7 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="its width over height (0.75 1.33)")
     g.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
     g.add_argument("--workers", type=int, default=4, help="data loading processes of each process (%(default)s)")
-    g.add_argument("--streaming", action=boolean, default=False, help="read from the Hub as needed, store nothing (no)")
+    g.add_argument("--streaming", action=boolean, help="read from the Hub as needed, store nothing (no)")
     g.add_argument("--validation-share", type=float, help="share of training images to hold out (the dataset's split)")
     g.add_argument(
         "--train-num-samples", type=int, help="training images, if a streamed dataset does not say (it does)"
@@ -173,14 +173,15 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument("--gsam-normalize", action=boolean, help="GSAM: scale g to unit norm first (no)")
     g = p.add_argument_group("output")
     g.add_argument("--output", help="folder of the run (outputs/DATASET-METHOD)")
-    g.add_argument("--overwrite", action=boolean, default=False, help="replace an earlier run in that folder (no)")
+    g.add_argument("--overwrite", action=boolean, help="replace an earlier run in that folder (no)")
     g.add_argument("--resume", help="a checkpoint, or 'auto': the output folder's newest, if there is any (none)")
     g.add_argument("--checkpoint-interval", type=int, help="updates between checkpoints (an epoch's)")
     g.add_argument("--checkpoint-hist", type=int, default=2, help="newest checkpoints to keep (%(default)s)")
     g.add_argument("--save-interval", type=int, help="epochs between models to keep in OUTPUT/epochs (none)")
     g.add_argument("--log-with", choices=TRACKERS, help="experiment tracker, beside metrics.jsonl (none)")
     g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the final model, with a card (no)")
-    p.set_defaults(**defaults)
+    # Python 3.10 would add words of its own to the help of --streaming and --overwrite, were their defaults given there.
+    p.set_defaults(streaming=False, overwrite=False, **defaults)
     return p
 
 
