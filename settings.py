@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import gc
 import multiprocessing
 import signal
 import sys
@@ -80,6 +81,8 @@ def clear_errors():
             f"saved is intact: start all processes anew with the same command (training: with --resume auto)"
         ) from None
     else:
+        # Garbage may hold the group, whose threads would go on: one that frees a tensor while Python ends aborts it.
+        gc.collect()
         PartialState().destroy_process_group()
     finally:
         # Loader workers outlive a SIGTERM for a minute, also the one that they get when this program ends.
