@@ -43,7 +43,6 @@ PERTURBATION = {
     "gsam_normalize": (False, lambda ascent, variant: variant == "gsam"),
 }
 
-
 # Flags about one execution of a run; the others are settings, which a recipe may hold and a resumed run must share.
 NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
 INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval")
@@ -183,7 +182,7 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument("--save-interval", type=int, help="epochs between models to keep in OUTPUT/epochs (none)")
     g.add_argument("--log-with", choices=TRACKERS, help="experiment tracker, beside metrics.jsonl (none)")
     g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the final model, with a card (no)")
-    # Python 3.10 would add words of its own to the help of --streaming and --overwrite, were their defaults given there.
+    # Given above, Python 3.10 would add these to the help in words of its own.
     p.set_defaults(streaming=False, overwrite=False, **defaults)
     return p
 
