@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import optuna
+import sqlalchemy
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 
 import builders
@@ -24,7 +24,7 @@ import report
 import settings
 from data import InputError
 
-ATTEMPTS = 3  # to open the storage
+ATTEMPTS, TIMEOUT = 3, 20  # to open the storage; seconds that SQLite waits for its lock
 HEARTBEAT, GRACE = 10, 60  # seconds; a worker that is silent for longer has died
 MAX_NAME = 240  # bytes; ".txt" makes it a log's
 KINDS = {"recipe": str, "settings": dict, "choose": list, "grids": list}  # the keys of a sweep
@@ -114,9 +114,7 @@ def points_of(args, sweep) -> list[dict]:
     points = {name_of(point): point for point in points}
     longest = max(points, key=len)
     if len(longest.encode()) > MAX_NAME:
-        raise InputError(
-            f"the run {longest!r} has too long a name for a folder: shorten its values, or vary fewer keys"
-        )
+        raise InputError(f"the run {longest!r} has too long a name for a folder: shorten values, or vary fewer keys")
     return list(points.values())
 
 
@@ -152,15 +150,20 @@ def open_study(args, shared: dict):
     url = args.storage or f"sqlite:///{args.output / 'sweep.db'}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    sqlite = url.startswith("sqlite")
+    engine = {"connect_args": {"timeout": TIMEOUT}} if sqlite else {}
+    beats = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE}
     options = {"study_name": args.output.name, "direction": "maximize", "load_if_exists": True}
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            storage = optuna.storages.RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=engine, **beats)
+            if sqlite:  # which has no SELECT ... FOR UPDATE: two workers would take the same run
+                sqlalchemy.event.listen(storage.engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
             study = optuna.create_study(storage=storage, **options)
             earlier = study.user_attrs.get("shared", shared)
             study.set_user_attr("shared", earlier)
             break
-        except (RuntimeError, SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
+        except (RuntimeError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
             if attempt == ATTEMPTS:
                 reason = str(error).splitlines()[0]
                 raise InputError(
@@ -170,10 +173,8 @@ def open_study(args, shared: dict):
             time.sleep(1)  # another worker may be creating it
     for key in sorted(set(earlier) & set(shared)):
         if earlier[key] != shared[key]:
-            raise InputError(
-                f"{url} holds a sweep with {key} {earlier[key]!r}, and this one has {shared[key]!r}: choose another "
-                f"--output"
-            )
+            differs = f"{key} {earlier[key]!r}, and this one has {shared[key]!r}"
+            raise InputError(f"{url} holds a sweep with {differs}: choose another --output")
     return study
 
 
@@ -288,9 +289,7 @@ def main(argv=None):
         report.show_sweep(rows, sweep["choose"])
         print(f"\nwritten: {args.output}/sweep.csv, runs/, logs/")
     if failed:
-        raise InputError(
-            f"{len(failed)} of {len(points)} runs failed, as said above; the same command tries them again"
-        )
+        raise InputError(f"{len(failed)} of {len(points)} runs failed, as said above; the same command retries them")
     return rows
 
 

@@ -1,5 +1,6 @@
 """sweep.py: every run once, whatever dies, and tables that say what was measured."""
 
+import argparse
 import csv
 import json
 import os
@@ -174,13 +175,13 @@ def test_sigterm_leaves_the_run_to_the_next_worker_at_once(tmp_path, monkeypatch
     assert len(calls) == 1
 
 
-def start(tmp_path, *flags):
+def start(tmp_path, grace=3):
     """A worker in a process of its own, whose runs take a second or two and leave a line in ``calls.txt``."""
     code = f"""
 import sys, time
 sys.path[:0] = [{str(ROOT)!r}]
 import sweep, train_imagenet
-sweep.HEARTBEAT, sweep.GRACE = 1, 3
+sweep.HEARTBEAT, sweep.GRACE = 1, {grace}
 def train(argv):
     name = argv[argv.index("--output") + 1].rsplit("/", 1)[1]
     with open({str(tmp_path / "calls.txt")!r}, "a") as file:
@@ -192,7 +193,7 @@ def train(argv):
 train_imagenet.main = train
 sweep.main(sys.argv[1:])
 """
-    command = [sys.executable, "-c", code, *write_sweep(tmp_path, GRID), *flags]
+    command = [sys.executable, "-c", code, *write_sweep(tmp_path, GRID)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
 
 
@@ -203,7 +204,7 @@ def calls(tmp_path, what):
 
 
 def test_two_workers_share_the_work_and_lose_nothing(tmp_path):
-    workers = [start(tmp_path), start(tmp_path)]
+    workers = [start(tmp_path, grace=60), start(tmp_path, grace=60)]
     outputs = [worker.communicate(timeout=90)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     assert len(calls(tmp_path, "begin")) == len(set(calls(tmp_path, "begin"))) == 8
@@ -213,6 +214,30 @@ def test_two_workers_share_the_work_and_lose_nothing(tmp_path):
         running += 1 if line.startswith("begin") else -1
         most = max(most, running)
     assert most == 2
+
+
+def test_two_workers_never_take_the_same_run(tmp_path):
+    args = argparse.Namespace(output=tmp_path / "out", storage=None)
+    queue = sweep.open_study(args, {})
+    for _ in range(200):
+        queue.enqueue_trial({})
+    code = f"""
+import argparse, pathlib, sys
+sys.path[:0] = [{str(ROOT)!r}]
+import sweep
+study = sweep.open_study(argparse.Namespace(output=pathlib.Path({str(args.output)!r}), storage=None), {{}})
+print("ready", flush=True)
+input()
+print([study.ask().number for _ in range(100)])
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": os.environ}
+    workers = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 2
+    for worker in workers:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    taken = [number for worker in workers for number in json.loads(worker.communicate(timeout=90)[0])]
+    assert sorted(taken) == list(range(200))
 
 
 @pytest.mark.parametrize("signal", ["kill", "terminate"])
@@ -276,6 +301,7 @@ def test_a_storage_of_other_settings_is_refused(tmp_path, monkeypatch):
 def test_a_locked_storage_is_named(tmp_path, monkeypatch):
     calls = faked(monkeypatch)
     monkeypatch.setattr(sweep, "ATTEMPTS", 1)
+    monkeypatch.setattr(sweep, "TIMEOUT", 1)
     flags = write_sweep(tmp_path, {"seed": [0]})
     sweep.main(flags)
     with sqlite3.connect(tmp_path / "out" / "sweep.db") as connection:
