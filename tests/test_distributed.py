@@ -18,7 +18,7 @@ def results(tmp_path_factory):
     """What updates.py writes, by name of the launch."""
     folder = tmp_path_factory.mktemp("updates")
     launches = {"one, m 4": (1, 4, []), "one, m 8": (1, 8, []), "ddp": (2, 4, []), "fsdp2": (2, 4, ["fsdp2"])}
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(TESTS.parent)}
     found = {}
     for name, (processes, m, flags) in launches.items():
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

@@ -54,7 +54,7 @@ def command(recipe, output, *flags, processes=1):
 
 
 def start(*args, **kwargs):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command(*args, **kwargs), cwd=ROOT, env=environment, **pipes, start_new_session=True)
 

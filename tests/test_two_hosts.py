@@ -15,7 +15,7 @@ from test_resume import final_weights, recipe, steps_saved, wait_for
 
 ROOT = Path(__file__).parent.parent
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # for documentation, RFC 5737: nobody's
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "wire"}
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "wire"}
 
 
 def on(host, *command):
