@@ -152,11 +152,10 @@ def open_study(args, shared: dict):
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     sqlite = url.startswith("sqlite")
     engine = {"connect_args": {"timeout": TIMEOUT}} if sqlite else {}
-    beats = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE}
     options = {"study_name": args.output.name, "direction": "maximize", "load_if_exists": True}
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=engine, **beats)
+            storage = optuna.storages.RDBStorage(url, engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
             if sqlite:  # which has no SELECT ... FOR UPDATE: two workers would take the same run
                 sqlalchemy.event.listen(storage.engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
             study = optuna.create_study(storage=storage, **options)

@@ -194,7 +194,7 @@ train_imagenet.main = train
 sweep.main(sys.argv[1:])
 """
     command = [sys.executable, "-c", code, *write_sweep(tmp_path, GRID)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def calls(tmp_path, what):
@@ -230,7 +230,7 @@ print("ready", flush=True)
 input()
 print([study.ask().number for _ in range(100)])
 """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": os.environ}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
     assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 2
     for worker in workers:
