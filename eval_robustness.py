@@ -16,14 +16,8 @@ from accelerate.utils import gather_object
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
 
-import builders
-import checkpoints
-import data
-import metrics
-import report
-import robustness
-import settings
-from data import InputError
+from common import checkpoints, loaders, metrics, report, robustness, settings
+from common.settings import InputError
 
 BENCHMARKS = ("imagenet", "real", "v2", "r", "sketch", "digits")
 
@@ -42,7 +36,7 @@ def parser() -> settings.Parser:
     p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes (no)")
     p.add_argument("--img-size", type=int, help="side of the model's input, pixels (each model's own)")
     p.add_argument("--crop-pct", type=float, help="centre crop, share of the side (each model's own)")
-    p.add_argument("--interpolation", choices=data.INTERPOLATIONS, help="of the resize (each model's own)")
+    p.add_argument("--interpolation", choices=settings.INTERPOLATIONS, help="of the resize (each model's own)")
     p.add_argument("--batch-size", type=int, default=256, help="images of a process at once (%(default)s)")
     p.add_argument("--workers", type=int, default=4, help="data loading processes of each process (%(default)s)")
     p.add_argument("--output", default="outputs/robustness", help="folder of the results (%(default)s)")
@@ -114,11 +108,11 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     transform = create_transform(**{key: config[key] for key in keys}, normalize=False)
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **rank)
-    workers = min(args.workers, len(ds) // builders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
-    options = builders.worker_options(accelerator, workers)
+    workers = min(args.workers, len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
+    options = loaders.worker_options(accelerator, workers)
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    to_input = data.to_input(config, torch.float32)
+    to_input = loaders.to_input(config, torch.float32)
     columns, unreadable = {}, []
     shown = {"desc": name, "unit": "image", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
     with tqdm(total=len(ds) if stored(ds) else None, **shown) as bar:
@@ -244,6 +238,12 @@ def evaluate_all(args, accelerator, models, sets):
     return tables, notes
 
 
+def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each of two models was right, on the images that both have seen."""
+    _, one, two = np.intersect1d(first["key"], other["key"], return_indices=True)
+    return first["top1"][one], other["top1"][two]
+
+
 def main(argv=None):
     """Run as from the command line; the main process returns measures by model and protocol."""
     args = parse(argv)
@@ -257,7 +257,7 @@ def main(argv=None):
     results = {model: {p: metrics.classification(table) for p, table in ts.items()} for model, ts in tables.items()}
     first = args.model[0]
     differences = {
-        model: {p: metrics.paired(*report.matched(tables[first][p], table)) for p, table in ts.items()}
+        model: {p: metrics.paired(*matched(tables[first][p], table)) for p, table in ts.items()}
         for model, ts in tables.items()
         if model != first
     }

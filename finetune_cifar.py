@@ -2,11 +2,7 @@
 
 from accelerate.utils import set_seed
 
-import builders
-import checkpoints
-import data
-import settings
-import training
+from common import checkpoints, data, loaders, settings, training
 
 MODEL_HELP = (
     "folder of a trained model (OUTPUT/best), timm name with pretrained weights, or hf-hub:OWNER/NAME (%(default)s)"
@@ -19,16 +15,39 @@ def parser() -> settings.Parser:
     return settings.parser(__doc__, MODEL_HELP, **defaults)
 
 
+def create_model(args, num_classes):
+    """The trained model, with a new head.
+
+    Raises:
+        InputError: there is no such model, or its files are damaged.
+    """
+    model = checkpoints.open_model(args.model, **args.model_kwargs)
+    model.reset_classifier(num_classes)
+    return model
+
+
 def main(argv=None):
     """Run as from the command line; returns top-1, in [0, 1], by split."""
     args = settings.parse(parser(), argv)
-    accelerator = builders.build_accelerator(args)
+    accelerator = training.build_accelerator(args)
     # Its cache is locked, so one process downloads; a barrier would time out when that takes long.
     splits = data.load(args.dataset, args.streaming, args.validation_share)
     set_seed(args.seed)
-    model = checkpoints.open_model(args.model, **args.model_kwargs)
-    model.reset_classifier(splits["train"].features["label"].num_classes)
-    return training.train(args, accelerator, splits, model)
+    model = create_model(args, splits["train"].features["label"].num_classes)
+    batches = loaders.open_splits(args, accelerator, splits, model)
+    training.check_model(args, model, batches)
+    training.set_head_bias(args, model)
+    timm_config = checkpoints.timm_config(args, model, batches)
+    criterion = training.build_criterion(args)
+    objective = training.build_objective(args, model, criterion)
+    optimizer = training.build_optimizer(args, model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    schedule = training.build_schedule(args, optimizer, batches.steps)
+    job = training.Job(args, accelerator, model, timm_config, criterion, objective, optimizer, schedule, batches)
+    if args.dry_run:
+        return training.dry_run(job)
+    training.fit(job)
+    return training.final_evaluation(job)
 
 
 if __name__ == "__main__":

@@ -13,22 +13,26 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from scipy.stats import bootstrap, kendalltau
 from sklearn.model_selection import train_test_split
 from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-import builders
-import checkpoints
-import data
-import flatness
-import metrics
-import report
-import settings
-from data import InputError
+from common import checkpoints, data, flatness, loaders, report, settings, training
+from common.settings import InputError
 from forgetting import forgetting
 from sam_obf import SAM
+
+MIN_RUNS = 4  # for a rank correlation
+# What is compared with test accuracy; flat models have a small largest eigenvalue, and a small gap.
+QUANTITIES = {
+    "forgetting": lambda row: row["forgetting"],
+    "relevant_change": lambda row: row["relevant_change"],
+    "flatness": lambda row: -row["lambda_max"],
+    "-sam_gap": lambda row: -row["sam_gap"],
+}
 
 
 def parser() -> settings.Parser:
@@ -159,13 +163,13 @@ def open_batches(args, accelerator, split, model, cache):
     config = resolve_data_config(model=model)
     key = str([config[name] for name in ("input_size", "interpolation", "crop_pct", "crop_mode")])
     if key not in cache:
-        _, transform = data.transforms(config, scale=(1, 1), ratio=(1, 1), hflip=0)
-        workers = min(args.workers, len(split) // builders.IMAGES_PER_WORKER)
-        options = builders.worker_options(accelerator, workers)
-        parts = list(DataLoader(data.Images(split, transform), args.batch_size, **options))
+        _, transform = loaders.transforms(config, scale=(1, 1), ratio=(1, 1), hflip=0)
+        workers = min(args.workers, len(split) // loaders.IMAGES_PER_WORKER)
+        options = loaders.worker_options(accelerator, workers)
+        parts = list(DataLoader(loaders.Images(split, transform), args.batch_size, **options))
         cache[key] = [torch.cat([part[name] for part in parts]) for name in ("image", "label")]
     images, labels = cache[key]
-    to_input, device = data.to_input(config, torch.float32), accelerator.device
+    to_input, device = loaders.to_input(config, torch.float32), accelerator.device
 
     def batches(start, stop, size=args.batch_size):
         """Normalised images and labels, on the device, of the examples from ``start`` up to ``stop``."""
@@ -191,7 +195,7 @@ def predict(model, batches, link):
 def measure(args, run, model, batches) -> dict:
     """All that is measured on one model, in bits and units of the loss."""
     model.eval().requires_grad_()
-    criterion, size = builders.build_criterion(run["settings"]), args.examples
+    criterion, size = training.build_criterion(run["settings"]), args.examples
     flat = min(args.hessian_examples or size, size)
     thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
     everything = batches(0, size)
@@ -201,7 +205,7 @@ def measure(args, run, model, batches) -> dict:
     for kind, own in perturbations(args, run).items():
         adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
         optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)
-        objective = builders.build_objective(own, model, criterion)
+        objective = training.build_objective(own, model, criterion)
         torch.manual_seed(args.seed)
         each = []
         for x, y in itertools.islice(batches(0, size // own.m * own.m, own.m), args.micro_batches):
@@ -263,6 +267,55 @@ def table_of(measured) -> list[dict]:
     return rows
 
 
+def kendall(quantities: dict, accuracy: list, rival: str, seed: int, resamples: int = 1000) -> dict[str, dict]:
+    """Kendall's tau-b between each of ``quantities`` (name: one value for each run) and ``accuracy``.
+
+    Returns:
+        For each: ``tau``; ``p_value`` of no association (two-sided); ``low`` and ``high``, its 95 % bootstrap interval
+        (percentiles over resampled runs); ``above_rival``, by how much tau exceeds that of the quantity ``rival``, with
+        ``above_low`` and ``above_high`` likewise.
+    """
+    taus, draws = {}, {}
+    for name, values in quantities.items():
+        taus[name] = kendalltau(values, accuracy)
+        options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": resamples}
+        # The same seed resamples the same runs for each quantity, which pairs their differences.
+        resampled = bootstrap((values, accuracy), lambda x, y: kendalltau(x, y).statistic, rng=seed, **options)
+        draws[name] = resampled.bootstrap_distribution
+    found = {}
+    for name, tau in taus.items():
+        low, high = np.nanpercentile(draws[name], [2.5, 97.5])
+        above_low, above_high = np.nanpercentile(draws[name] - draws[rival], [2.5, 97.5])
+        found[name] = {
+            "tau": tau.statistic, "p_value": tau.pvalue, "low": low, "high": high,
+            "above_rival": tau.statistic - taus[rival].statistic, "above_low": above_low, "above_high": above_high,
+        }  # fmt: skip
+    return {name: {key: float(value) for key, value in values.items()} for name, values in found.items()}
+
+
+def correlations(rows: list[dict], seed: int) -> list[dict]:
+    """``kendall`` for each perturbation in ``measure_forgetting.py``'s rows, if it has enough runs.
+
+    A run counts with its last epoch, and besides that with the mean over its epochs.
+    """
+    found = []
+    for kind in dict.fromkeys(row["perturbation"] for row in rows):
+        runs = {}
+        for row in rows:
+            if row["perturbation"] == kind:
+                runs.setdefault(row["run"], []).append(row)
+        for epochs, reduce in (("last", lambda values: values[-1]), ("mean", np.mean)):
+            quantities = {
+                name: [reduce([quantity(row) for row in of_run]) for of_run in runs.values()]
+                for name, quantity in QUANTITIES.items()
+            }
+            accuracy = [of_run[0]["accuracy"] for of_run in runs.values()]
+            if len(runs) >= MIN_RUNS:
+                for name, tau in kendall(quantities, accuracy, "flatness", seed).items():
+                    found.append({"perturbation": kind, "epochs": epochs, "quantity": name, "runs": len(runs), **tau})
+    return found
+
+
 def main(argv=None):
     """Run as from the command line; the main process returns the rank correlations."""
     args = parse(argv)
@@ -281,13 +334,13 @@ def main(argv=None):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    found = metrics.correlations(rows, args.seed)
+    found = correlations(rows, args.seed)
     versions = {module.__name__: module.__version__ for module in (torch, timm, datasets)}
     saved = {"correlations": found, "settings": vars(args), "versions": versions}
     (output / "correlations.json").write_text(json.dumps(saved, indent=2) + "\n")
     report.show_correlations(found)
     if not found:
-        print(f"no rank correlation: it needs at least {metrics.MIN_RUNS} runs with the same perturbation")
+        print(f"no rank correlation: it needs at least {MIN_RUNS} runs with the same perturbation")
     report.draw_forgetting(measured, rows, args.thresholds, output)
     print(f"\nwritten: {output}/measurements.csv, correlations.json and {len(list(output.glob('*.png')))} pictures")
     return found

@@ -18,11 +18,8 @@ from accelerate.utils import broadcast_object_list
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
-import builders
-import data
-import report
-import settings
-from data import InputError
+from common import data, loaders, report, settings
+from common.settings import InputError
 
 ATTEMPTS, TIMEOUT = 3, 20  # to open the storage; seconds that SQLite waits for its lock
 HEARTBEAT, GRACE = 10, 60  # seconds; a worker that is silent for longer has died
@@ -245,7 +242,7 @@ def main(argv=None):
     points = points_of(args, sweep)
     for point in points:
         checked = settings.parse(settings.parser("", ""), flags_of(args, sweep, rest, point))
-        builders.split_batch(checked, accelerator.num_processes)
+        loaders.split_batch(checked, accelerator.num_processes)
     if sweep["choose"]:
         splits = data.load(checked.dataset, checked.streaming, checked.validation_share)
         if "validation" not in splits:

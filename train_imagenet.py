@@ -5,10 +5,7 @@ import difflib
 import timm
 from accelerate.utils import set_seed
 
-import builders
-import data
-import settings
-import training
+from common import checkpoints, data, loaders, settings, training
 
 
 def create_model(args, num_classes):
@@ -24,7 +21,7 @@ def create_model(args, num_classes):
         if not timm.is_model(args.model):
             nearest = ", ".join(difflib.get_close_matches(args.model, timm.list_models(), 3, 0.0))
             message = f"timm has no model {args.model!r}; the nearest are {nearest}"
-        raise data.InputError(message) from error
+        raise settings.InputError(message) from error
 
 
 def parser() -> settings.Parser:
@@ -35,12 +32,25 @@ def parser() -> settings.Parser:
 def main(argv=None):
     """Run as from the command line; returns top-1, in [0, 1], by split."""
     args = settings.parse(parser(), argv)
-    accelerator = builders.build_accelerator(args)
+    accelerator = training.build_accelerator(args)
     # Its cache is locked, so one process downloads; a barrier would time out when that takes long.
     splits = data.load(args.dataset, args.streaming, args.validation_share)
     set_seed(args.seed)
     model = create_model(args, splits["train"].features["label"].num_classes)
-    return training.train(args, accelerator, splits, model)
+    batches = loaders.open_splits(args, accelerator, splits, model)
+    training.check_model(args, model, batches)
+    training.set_head_bias(args, model)
+    timm_config = checkpoints.timm_config(args, model, batches)
+    criterion = training.build_criterion(args)
+    objective = training.build_objective(args, model, criterion)
+    optimizer = training.build_optimizer(args, model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    schedule = training.build_schedule(args, optimizer, batches.steps)
+    job = training.Job(args, accelerator, model, timm_config, criterion, objective, optimizer, schedule, batches)
+    if args.dry_run:
+        return training.dry_run(job)
+    training.fit(job)
+    return training.final_evaluation(job)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_robustness
-import robustness
+from common import robustness
 
 MIN_RATIO, MAX_REAL = 1.0, 1.05
 

@@ -24,8 +24,7 @@ from timm.data import create_dataset, create_loader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import builders
-import data
+from common import loaders
 
 CONFIG = {
     "input_size": (3, 224, 224), "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center",
@@ -52,9 +51,9 @@ def ours(args, accelerator):
     """A function that returns an iterator over an epoch's batches."""
     split = datasets.load_dataset("imagefolder", data_dir=args.folder, split="train")
     split = split.cast_column("image", datasets.Image(decode=False))
-    transform, _ = data.transforms(CONFIG, **AUGMENTATION)
-    _, batches = builders.train_batches(args, accelerator, split, transform, args.batch_size)
-    to_input = data.to_input(CONFIG, torch.float32)
+    transform, _ = loaders.transforms(CONFIG, **AUGMENTATION)
+    _, batches = loaders.train_batches(args, accelerator, split, transform, args.batch_size)
+    to_input = loaders.to_input(CONFIG, torch.float32)
     return lambda epoch: (to_input(batch["image"]) for batch in batches(epoch, 0))
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from settings import METHODS
+from common.settings import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_SECONDS, MIN_TOP1 = 240, 0.95

@@ -8,9 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_robustness
 import finetune_cifar
 import measure_forgetting
-import settings
 import sweep
 import train_imagenet
+from common import settings
 
 SCRIPTS = (train_imagenet, finetune_cifar, eval_robustness, measure_forgetting, sweep)
 

@@ -66,8 +66,8 @@ def write_tars(root, labels, indices, shards=2):
 
 
 if __name__ == "__main__":
-    import checkpoints
     import eval_robustness
+    from common import checkpoints
 
     checkpoints.open_model = lambda name: Oracle({"right": (), "wrong": (0, 3, 6)}[name])
     for folder in sorted(Path(sys.argv[1]).glob("v2-*")):

@@ -13,8 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_transform
 
-import data
-import digits as digits_module
+from common import data, loaders
+from common import digits as digits_module
+from common.settings import InputError
 
 
 def write_folder(root, splits=("train", "val"), classes=("cat", "dog"), images=3):
@@ -35,7 +36,7 @@ def digits():
 
 def pixels(ds):
     ds = ds.cast_column("image", datasets.Image(decode=False))
-    images = data.Images(ds, lambda image: torch.from_numpy(np.array(image)))
+    images = loaders.Images(ds, lambda image: torch.from_numpy(np.array(image)))
     return torch.stack([example["image"] for example in images.__getitems__(range(len(ds)))])
 
 
@@ -107,7 +108,7 @@ def test_folder_loads_with_class_names_and_decodes_to_rgb(tmp_path):
     splits = data.load(str(root))
     assert list(splits) == ["train", "validation"]
     assert splits["train"].features["label"].names == ["cat", "dog"]
-    examples = data.Images(splits["train"], create_transform(8, normalize=False)).__getitems__(range(8))
+    examples = loaders.Images(splits["train"], create_transform(8, normalize=False)).__getitems__(range(8))
     assert torch.stack([example["image"] for example in examples]).shape == (8, 3, 8, 8)
     assert all(example["image"].dtype == torch.uint8 for example in examples)
     assert sorted(example["label"] for example in examples) == [0] * 5 + [1] * 3
@@ -170,7 +171,7 @@ def test_random_transforms_depend_on_seed_epoch_and_index_alone(digits):
     transform = create_transform(16, is_training=True, scale=(0.1, 1), normalize=False, color_jitter=None)
 
     def look(seed, keys):
-        return [example["image"] for example in data.Images(split, transform, seed).__getitems__(keys)]
+        return [example["image"] for example in loaders.Images(split, transform, seed).__getitems__(keys)]
 
     state, torch_state = random.getstate(), torch.get_rng_state()
     first = look(0, [(3, 5), (3, 6), (3, 7)])
@@ -182,10 +183,10 @@ def test_random_transforms_depend_on_seed_epoch_and_index_alone(digits):
 
 
 def test_sampler_gives_each_epoch_its_own_order_in_whole_batches():
-    sampler = data.EpochSampler(10, batch_size=4, seed=0)
+    sampler = loaders.EpochSampler(10, batch_size=4, seed=0)
     first = list(sampler)
     assert len(sampler) == len(first) == len(set(first)) == 8
-    assert first == list(sampler) != list(data.EpochSampler(10, batch_size=4, seed=1))
+    assert first == list(sampler) != list(loaders.EpochSampler(10, batch_size=4, seed=1))
     sampler.set_epoch(1)
     second = list(sampler)
     assert {epoch for epoch, _ in second} == {1} and [i for _, i in first] != [i for _, i in second]
@@ -201,7 +202,7 @@ def stream(examples=60, shards=6, **options):
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(num_classes=3)})
     ds = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in range(examples)]}, features=features)
     transform = options.pop("transform", lambda image: torch.tensor(image.getpixel((0, 0))[0]))
-    return data.Stream(ds.to_iterable_dataset(num_shards=shards), transform, 5, **options)
+    return loaders.Stream(ds.to_iterable_dataset(num_shards=shards), transform, 5, **options)
 
 
 def png(value):
@@ -259,18 +260,18 @@ def test_class_missing_from_validation_is_named(tmp_path):
     root = write_folder(tmp_path)
     for file in (root / "val" / "dog").iterdir():
         file.unlink()
-    with pytest.raises(data.InputError, match=r"1 of 2 classes have images in train but none in validation \('dog'\)"):
+    with pytest.raises(InputError, match=r"1 of 2 classes have images in train but none in validation \('dog'\)"):
         data.load(str(root))
 
 
 def test_folder_without_validation_says_what_to_add(tmp_path):
     root = write_folder(tmp_path, splits=("train",))
-    with pytest.raises(data.InputError, match="no validation or test split, only train"):
+    with pytest.raises(InputError, match="no validation or test split, only train"):
         data.load(str(root))
 
 
 def test_empty_folder(tmp_path):
-    with pytest.raises(data.InputError, match=str(tmp_path)):
+    with pytest.raises(InputError, match=str(tmp_path)):
         data.load(str(tmp_path))
 
 
@@ -281,8 +282,8 @@ def test_unreadable_image_is_named(tmp_path, content):
     whole = (root / "train" / "cat" / "train_cat_0.png").read_bytes()
     bad.write_bytes(whole[: len(whole) // 2] if content is None else content)
     ds = data.load(str(root))["train"]
-    with pytest.raises(data.InputError, match=str(bad)):
-        data.Images(ds, create_transform(8)).__getitems__(range(len(ds)))
+    with pytest.raises(InputError, match=str(bad)):
+        loaders.Images(ds, create_transform(8)).__getitems__(range(len(ds)))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_hub_errors_say_what_to_do(monkeypatch, error, words):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(data.InputError, match=words) as caught:
+    with pytest.raises(InputError, match=words) as caught:
         data.load("a/b")
     assert "'a/b'" in str(caught.value)
 
@@ -311,17 +312,17 @@ def test_label_out_of_range_is_named(monkeypatch, label):
     ds = datasets.Dataset(table.cast(features.arrow_schema)).cast(features)
     hub = datasets.DatasetDict(train=ds, validation=ds)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: hub)
-    stream = data.Stream(ds.to_iterable_dataset(), lambda image: torch.zeros(1), batch_size=3)
-    with pytest.raises(data.InputError, match=rf"the stream has the label {label}; labels must lie in 0..1"):
+    stream = loaders.Stream(ds.to_iterable_dataset(), lambda image: torch.zeros(1), batch_size=3)
+    with pytest.raises(InputError, match=rf"the stream has the label {label}; labels must lie in 0..1"):
         list(stream)
-    with pytest.raises(data.InputError, match=rf"train has the label {label}; labels must lie in 0..1"):
+    with pytest.raises(InputError, match=rf"train has the label {label}; labels must lie in 0..1"):
         data.load("a/b")
 
 
 def test_columns_that_do_not_fit_are_listed(monkeypatch):
     text = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"], "label": [0]}))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: text)
-    with pytest.raises(data.InputError, match=r"text \(Value\), label \(Value\)"):
+    with pytest.raises(InputError, match=r"text \(Value\), label \(Value\)"):
         data.load("a/b")
 
 
@@ -340,9 +341,9 @@ def test_a_share_of_the_training_images_becomes_validation_and_the_held_out_spli
 
 def test_a_share_that_cannot_be_held_out_is_refused(tmp_path):
     write_folder(tmp_path, splits=("train", "val"), images=3)
-    with pytest.raises(data.InputError, match=r"cannot hold out validation_share 0\.01"):
+    with pytest.raises(InputError, match=r"cannot hold out validation_share 0\.01"):
         data.load(str(tmp_path), validation_share=0.01)
-    with pytest.raises(data.InputError, match="a stream cannot be divided"):
+    with pytest.raises(InputError, match="a stream cannot be divided"):
         data.load(str(tmp_path), streaming=True, validation_share=0.5)
-    with pytest.raises(data.InputError, match="there are validation and test already"):
+    with pytest.raises(InputError, match="there are validation and test already"):
         data.load("digits", validation_share=0.5)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from test_data import write_cifar100, write_folder
 from timm.models import save_for_hf
 
-import builders
 import finetune_cifar
 import train_imagenet
-from data import InputError
+from common import training
+from common.settings import InputError
 
 SMALL = {"img_size": 32, "crop_pct": 1.0, "epochs": 1, "batch_size": 4, "m": 2, "workers": 0, "lr": 0.01}
 
@@ -230,6 +230,6 @@ def test_upload_that_cannot_work_ends_before_training(tmp_path, images, monkeypa
 def test_fsdp_that_saves_what_needs_unpickling_is_refused(monkeypatch):
     plugin = type("Plugin", (), {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"})
     state = type("State", (), {"fsdp_plugin": plugin})
-    monkeypatch.setattr(builders, "Accelerator", lambda **kwargs: type("Fake", (), {"state": state}))
+    monkeypatch.setattr(training, "Accelerator", lambda **kwargs: type("Fake", (), {"state": state}))
     with pytest.raises(InputError, match="fsdp_state_dict_type: FULL_STATE_DICT"):
-        builders.build_accelerator(type("Args", (), {"log_with": None, "output": None}))
+        training.build_accelerator(type("Args", (), {"log_with": None, "output": None}))

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data import write_folder
 
-import data
-import robustness
-import settings as project_settings
 import sweep
 import train_imagenet
-from data import InputError
+from common import data, loaders, robustness
+from common import settings as project_settings
+from common.settings import InputError
 
 SAME_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 fuzz = {"deadline": None, "derandomize": True, "suppress_health_check": SAME_FOLDER, "report_multiple_bugs": False}
@@ -145,7 +144,7 @@ def encoded(kind):
 
 
 PNG, JPEG = encoded("png"), encoded("jpeg")
-TRANSFORM, _ = data.transforms(
+TRANSFORM, _ = loaders.transforms(
     {"input_size": (3, 8, 8), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"},
     scale=(0.5, 1), ratio=(0.7, 1.3), hflip=0.5,
 )  # fmt: skip
@@ -192,10 +191,10 @@ def read_all(loaded):
     """Every image and label of every split, as training reads them."""
     for split in loaded.values():
         if isinstance(split, datasets.IterableDataset):
-            for batch in data.Stream(split, TRANSFORM, 2):
+            for batch in loaders.Stream(split, TRANSFORM, 2):
                 assert all(0 <= label < 2 for label in batch["label"])
         else:
-            for example in data.Images(split, TRANSFORM).__getitems__(range(len(split))):
+            for example in loaders.Images(split, TRANSFORM).__getitems__(range(len(split))):
                 assert example["image"].dtype == torch.uint8 and 0 <= example["label"] < 2
 
 

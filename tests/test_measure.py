@@ -24,12 +24,10 @@ from test_forgetting import counted_entropy
 from test_training import small_recipe
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
-import data
-import flatness
 import measure_forgetting
-import metrics
 import train_imagenet
-from data import InputError
+from common import flatness, loaders, metrics
+from common.settings import InputError
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = [i / 50 for i in range(1, 50)]
@@ -116,11 +114,11 @@ def rows(tmp_path):
 def by_hand(epoch, images, kind, link, rho, m, count):
     """Forgetting at ``THRESHOLDS`` and the gap, averaged over perturbations made and counted here."""
     args, run = argparse.Namespace(examples=12, seed=0), argparse.Namespace(dataset=str(images), validation_share=None)
-    _, transform = data.transforms(
+    _, transform = loaders.transforms(
         {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"},
         scale=(1, 1), ratio=(1, 1), hflip=0,
     )  # fmt: skip
-    examples = data.Images(measure_forgetting.choose_images(args, run), transform).__getitems__(range(12))
+    examples = loaders.Images(measure_forgetting.choose_images(args, run), transform).__getitems__(range(12))
     y = torch.tensor([example["label"] for example in examples])
     model = timm.create_model(f"local-dir:{epoch}", pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[key]).reshape(3, 1, 1) for key in ("mean", "std"))

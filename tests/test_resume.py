@@ -21,10 +21,9 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from test_data import write_folder
 
-import checkpoints
 import train_imagenet
-from data import InputError
-from settings import clear_errors
+from common import checkpoints
+from common.settings import InputError, clear_errors
 
 ROOT = Path(__file__).parent.parent
 # Dropout, augmentation, workers, a schedule for lr and rho, noise in the perturbation, momentum: all must resume.

@@ -19,11 +19,9 @@ from scipy.stats import norm
 from sklearn.metrics import top_k_accuracy_score
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
 
-import checkpoints
 import eval_robustness
-import metrics
-import robustness
-from data import InputError
+from common import checkpoints, metrics, robustness
+from common.settings import InputError
 
 WORDNET = ImageNetInfo("imagenet-1k").label_names()
 ROOT = Path(__file__).parent.parent

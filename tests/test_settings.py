@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-import settings
-from data import InputError
+from common import settings
+from common.settings import InputError
 
 
 def parse(tmp_path, recipe=None, *flags):

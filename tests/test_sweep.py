@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from test_data import write_folder
 
 import sweep
-from data import InputError
+from common.settings import InputError
 
 ROOT = Path(__file__).parent.parent
 GRID = {"method": ["sam", "obf"], "lr": [0.01, 0.02], "seed": [0, 1]}

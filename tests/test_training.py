@@ -15,12 +15,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from test_data import write_folder
 
-import builders
-import engine
-import settings
 import train_imagenet
-import training
-from data import InputError
+from common import loaders, settings, training
+from common.settings import InputError
 from sam_obf import SAM
 
 ROOT = Path(__file__).parent.parent
@@ -43,12 +40,13 @@ def small_recipe(tmp_path, dataset, **changes):
 
 
 def make_job(accelerator, model, optimizer, **changes):
-    parts = {
-        "args": argparse.Namespace(clip_grad=None, perturb_fraction=1.0, shrink_perturb=None, lr=0.1),
-        "objective": None, "criterion": F.cross_entropy, "to_input": lambda images: images, "m": 4, "accumulation": 1,
-        "batches": None, "steps": 1, "schedule": None, "initial": [],
-    }  # fmt: skip
-    return engine.Job(accelerator=accelerator, model=model, optimizer=optimizer, **parts | changes)
+    batches = {"to_input": lambda images: images, "m": 4, "accumulation": 1, "train": None, "steps": 1}
+    batches |= {key: changes.pop(key) for key in batches if key in changes}
+    usual = {"clip_grad": None, "perturb_fraction": 1.0, "shrink_perturb": None, "lr": 0.1, "checkpoint_interval": None}
+    args = argparse.Namespace(**usual | changes.pop("args", {}))
+    parts = {"objective": None, "criterion": F.cross_entropy, "schedule": None, "timm_config": None, **changes}
+    parts |= {"model": model, "optimizer": optimizer, "batches": argparse.Namespace(**batches)}
+    return training.Job(args, accelerator, **parts)
 
 
 def run_script(*argv):
@@ -73,7 +71,7 @@ def test_update_is_the_mean_over_micro_batches_of_the_gradient_at_their_own_pert
     for i in range(accumulation):
         batch = {"image": images[4 * i : 4 * i + 4], "label": labels[4 * i : 4 * i + 4]}
         job = make_job(accelerator, model, optimizer, objective=F.cross_entropy, m=m, accumulation=accumulation)
-        engine.forward_backward(job, batch, sync=i == accumulation - 1)
+        training.forward_backward(job, batch, sync=i == accumulation - 1)
 
     params, total = list(reference.parameters()), None
     for x, y in zip(images.split(m), labels.split(m)):
@@ -101,9 +99,9 @@ def test_perturbation_of_a_part_of_the_micro_batch_is_that_of_its_first_examples
     gp = torch.autograd.grad(F.cross_entropy(moved(images), labels), list(moved.parameters()))
 
     model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(params, lr=0.1), model, rho=0.3))
-    args = argparse.Namespace(perturb_fraction=0.25)
+    args = {"perturb_fraction": 0.25}
     job = make_job(accelerator, model, optimizer, args=args, objective=F.cross_entropy, m=8)
-    engine.forward_backward(job, {"image": images, "label": labels}, sync=True)
+    training.forward_backward(job, {"image": images, "label": labels}, sync=True)
     for p, gradient in zip(params, gp):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-12)
 
@@ -114,13 +112,13 @@ def test_shrink_and_perturb_pulls_to_the_first_weights_in_proportion_to_lr(accel
     initial = [torch.full_like(p, 7.0) for p in model.parameters()]
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))
     images, labels = torch.randn(4, 3).double(), torch.tensor([0, 1, 1, 0])
-    args = argparse.Namespace(clip_grad=None, shrink_perturb=0.01, lr=0.2)
-    job = make_job(accelerator, model, optimizer, args=args, initial=initial)
+    job = make_job(accelerator, model, optimizer, args={"shrink_perturb": 0.01, "lr": 0.2})
+    job.initial = initial
     loss = F.cross_entropy(images @ weight.T + model.bias.detach(), labels)
     (g,) = torch.autograd.grad(
         F.cross_entropy(images @ weight.requires_grad_().T + model.bias.detach(), labels), weight
     )
-    assert engine.update(job, iter([{"image": images, "label": labels}])).item() == pytest.approx(loss.item())
+    assert training.update(job, iter([{"image": images, "label": labels}])).item() == pytest.approx(loss.item())
     factor = 0.01 * 0.05 / 0.2
     torch.testing.assert_close(model.weight.data, factor * 7 + (1 - factor) * (weight.detach() - 0.05 * g))
 
@@ -135,8 +133,7 @@ def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerato
     images = [torch.ones(4, 3), torch.full((4, 3), 1e37), torch.ones(4, 3)]
     job = make_job(
         accelerator, model, optimizer, objective=F.cross_entropy, steps=3, schedule=scheduled.append,
-        args=argparse.Namespace(clip_grad=None, perturb_fraction=1.0, checkpoint_interval=None),
-        batches=lambda epoch, first: iter([{"image": x, "label": torch.tensor([0, 1, 1, 0])} for x in images]),
+        train=lambda epoch, first: iter([{"image": x, "label": torch.tensor([0, 1, 1, 0])} for x in images]),
         to_input=lambda x: weights.append(model.weight.detach().clone()) or x,
     )  # fmt: skip
     progress = training.Progress()
@@ -166,7 +163,7 @@ def batch_settings(**values):
     ],
 )
 def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, split):
-    assert builders.split_batch(batch_settings(**values), processes) == split
+    assert loaders.split_batch(batch_settings(**values), processes) == split
 
 
 @pytest.mark.parametrize(
@@ -179,14 +176,14 @@ def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, s
 )
 def test_batch_that_does_not_split_names_what_does(values, processes, words):
     with pytest.raises(InputError, match=words):
-        builders.split_batch(batch_settings(**values), processes)
+        loaders.split_batch(batch_settings(**values), processes)
 
 
 @pytest.mark.parametrize("method", settings.METHODS)
 def test_method_selects_objective_and_step(method):
     args = settings.parse(settings.parser("", ""), ["--method", method, "--output", "/nowhere"])
     model, criterion = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
-    optimizer, objective = builders.build_optimizer(args, model), builders.build_objective(args, model, criterion)
+    optimizer, objective = training.build_optimizer(args, model), training.build_objective(args, model, criterion)
     assert isinstance(optimizer, SAM) == (method != "base") == (objective is not None)
     if method == "base":
         return
@@ -206,8 +203,8 @@ def test_schedule_is_linear_after_warm_up_and_rho_follows():
     flags = "--lr 1 --min-lr 0.2 --warmup-epochs 2 --epochs 6 --rho 0.5 --rho-min 0.1 --output /nowhere --method sam"
     args = settings.parse(settings.parser("", ""), flags.split())
     model = torch.nn.Linear(2, 3)
-    optimizer = builders.build_optimizer(args, model)
-    schedule = builders.build_schedule(args, optimizer, updates_per_epoch=10)
+    optimizer = training.build_optimizer(args, model)
+    schedule = training.build_schedule(args, optimizer, updates_per_epoch=10)
     for update, lr in ((0, 0.0), (10, 0.5), (20, 1.0), (40, 0.6), (59, 0.2 + 0.8 / 40), (60, 0.2)):
         schedule(update)
         group = optimizer.param_groups[0]
@@ -221,7 +218,7 @@ def test_top1_counts_every_example_once(accelerator, size):
     logits, labels = torch.randn(size, 4), torch.randint(0, 4, (size,))
     examples = [{"image": row, "label": label} for row, label in zip(logits, labels)]
     loader = accelerator.prepare(torch.utils.data.DataLoader(examples, batch_size=3))
-    result = engine.evaluate_top1(make_job(accelerator, torch.nn.Identity(), None), loader)
+    result = training.evaluate_top1(make_job(accelerator, torch.nn.Identity(), None), loader)
     assert result["examples"] == size
     assert result["top1"] == pytest.approx(
         sum(row.argmax() == label for row, label in zip(logits, labels)).item() / size
@@ -233,10 +230,11 @@ def test_top1_counts_every_example_once(accelerator, size):
 
 
 OPENED_ELSEWHERE = """
-import sys, timm, torch, data
+import sys, timm, torch
+from common import data, loaders
 from timm.data import create_transform, resolve_data_config
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-images = data.Images(data.load("digits")["test"], create_transform(**resolve_data_config({}, model=model)))
+images = loaders.Images(data.load("digits")["test"], create_transform(**resolve_data_config({}, model=model)))
 loader = torch.utils.data.DataLoader(images, 100)
 with torch.no_grad():
     right = sum((model(batch["image"]).argmax(-1) == batch["label"]).sum().item() for batch in loader)

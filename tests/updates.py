@@ -14,9 +14,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.profiler import profile
 
-import builders
-import engine
-import settings
+from common import settings, training
 
 LOADED, STEPS = 8, 10  # examples that all processes load at once; updates
 METHODS = ("base", "sam", "obf", "asam", "gsam")
@@ -30,35 +28,33 @@ def run(accelerator, m, method, accumulation):
     model = torch.nn.Sequential(*layers).double()
     examples = (STEPS + 1) * accumulation * LOADED
     images, labels = torch.randn(examples, 6).double(), torch.randint(0, 5, (examples,))
-    criterion = builders.build_criterion(args)
-    optimizer, objective = builders.build_optimizer(args, model), builders.build_objective(args, model, criterion)
+    criterion = training.build_criterion(args)
+    optimizer, objective = training.build_optimizer(args, model), training.build_objective(args, model, criterion)
     model, optimizer = accelerator.prepare(model, optimizer)
     share = LOADED // accelerator.num_processes
     batches = (
         {"image": images[start : start + share], "label": labels[start : start + share]}
         for start in range(accelerator.process_index * share, examples, LOADED)
     )
-    job = engine.Job(
-        Namespace(clip_grad=1.0, perturb_fraction=1.0), accelerator, model, optimizer, objective, criterion,
-        to_input=lambda images: images, m=m, accumulation=accumulation, batches=None, steps=STEPS, schedule=None,
-        initial=[],
-    )  # fmt: skip
+    args = Namespace(clip_grad=1.0, perturb_fraction=1.0, shrink_perturb=None)
+    split = Namespace(to_input=lambda images: images, m=m, accumulation=accumulation)
+    job = training.Job(args, accelerator, model, None, criterion, objective, optimizer, schedule=None, batches=split)
     for _ in range(STEPS):
-        engine.update(job, batches)
+        training.update(job, batches)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     weights = {name: value.clone() for name, value in weights.items()}
     sharded = sum(p.numel() for p in model.parameters()) > sum(
         (p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters()
     )
     with profile() as profiler:
-        engine.update(job, batches)
+        training.update(job, batches)
     calls = sum(event.count for event in profiler.key_averages() if event.key.startswith("c10d::"))
     accelerator.free_memory()
     return weights | {"collectives": torch.tensor(calls), "sharded": torch.tensor(sharded)}
 
 
 if __name__ == "__main__":
-    accelerator = builders.build_accelerator(Namespace(log_with=None, output=None))
+    accelerator = training.build_accelerator(Namespace(log_with=None, output=None))
     if "fsdp2" in sys.argv:  # the launcher's setting works on GPUs only
         shard_everything = {"auto_wrap_policy": "size_based_wrap", "min_num_params": 100, "fsdp_version": 2}
         plugin = FullyShardedDataParallelPlugin(state_dict_type="FULL_STATE_DICT", **shard_everything)

@@ -15,9 +15,8 @@ from accelerate.state import PartialState
 from accelerate.utils import LoggerType
 from timm.utils import ParseKwargs
 
-from data import INTERPOLATIONS, InputError
-
 DEFAULTS = "In parentheses: the default."
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # of PIL and timm
 TRACKERS = [name for name in LoggerType.list() if name != "all"]
 # What the perturbation ascends, and the variant of the step.
 METHODS = {
@@ -60,6 +59,10 @@ RANGES = {
 }  # fmt: skip
 
 
+class InputError(ValueError):
+    """Something that the user can mend; the scripts print its message and no traceback."""
+
+
 def lost_process(error: Exception) -> bool:
     """Whether an error says that another process of the run cannot be reached; gloo has no class for that."""
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -71,7 +74,7 @@ def clear_errors():
     try:
         yield
     except InputError as error:  # a data loading process puts its traceback before the message
-        raise SystemExit(f"error: {str(error).split('data.InputError: ')[-1].strip()}") from None
+        raise SystemExit(f"error: {str(error).split('settings.InputError: ')[-1].strip()}") from None
     except RuntimeError as error:
         if not lost_process(error):
             raise

@@ -1,31 +1,18 @@
-"""Datasets by name, and the images and labels a model sees: the bundled digits, a local folder, or the Hub."""
+"""What a dataset's name means: the bundled digits, a local folder, or the Hub."""
 
 import glob
-import io
-import itertools
-import random
 from pathlib import Path
 
 import datasets
-import numpy as np
-import torch
-from datasets.distributed import split_dataset_by_node
-from PIL import Image
-from timm.data import create_transform
-from torchvision.transforms import Normalize
 
-from digits import digits
+from common.digits import digits
+from common.settings import InputError
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # of PIL and timm
-
-
-class InputError(ValueError):
-    """Something that the user can mend; the scripts print its message and no traceback."""
 
 
 def load(name: str, streaming: bool = False, validation_share: float | None = None) -> datasets.DatasetDict:
@@ -153,141 +140,3 @@ def _check_classes(splits, name):
                 f"{name!r}: {len(missing)} of {len(names)} classes have images in {other} but none in {split} "
                 f"({shown}): add images of them to {split}, or remove them from {other}"
             )
-
-
-class Images(torch.utils.data.Dataset):
-    """A split as ``{"image": transformed image, "label": class index}``, by index or by (epoch, index).
-
-    Random transforms depend on seed, epoch and index alone: not on processes, workers or an interrupted run. Raises
-    ``InputError`` with the file name if an image cannot be read.
-    """
-
-    def __init__(self, split: datasets.Dataset, transform, seed: int = 0):
-        self.split, self.transform, self.seed = split, transform, seed
-
-    def __len__(self):
-        return len(self.split)
-
-    def __getitems__(self, keys):
-        keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        rows = self.split[[index for _, index in keys]]
-        return _examples(rows["image"], rows["label"], keys, self.transform, self.seed)
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """Shuffled keys (epoch, index) of ``Images``, as many as make whole batches; ``set_epoch`` changes the order."""
-
-    def __init__(self, size: int, batch_size: int, seed: int):
-        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
-
-    def __len__(self):
-        return self.size // self.batch_size * self.batch_size
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)[: len(self)]
-        return iter([(self.epoch, index) for index in order.tolist()])
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-
-class Stream(torch.utils.data.IterableDataset):
-    """Batches of a streamed split: each loader worker of each process reads shards of its own.
-
-    For training it is endless and shuffled (order of shards, and a buffer of 1000 examples), and starts at ``epoch``
-    after the ``first`` batches of this process, in the order of an uninterrupted run.
-    """
-
-    def __init__(self, split, transform, batch_size, *, training=False, seed=0, process=0, processes=1):
-        self.split, self.transform, self.batch_size, self.training = split, transform, batch_size, training
-        self.seed, self.process, self.processes = seed, process, processes
-        self.num_classes = split.features["label"].num_classes
-        self.epoch = self.first = 0
-
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        worker = (worker + self.first) % workers  # a loader takes its first batch from worker 0
-        share, shares = self.process * workers + worker, self.processes * workers
-        split = self.split
-        split = (
-            split.shard(shares, share) if split.num_shards >= shares else split_dataset_by_node(split, share, shares)
-        )
-        done = len(range(worker, self.first, workers))
-        for number, rows in itertools.islice(enumerate(self._batches(split, share)), done, None):
-            wrong = [label for label in rows["label"] if label is None or not 0 <= label < self.num_classes]
-            if wrong:
-                raise InputError(f"the stream has the label {wrong[0]}; labels must lie in 0..{self.num_classes - 1}")
-            keys = [(self.epoch, share, number * self.batch_size + i) for i in range(len(rows["label"]))]
-            examples = _examples(rows["image"], rows["label"], keys, self.transform, self.seed)
-            yield torch.utils.data.default_collate(examples)
-
-    def _batches(self, split, share):
-        if not self.training:
-            yield from reading(split.iter(self.batch_size))
-            return
-        split = split.shuffle(self.seed, buffer_size=1000)
-        for lap in itertools.count():
-            split.set_epoch(self.epoch + 1000 * lap)
-            empty = True
-            for rows in reading(split.iter(self.batch_size, drop_last_batch=True)):
-                empty = False
-                yield rows
-            if empty:
-                raise InputError(f"share {share} of the stream has fewer than {self.batch_size} images: lower workers")
-
-
-def reading(batches):
-    """The same batches of a stream; what its reader raises, of whatever kind, becomes an ``InputError``."""
-    try:
-        yield from batches
-    except Exception as error:
-        raise InputError(f"cannot read on from the stream: {error!r}; training goes on with --resume auto") from error
-
-
-def _examples(images, labels, keys, transform, seed):
-    """Decode and transform; random numbers are drawn from streams named by ``seed`` and each key."""
-    examples, state = [], random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        for image, label, key in zip(images, labels, keys):
-            random.seed(f"{seed} {key}")
-            torch.default_generator.manual_seed(random.getrandbits(63))
-            examples.append({"image": transform(decode(image)), "label": label})
-    random.setstate(state)
-    return examples
-
-
-def decode(image: dict | None) -> Image.Image:
-    """An undecoded image of ``datasets``, in RGB; None is one that is missing.
-
-    Raises:
-        InputError: it cannot be read; the message has its file name.
-    """
-    image = image or {"bytes": b"", "path": None}
-    try:
-        here = image["bytes"] is not None or image["path"] is None
-        with Image.open(io.BytesIO(image["bytes"] or b"") if here else image["path"]) as opened:
-            opened.load()
-            return opened if opened.mode == "RGB" else opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
-        raise InputError(
-            f"cannot read the image {image['path'] or '(without a file name)'}: replace or remove it"
-        ) from error
-
-
-def transforms(config: dict, *, scale, ratio, hflip: float):
-    """timm's training and evaluation transforms for a model's data config (``timm.data.resolve_data_config``).
-
-    Images come out as uint8 (3, height, width), for ``to_input`` to normalise on the device.
-    """
-    shared = {"input_size": config["input_size"], "interpolation": config["interpolation"], "normalize": False}
-    train = create_transform(**shared, is_training=True, scale=scale, ratio=ratio, hflip=hflip, color_jitter=None)
-    evaluation = create_transform(**shared, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
-    return train, evaluation
-
-
-def to_input(config: dict, dtype: torch.dtype):
-    """A function from uint8 images (batch, 3, height, width), on any device, to the model's normalised input."""
-    mean, std = ([255 * value for value in config[key]] for key in ("mean", "std"))
-    normalize = Normalize(mean, std, inplace=True)
-    return lambda images: normalize(images.to(dtype))

@@ -4,18 +4,23 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from scipy.stats import binomtest, bootstrap, kendalltau
+from scipy.stats import binomtest
 
 BINS = 15  # of the expected calibration error, as in Guo et al. 2017
 
-MIN_RUNS = 4  # for a rank correlation
-# What is compared with test accuracy; flat models have a small largest eigenvalue, and a small gap.
-QUANTITIES = {
-    "forgetting": lambda row: row["forgetting"],
-    "relevant_change": lambda row: row["relevant_change"],
-    "flatness": lambda row: -row["lambda_max"],
-    "-sam_gap": lambda row: -row["sam_gap"],
-}
+
+class Top1(evaluate.Metric):
+    """Top-1 accuracy: the share of ``predictions`` (class indices) equal to ``references``, and their number."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="Share of examples whose most likely class is the true one.",
+            citation="",
+            features=datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")}),
+        )
+
+    def _compute(self, predictions, references):
+        return {"top1": float(np.mean(np.equal(predictions, references))), "examples": len(references)}
 
 
 def score(logits: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -94,52 +99,3 @@ def paired(first: np.ndarray, other: np.ndarray, resamples: int = 10_000, seed: 
     low, high = np.percentile((draws[:, 0] - draws[:, 1]) / size, [2.5, 97.5])
     p_value = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return {"difference": (gained - lost) / size, "low": float(low), "high": float(high), "p_value": float(p_value)}
-
-
-def kendall(quantities: dict, accuracy: list, rival: str, seed: int, resamples: int = 1000) -> dict[str, dict]:
-    """Kendall's tau-b between each of ``quantities`` (name: one value for each run) and ``accuracy``.
-
-    Returns:
-        For each: ``tau``; ``p_value`` of no association (two-sided); ``low`` and ``high``, its 95 % bootstrap interval
-        (percentiles over resampled runs); ``above_rival``, by how much tau exceeds that of the quantity ``rival``, with
-        ``above_low`` and ``above_high`` likewise.
-    """
-    taus, draws = {}, {}
-    for name, values in quantities.items():
-        taus[name] = kendalltau(values, accuracy)
-        options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": resamples}
-        # The same seed resamples the same runs for each quantity, which pairs their differences.
-        resampled = bootstrap((values, accuracy), lambda x, y: kendalltau(x, y).statistic, rng=seed, **options)
-        draws[name] = resampled.bootstrap_distribution
-    found = {}
-    for name, tau in taus.items():
-        low, high = np.nanpercentile(draws[name], [2.5, 97.5])
-        above_low, above_high = np.nanpercentile(draws[name] - draws[rival], [2.5, 97.5])
-        found[name] = {
-            "tau": tau.statistic, "p_value": tau.pvalue, "low": low, "high": high,
-            "above_rival": tau.statistic - taus[rival].statistic, "above_low": above_low, "above_high": above_high,
-        }  # fmt: skip
-    return {name: {key: float(value) for key, value in values.items()} for name, values in found.items()}
-
-
-def correlations(rows: list[dict], seed: int) -> list[dict]:
-    """``kendall`` for each perturbation in ``measure_forgetting.py``'s rows, if it has enough runs.
-
-    A run counts with its last epoch, and besides that with the mean over its epochs.
-    """
-    found = []
-    for kind in dict.fromkeys(row["perturbation"] for row in rows):
-        runs = {}
-        for row in rows:
-            if row["perturbation"] == kind:
-                runs.setdefault(row["run"], []).append(row)
-        for epochs, reduce in (("last", lambda values: values[-1]), ("mean", np.mean)):
-            quantities = {
-                name: [reduce([quantity(row) for row in of_run]) for of_run in runs.values()]
-                for name, quantity in QUANTITIES.items()
-            }
-            accuracy = [of_run[0]["accuracy"] for of_run in runs.values()]
-            if len(runs) >= MIN_RUNS:
-                for name, tau in kendall(quantities, accuracy, "flatness", seed).items():
-                    found.append({"perturbation": kind, "epochs": epochs, "quantity": name, "runs": len(runs), **tau})
-    return found

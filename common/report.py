@@ -7,12 +7,6 @@ import numpy as np
 matplotlib.use("agg")
 
 
-def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each of two models was right, on the images that both have seen."""
-    _, one, two = np.intersect1d(first["key"], other["key"], return_indices=True)
-    return first["top1"][one], other["top1"][two]
-
-
 def show(results, differences, markdown):
     """Print every model's measures on every benchmark, and the differences to the first model."""
     lines = [["model", "benchmark", "images", "top-1 %", "95 %", "top-5 %", "NLL", "ECE %"]]

@@ -15,9 +15,9 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from timm.data import ImageNetInfo
 
-import data
-from data import InputError
-from digits import SHIFTS
+from common import data, loaders
+from common.digits import SHIFTS
+from common.settings import InputError
 
 HUB = {
     "imagenet": "ILSVRC/imagenet-1k",
@@ -108,7 +108,7 @@ class Pictures(torch.utils.data.IterableDataset):
         whole = self.ds.num_shards >= shares
         ds = self.ds.shard(shares, share) if whole else split_dataset_by_node(self.ds, share, shares)
         counter = itertools.count()
-        for rows in data.reading(ds.iter(self.batch_size)):
+        for rows in loaders.reading(ds.iter(self.batch_size)):
             yield rows, [f"{share} of {shares}: {next(counter)}" for _ in rows["label"]]
 
     def __iter__(self):
@@ -116,7 +116,7 @@ class Pictures(torch.utils.data.IterableDataset):
             batch = {"image": [], "label": [], "key": [], "path": [], "unreadable": []}
             for image, label, key in zip(rows["image"], rows["label"], keys):
                 try:
-                    picture = self.transform(data.decode(image))
+                    picture = self.transform(loaders.decode(image))
                 except InputError:
                     batch["unreadable"].append((image and image["path"]) or f"image {key}")
                     continue

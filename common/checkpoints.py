@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from timm.models import is_model_pretrained, push_to_hf_hub, save_for_hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from data import InputError
-from settings import lost_process
+from common.settings import InputError, lost_process
 
 FORMAT = 1  # of progress.json
 
@@ -149,11 +148,11 @@ def restore(accelerator, path: Path) -> None:
         ) from error
 
 
-def timm_config(model, args, data_config, label_names) -> str:
+def timm_config(args, model, batches) -> str:
     """The ``config.json`` of timm's layout for a model that is not prepared yet."""
-    options = {"model_config": {"label_names": label_names}, "model_args": args.model_kwargs}
+    options = {"model_config": {"label_names": batches.label_names}, "model_args": args.model_kwargs}
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder, data_config=data_config, safe_serialization=True, **options)
+        save_for_hf(model, folder, data_config=batches.config, safe_serialization=True, **options)
         return (Path(folder) / "config.json").read_text()
 
 

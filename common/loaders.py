@@ -1,0 +1,299 @@
+"""From images to batches: decoding, transforms, order, streams, and the loaders of a run."""
+
+import dataclasses
+import io
+import itertools
+import random
+import signal
+import sys
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torchvision.transforms import Normalize
+
+from common.settings import InputError
+
+IMAGES_PER_WORKER = 1000  # to evaluate: reading fewer takes less time than starting a worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The batches of a run."""
+
+    train: Callable  # (epoch, first): the batches of an epoch after the ``first`` of this process
+    steps: int  # updates of an epoch
+    accumulation: int  # loader batches of an update
+    m: int  # examples of a micro-batch
+    evaluation: dict  # by split: a prepared loader of its images in order
+    to_input: Callable  # from a batch's images to the model's input
+    config: dict  # timm's data config: size, crop, interpolation, mean, standard deviation
+    label_names: list
+
+    @property
+    def held_out(self) -> str:
+        """The split that shows progress, and chooses the best epoch if it is validation."""
+        return "validation" if "validation" in self.evaluation else "test"
+
+
+def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batches:
+    """The batches of a run on ``splits``, as ``model``'s own data config and the settings have them.
+
+    Raises:
+        InputError: the batch does not split over the processes, or exceeds the training images.
+    """
+    loaded, accumulation, m = split_batch(args, accelerator.num_processes)
+    wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
+    config = resolve_data_config(wanted, model=model)
+    train_transform, eval_transform = transforms(config, scale=args.scale, ratio=args.ratio, hflip=args.hflip)
+    size, train = train_batches(args, accelerator, splits["train"], train_transform, loaded)
+    if size < args.batch_size:
+        raise InputError(f"batch_size {args.batch_size} exceeds the {size} training images: lower it")
+    held_out = "validation" if "validation" in splits else "test"
+    evaluation = {
+        split: evaluation_loader(args, accelerator, ds, eval_transform, loaded, persistent=split == held_out)
+        for split, ds in splits.items()
+        if split != "train"
+    }
+    return Batches(
+        train,
+        steps=size // args.batch_size,
+        accumulation=accumulation,
+        m=m,
+        evaluation=evaluation,
+        to_input=to_input(config, next(model.parameters()).dtype),
+        config=config,
+        label_names=splits["train"].features["label"].names,
+    )
+
+
+def split_batch(args, processes: int) -> tuple[int, int, int]:
+    """Divide ``batch_size``: examples per loader batch, loader batches per update, examples per micro-batch.
+
+    Raises:
+        InputError: m does not divide the batch, or it does not split over the processes; with what would.
+    """
+    unit = args.m or 1
+    if args.batch_size % unit:
+        raise InputError(f"m {unit} does not divide batch_size {args.batch_size}: {_divisors(args.batch_size)}")
+    if args.batch_size // unit % processes:
+        raise InputError(
+            f"batch_size {args.batch_size} in micro-batches of {unit} does not split over {processes} processes: "
+            f"{_divisors(args.batch_size // unit)} processes"
+        )
+    share = args.batch_size // processes
+    loaded = max(n for n in range(unit, max(args.device_batch_size, unit) + 1, unit) if share % n == 0)
+    return loaded, share // loaded, args.m or loaded
+
+
+def _divisors(number):
+    return "choose one of " + ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
+
+
+def transforms(config: dict, *, scale, ratio, hflip: float):
+    """timm's training and evaluation transforms for a model's data config (``timm.data.resolve_data_config``).
+
+    Images come out as uint8 (3, height, width), for ``to_input`` to normalise on the device.
+    """
+    shared = {"input_size": config["input_size"], "interpolation": config["interpolation"], "normalize": False}
+    train = create_transform(**shared, is_training=True, scale=scale, ratio=ratio, hflip=hflip, color_jitter=None)
+    evaluation = create_transform(**shared, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+    return train, evaluation
+
+
+def to_input(config: dict, dtype: torch.dtype):
+    """A function from uint8 images (batch, 3, height, width), on any device, to the model's normalised input."""
+    mean, std = ([255 * value for value in config[key]] for key in ("mean", "std"))
+    normalize = Normalize(mean, std, inplace=True)
+    return lambda images: normalize(images.to(dtype))
+
+
+def decode(image: dict | None) -> Image.Image:
+    """An undecoded image of ``datasets``, in RGB; None is one that is missing.
+
+    Raises:
+        InputError: it cannot be read; the message has its file name.
+    """
+    image = image or {"bytes": b"", "path": None}
+    try:
+        here = image["bytes"] is not None or image["path"] is None
+        with Image.open(io.BytesIO(image["bytes"] or b"") if here else image["path"]) as opened:
+            opened.load()
+            return opened if opened.mode == "RGB" else opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+        raise InputError(
+            f"cannot read the image {image['path'] or '(without a file name)'}: replace or remove it"
+        ) from error
+
+
+class Images(torch.utils.data.Dataset):
+    """A split as ``{"image": transformed image, "label": class index}``, by index or by (epoch, index).
+
+    Random transforms depend on seed, epoch and index alone: not on processes, workers or an interrupted run. Raises
+    ``InputError`` with the file name if an image cannot be read.
+    """
+
+    def __init__(self, split: datasets.Dataset, transform, seed: int = 0):
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitems__(self, keys):
+        keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        rows = self.split[[index for _, index in keys]]
+        return _examples(rows["image"], rows["label"], keys, self.transform, self.seed)
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Shuffled keys (epoch, index) of ``Images``, as many as make whole batches; ``set_epoch`` changes the order."""
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
+
+    def __len__(self):
+        return self.size // self.batch_size * self.batch_size
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)[: len(self)]
+        return iter([(self.epoch, index) for index in order.tolist()])
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Batches of a streamed split: each loader worker of each process reads shards of its own.
+
+    For training it is endless and shuffled (order of shards, and a buffer of 1000 examples), and starts at ``epoch``
+    after the ``first`` batches of this process, in the order of an uninterrupted run.
+    """
+
+    def __init__(self, split, transform, batch_size, *, training=False, seed=0, process=0, processes=1):
+        self.split, self.transform, self.batch_size, self.training = split, transform, batch_size, training
+        self.seed, self.process, self.processes = seed, process, processes
+        self.num_classes = split.features["label"].num_classes
+        self.epoch = self.first = 0
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        worker = (worker + self.first) % workers  # a loader takes its first batch from worker 0
+        share, shares = self.process * workers + worker, self.processes * workers
+        split = self.split
+        split = (
+            split.shard(shares, share) if split.num_shards >= shares else split_dataset_by_node(split, share, shares)
+        )
+        done = len(range(worker, self.first, workers))
+        for number, rows in itertools.islice(enumerate(self._batches(split, share)), done, None):
+            wrong = [label for label in rows["label"] if label is None or not 0 <= label < self.num_classes]
+            if wrong:
+                raise InputError(f"the stream has the label {wrong[0]}; labels must lie in 0..{self.num_classes - 1}")
+            keys = [(self.epoch, share, number * self.batch_size + i) for i in range(len(rows["label"]))]
+            examples = _examples(rows["image"], rows["label"], keys, self.transform, self.seed)
+            yield torch.utils.data.default_collate(examples)
+
+    def _batches(self, split, share):
+        if not self.training:
+            yield from reading(split.iter(self.batch_size))
+            return
+        split = split.shuffle(self.seed, buffer_size=1000)
+        for lap in itertools.count():
+            split.set_epoch(self.epoch + 1000 * lap)
+            empty = True
+            for rows in reading(split.iter(self.batch_size, drop_last_batch=True)):
+                empty = False
+                yield rows
+            if empty:
+                raise InputError(f"share {share} of the stream has fewer than {self.batch_size} images: lower workers")
+
+
+def reading(batches):
+    """The same batches of a stream; what its reader raises, of whatever kind, becomes an ``InputError``."""
+    try:
+        yield from batches
+    except Exception as error:
+        raise InputError(f"cannot read on from the stream: {error!r}; training goes on with --resume auto") from error
+
+
+def _examples(images, labels, keys, transform, seed):
+    """Decode and transform; random numbers are drawn from streams named by ``seed`` and each key."""
+    examples, state = [], random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        for image, label, key in zip(images, labels, keys):
+            random.seed(f"{seed} {key}")
+            torch.default_generator.manual_seed(random.getrandbits(63))
+            examples.append({"image": transform(decode(image)), "label": label})
+    random.setstate(state)
+    return examples
+
+
+def train_batches(args, accelerator, split, transform, loaded):
+    """The number of training images, and a function: the batches of an epoch after the ``first`` of this process."""
+    if isinstance(split, datasets.IterableDataset):
+        known = (split.info.splits or {}).get("train")
+        size = args.train_num_samples or (known and known.num_examples)
+        if not size:
+            raise InputError(f"{args.dataset!r} does not say how many images it streams: give --train-num-samples")
+        return size, _streamed_batches(args, accelerator, split, transform, loaded)
+    images = Images(split, transform, args.seed)
+    options = {"sampler": EpochSampler(len(images), args.batch_size, args.seed), "drop_last": True}
+    options["persistent_workers"] = args.workers > 0
+    loader = accelerator.prepare(_loader(args, accelerator, images, batch_size=loaded, **options))
+
+    def batches(epoch, first):
+        loader.set_epoch(epoch)
+        return iter(accelerator.skip_first_batches(loader, first) if first else loader)
+
+    return len(images), batches
+
+
+def _streamed_batches(args, accelerator, split, transform, loaded):
+    rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    stream = Stream(split, transform, loaded, training=True, seed=args.seed, **rank)
+    workers = min(args.workers, max(1, split.num_shards // accelerator.num_processes))  # a shard for each, if possible
+    loader = _loader(args, accelerator, stream, min(args.workers, workers), batch_size=None)
+
+    def batches(epoch, first):
+        stream.epoch, stream.first = epoch, first
+        return (send_to_device(batch, accelerator.device, non_blocking=True) for batch in loader)
+
+    return batches
+
+
+def evaluation_loader(args, accelerator, split, transform, loaded, persistent=False):
+    """The prepared loader of a split in order; the main process alone reads a stream."""
+    if isinstance(split, datasets.IterableDataset):
+        stream = Stream(split, transform, loaded)
+        return accelerator.prepare(_loader(args, accelerator, stream, min(args.workers, 1), batch_size=None))
+    workers = min(args.workers, len(split) // IMAGES_PER_WORKER)
+    options = {"batch_size": loaded, "persistent_workers": persistent and workers > 0}
+    return accelerator.prepare(_loader(args, accelerator, Images(split, transform), workers, **options))
+
+
+def _loader(args, accelerator, dataset, workers=None, **options):
+    # A generator of its own: a loader's start would otherwise draw from the stream that a resumed run continues.
+    options |= worker_options(accelerator, args.workers if workers is None else workers)
+    return torch.utils.data.DataLoader(dataset, generator=torch.Generator(), **options)
+
+
+def worker_options(accelerator, workers: int) -> dict:
+    """How a ``DataLoader`` of this project runs its workers."""
+    # Before 3.12, CPython's child can deadlock if it forks while a thread of torch.distributed enters or leaves Python.
+    risky = workers > 0 and accelerator.num_processes > 1 and sys.version_info < (3, 12)
+    return {
+        "num_workers": workers,
+        "pin_memory": accelerator.device.type == "cuda",
+        "multiprocessing_context": "spawn" if risky else None,
+        "worker_init_fn": _outlive_sigterm,
+    }
+
+
+def _outlive_sigterm(_):
+    """A scheduler's SIGTERM reaches loader workers too, and the main process needs them for a minute at most."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

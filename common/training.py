@@ -1,0 +1,480 @@
+"""Training: what a run is built of, one update, one epoch, and the whole run."""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import resource
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, set_seed
+from safetensors.torch import load_file
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import distribute_bn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm.auto import tqdm
+
+from common import checkpoints
+from common.loaders import Batches
+from common.metrics import Top1
+from common.settings import METHODS, InputError, resolved, shared_on_resume
+from sam_obf import SAM, OutputBiasForgetting, proportional_rho, random_perturbation
+
+PATIENCE = 20  # updates in a row without a finite loss, after which a run gives up
+
+
+@dataclasses.dataclass
+class Job:
+    """What a run works with."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: torch.nn.Module
+    timm_config: str  # from checkpoints.timm_config
+    criterion: Callable
+    objective: Callable | None  # what the perturbation ascends
+    optimizer: torch.optim.Optimizer
+    schedule: Callable  # from build_schedule
+    batches: Batches
+
+    def __post_init__(self):
+        # the first weights, for shrink-and-perturb
+        self.initial = [p.detach().clone() for p in self.model.parameters()] if self.args.shrink_perturb else []
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come; a checkpoint holds it."""
+
+    epoch: int = 0
+    step: int = 0  # updates of this epoch, including those skipped because fp16 gradients overflowed
+    steps: int = 0  # the same, of all epochs
+    updates: int = 0  # of all epochs, without those skipped: what the schedule follows
+    loss: float = 0.0  # sum over this epoch's steps, in the main process
+    best: float = -1.0
+
+
+def build_accelerator(args) -> Accelerator:
+    """Accelerate as launched, with the run's tracker.
+
+    Raises:
+        InputError: the tracker's package is missing, or FSDP would save what only unpickling can load.
+    """
+    if args.log_with and LoggerType(args.log_with) not in get_available_trackers():
+        raise InputError(f"--log-with {args.log_with} needs its package: pip install {args.log_with.replace('_', '-')}")
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate knows no other name yet
+    accelerator = Accelerator(
+        log_with=args.log_with,
+        project_dir=args.output,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        # Each process keeps batch norm statistics of its own, which are averaged before they are used or saved.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and (plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT):
+        raise InputError("FSDP needs fsdp_version: 2 and fsdp_state_dict_type: FULL_STATE_DICT, as in fsdp2.yaml")
+    return accelerator
+
+
+def check_model(args, model, batches: Batches) -> None:
+    """Try a forward pass as in training, on black images; the model and its batch norm stay as they are.
+
+    Raises:
+        InputError: the model does not take them, or does not return logits (examples, classes).
+    """
+    ascending = max(1, round((args.perturb_fraction or 1) * batches.m))  # examples of the ascent pass
+    examples, num_classes, input_size = min(2, ascending), len(batches.label_names), batches.config["input_size"]
+    images = torch.zeros(examples, *input_size, dtype=next(model.parameters()).dtype)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad():
+            logits = torch.func.functional_call(model, buffers, (images,))
+        if logits.shape != (examples, num_classes):
+            raise ValueError(f"it returns {tuple(logits.shape)}, not logits {examples, num_classes}")
+    except Exception as error:  # each model fails in its own way
+        raise InputError(
+            f"the model cannot be trained on {examples} at once (m, or its perturb_fraction) of images {input_size}: "
+            f"{error}; change model, model_kwargs, img_size or m"
+        ) from error
+
+
+def set_head_bias(args, model) -> None:
+    """Set the classifier's biases to ``head_bias``, near which all logits start then, unless that is None.
+
+    Raises:
+        InputError: the classifier has no biases.
+    """
+    if args.head_bias is None:
+        return
+    bias = getattr(model.get_classifier(), "bias", None)
+    if bias is None:
+        raise InputError(
+            f"head_bias {args.head_bias} needs a classifier with biases: {args.model} has none"
+        )
+    torch.nn.init.constant_(bias, args.head_bias)
+
+
+def build_criterion(args):
+    """The training loss, a function of logits and labels."""
+    if args.loss == "bce":
+        return BinaryCrossEntropy(args.smoothing, sum_classes=True)
+    return LabelSmoothingCrossEntropy(args.smoothing)
+
+
+def build_objective(args, model, criterion):
+    """The scalar that the method's perturbation ascends, a function of logits and labels; None for method base."""
+    ascent, _ = METHODS[args.method]
+    if ascent == "obf":
+        return OutputBiasForgetting(args.gamma, args.lam, args.link)
+    if ascent == "noise":
+        return lambda logits, labels: random_perturbation(model.parameters())
+    return criterion if ascent == "loss" else None
+
+
+def build_optimizer(args, model):
+    """timm's optimizer, inside SAM unless the method is base.
+
+    Raises:
+        InputError: timm or torch does not take the settings.
+    """
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum} | args.opt_kwargs
+    _, variant = METHODS[args.method]
+    own = {}
+    if variant == "asam":
+        own = {"adaptive": args.adaptive}
+    elif variant == "gsam":
+        own = {"gsam_alpha": args.gsam_alpha, "gsam_normalize": args.gsam_normalize}
+    try:
+        base = create_optimizer_v2(model, args.opt, **options)
+        return SAM(base, model, args.rho, **own) if variant else base
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(str(error)) from error
+
+
+def build_schedule(args, optimizer, updates_per_epoch):
+    """A function of the number of updates made, which sets lr and, if it follows lr, rho."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        args.sched,
+        num_epochs=args.epochs - args.warmup_epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_prefix=True,
+        warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr,
+        decay_rate=1.0,  # the power of poly
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+
+    def schedule(update):
+        scheduler.step_update(update)
+        if args.rho_min is not None:
+            limits = {"rho_min": args.rho_min, "rho_max": args.rho, "lr_min": args.min_lr, "lr_max": args.lr}
+            proportional_rho(optimizer, **limits)
+
+    return schedule
+
+
+def _alone(job):
+    """No exchange of gradients; but FSDP2 has no gradients before it has exchanged them."""
+    return contextlib.nullcontext() if job.accelerator.is_fsdp2 else job.accelerator.no_sync(job.model)
+
+
+def forward_backward(job: Job, batch: dict, sync: bool) -> torch.Tensor:
+    """Leave the gradient of a loader batch in ``.grad``, micro-batch by micro-batch; return its loss (descent pass).
+
+    Processes exchange gradients in the last descent pass, and only if ``sync``.
+    """
+    total = 0.0
+    micro_batches = list(zip(batch["image"].split(job.batches.m), batch["label"].split(job.batches.m)))
+    share = 1 / (len(micro_batches) * job.batches.accumulation)
+    for i, (images, labels) in enumerate(micro_batches):
+        images = job.batches.to_input(images)
+
+        def ascent():
+            part = max(1, round(job.args.perturb_fraction * len(images)))
+            with _alone(job):
+                return job.objective(job.model(images[:part]), labels[:part])
+
+        perturbed = contextlib.nullcontext()
+        if job.objective is not None:
+            scaler = job.accelerator.scaler
+            perturbed = job.optimizer.optimizer.perturbed(ascent, loss_weight=share, grad_scaler=scaler)
+        # DDP exchanges gradients where the forward pass says so: hence the order of the two contexts.
+        exchange = sync and i == len(micro_batches) - 1
+        with perturbed, contextlib.nullcontext() if exchange else _alone(job):
+            loss = job.criterion(job.model(images), labels)
+            job.accelerator.backward(loss * share)
+        total += loss.detach() / len(micro_batches)
+    return total
+
+
+def update(job: Job, batches) -> torch.Tensor:
+    """Make one update from the next ``accumulation`` loader batches; return their mean loss in this process."""
+    total = 0.0
+    # GSAM replaces each micro-batch's gradient after its backward pass, too late for DDP's own exchange.
+    late = getattr(job.optimizer.optimizer, "gsam_alpha", 0) > 0 and not job.accelerator.is_fsdp2
+    for i in range(job.batches.accumulation):
+        last = i == job.batches.accumulation - 1
+        total += forward_backward(job, next(batches), sync=last and not late) / job.batches.accumulation
+    if late and job.accelerator.num_processes > 1:
+        grads = [p.grad for p in job.model.parameters() if p.grad is not None]
+        vector_to_parameters(job.accelerator.reduce(parameters_to_vector(grads), "mean"), grads)
+    if job.args.clip_grad:
+        job.accelerator.clip_grad_norm_(job.model.parameters(), job.args.clip_grad)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    if job.initial and not job.optimizer.step_was_skipped:
+        factor = job.args.shrink_perturb * job.optimizer.param_groups[0]["lr"] / job.args.lr
+        with torch.no_grad():
+            torch._foreach_lerp_(list(job.model.parameters()), job.initial, factor)
+    return total
+
+
+def average_batch_norm(job):
+    """Average over processes the statistics that each has of its own."""
+    if job.accelerator.num_processes > 1:
+        distribute_bn(job.accelerator.unwrap_model(job.model), job.accelerator.num_processes, reduce=True)
+
+
+def evaluate_top1(job: Job, loader) -> dict:
+    """Top-1 accuracy, in [0, 1], and number of examples of a prepared loader; every process returns them."""
+    metric = Top1(keep_in_memory=True)
+    job.model.eval()
+    for batch in loader:
+        with torch.no_grad():
+            predictions = job.model(job.batches.to_input(batch["image"])).argmax(-1)
+        predictions, references = job.accelerator.gather_for_metrics((predictions, batch["label"]))
+        metric.add_batch(predictions=predictions.cpu(), references=references.cpu())
+    return metric.compute()
+
+
+class Watch:
+    """Notices SIGTERM and a loss that stays infinite or NaN; every process does so at the same update."""
+
+    def __init__(self, accelerator):
+        self.accelerator, self.terminated = accelerator, False
+        self.interval, self.seen, self.start = 1, 0, time.monotonic()
+        self.bad = torch.zeros((), device=accelerator.device)  # updates in a row without a finite loss
+
+    def __enter__(self):
+        self.previous = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.previous)
+
+    def _terminate(self, *_):
+        self.terminated = True
+
+    def look(self, loss, step: int, now: bool):
+        """Take note of a step's loss; about every 5 seconds, or ``now``, compare notes with the other processes.
+
+        Returns:
+            None, or the mean loss and whether to stop.
+
+        Raises:
+            InputError: after ``PATIENCE`` steps in a row without a finite loss.
+        """
+        self.bad = torch.where(loss.isfinite(), 0.0, self.bad + 1)
+        self.seen += 1
+        if self.seen < self.interval and not now:
+            return None
+        seconds = (time.monotonic() - self.start) / self.seen
+        note = torch.tensor([self.terminated, seconds], device=loss.device)
+        notes = self.accelerator.gather(torch.cat([note, torch.stack([loss.float(), self.bad])])[None])
+        terminated, seconds, _, bad = notes.max(0).values.tolist()
+        self.interval, self.seen, self.start = min(max(1, int(5 / seconds)), 100), 0, time.monotonic()
+        if bad >= PATIENCE:
+            raise InputError(
+                f"the loss has not been finite since step {step - bad + 1:.0f}: lower lr or rho, or set clip_grad, and "
+                f"start anew, or go on from the last good checkpoint with --resume auto"
+            )
+        return notes[:, 2].mean().item(), bool(terminated)
+
+
+def train_epoch(job, progress, watch, bar):
+    """Make the remaining steps of an epoch; stop the program, with a checkpoint, on SIGTERM."""
+    job.model.train()
+    job.schedule(progress.updates)
+    interval, total = job.args.checkpoint_interval, torch.tensor(progress.loss, device=job.accelerator.device)
+    batches = job.batches.train(progress.epoch, progress.step * job.batches.accumulation)
+    while progress.step < job.batches.steps:
+        shown = {key: value for key, value in job.optimizer.param_groups[0].items() if key in ("lr", "rho")}
+        loss = update(job, batches)
+        total += loss
+        progress.step, progress.steps = progress.step + 1, progress.steps + 1
+        if not job.optimizer.step_was_skipped:
+            progress.updates += 1
+            job.schedule(progress.updates)
+        bar.update()
+        due = interval is not None and progress.steps % interval == 0
+        seen = watch.look(loss, progress.steps, now=due or progress.step == job.batches.steps)
+        if seen is None:
+            continue
+        mean, terminated = seen
+        bar.set_postfix(loss=f"{mean:.3f}", **{key: f"{value:.4g}" for key, value in shown.items()})
+        job.accelerator.log({f"train/{key}": value for key, value in {"loss": mean, **shown}.items()}, progress.steps)
+        progress.loss = job.accelerator.reduce(total, "mean").item()
+        if terminated or (due and progress.step < job.batches.steps):
+            save_checkpoint(job, progress)
+        if terminated:
+            bar.close()
+            finish_trackers(job.accelerator)
+            job.accelerator.print(f"stopped by SIGTERM after step {progress.steps}; go on with --resume auto")
+            raise SystemExit
+    next(batches, None)  # lets the loader know of the end
+
+
+def fit(job: Job) -> None:
+    """Train epoch by epoch, from a checkpoint if asked to; what is written, docs/training.md says.
+
+    Raises:
+        InputError: settings that do not fit the checkpoint to resume from, data that cannot be read, a full disk, or a
+            loss that stays infinite or NaN.
+    """
+    args, accelerator, held_out = job.args, job.accelerator, job.batches.held_out
+    set_seed(args.seed, device_specific=True)  # each process draws dropout and random perturbations of its own
+    progress = begin(job)
+    hidden = {"disable": not accelerator.is_main_process, "dynamic_ncols": True}
+    bar = tqdm(total=args.epochs * job.batches.steps, initial=progress.steps, unit="step", **hidden)
+    with Watch(accelerator) as watch, bar:
+        while progress.epoch < args.epochs:
+            bar.set_description(f"epoch {progress.epoch + 1}/{args.epochs}, best {max(progress.best, 0):.1%}")
+            train_epoch(job, progress, watch, bar)
+            average_batch_norm(job)
+            top1 = evaluate_top1(job, job.batches.evaluation[held_out])["top1"]
+            accelerator.log({f"{held_out}/top1": top1}, progress.steps)
+            if accelerator.is_main_process:
+                with (Path(args.output) / "metrics.jsonl").open("a") as file:
+                    line = {"epoch": progress.epoch, "loss": progress.loss / job.batches.steps, held_out: top1}
+                    file.write(json.dumps(line) + "\n")
+            if top1 > progress.best or held_out == "test":
+                checkpoints.save_model(accelerator, job.model, final_folder(job), job.timm_config)
+            number, interval = progress.epoch + 1, args.save_interval
+            if interval and (number % interval == 0 or number == args.epochs):
+                kept = Path(args.output) / "epochs" / f"{number:04d}"
+                checkpoints.save_model(accelerator, job.model, kept, job.timm_config)
+            progress.best = max(progress.best, top1)
+            progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
+            save_checkpoint(job, progress)
+
+
+def final_folder(job) -> Path:
+    """Where the model to use is: the best epoch's on validation, or without validation images the last epoch's."""
+    return Path(job.args.output) / ("best" if job.batches.held_out == "validation" else "last")
+
+
+def begin(job) -> Progress:
+    """Prepare the output folder and load the checkpoint to resume from, if any."""
+    args, accelerator, output = job.args, job.accelerator, Path(job.args.output)
+    if args.push_to_hub and accelerator.is_main_process:
+        checkpoints.check_hub(args.push_to_hub)
+    path = checkpoints.find(args.resume, output / "checkpoints") if args.resume else None
+    progress = Progress() if path is None else Progress(**checkpoints.read(path, identity(job)))
+    accelerator.wait_for_everyone()  # the main process is about to change the folder
+    if accelerator.is_main_process:
+        if path is None:
+            for old in ("checkpoints", "best", "last", "epochs"):
+                shutil.rmtree(output / old, ignore_errors=True)
+        output.mkdir(parents=True, exist_ok=True)
+        metrics = output / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        metrics.write_text("".join(f"{line}\n" for line in lines[: progress.epoch]))
+        (output / "settings.yaml").write_text(yaml.safe_dump(resolved(args), sort_keys=False))
+    if path is not None:
+        checkpoints.restore(accelerator, path)
+        accelerator.print(f"resuming from {path}, after epoch {progress.epoch}, step {progress.step}")
+    plain = {
+        key: value if isinstance(value, (int, float, str)) else str(value) for key, value in resolved(args).items()
+    }
+    accelerator.init_trackers("sam-obf", plain)
+    return progress
+
+
+def save_checkpoint(job, progress):
+    """Save the state to resume from, unless it is no good: then the one before stays the newest."""
+    average_batch_norm(job)
+    tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*job.model.parameters(), *job.model.buffers())]
+    finite = torch.stack([t.isfinite().all() for t in tensors if t.numel()]).all()
+    if job.accelerator.gather(finite[None].long()).all():
+        where = Path(job.args.output) / "checkpoints"
+        state = (dataclasses.asdict(progress), identity(job), job.args.checkpoint_hist)
+        checkpoints.save(job.accelerator, job.model, job.optimizer, where, *state)
+
+
+def identity(job) -> dict:
+    """What a run must have in common with the checkpoint that it resumes from."""
+    return shared_on_resume(job.args) | {"num_classes": job.accelerator.unwrap_model(job.model).num_classes}
+
+
+def final_evaluation(job: Job) -> dict[str, float]:
+    """Evaluate the saved model on all splits but train; print, save and return top-1, in [0, 1]; upload if asked to."""
+    args, accelerator, folder = job.args, job.accelerator, final_folder(job)
+    weights = load_file(folder / "model.safetensors") if accelerator.is_main_process else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
+    set_model_state_dict(job.model, weights, options=options)
+    results = {split: evaluate_top1(job, loader) for split, loader in job.batches.evaluation.items()}
+    top1 = {split: result["top1"] for split, result in results.items()}
+    accelerator.log({f"final/{split}": value for split, value in top1.items()})
+    finish_trackers(accelerator)
+    accelerator.print(f"\nTop-1 accuracy of {args.model} trained with method {args.method}, {folder.name} epoch")
+    accelerator.print(f"{'split':<12} {'images':>8} {'top-1':>8}")
+    for split, result in results.items():
+        accelerator.print(f"{split:<12} {result['examples']:>8} {result['top1']:>8.2%}")
+    accelerator.print(f"\nThe model: timm.create_model('local-dir:{folder}', pretrained=True)")
+    if accelerator.is_main_process:
+        (Path(args.output) / "results.json").write_text(json.dumps(top1, indent=2) + "\n")
+        if args.push_to_hub:
+            checkpoints.push(args.push_to_hub, folder, resolved(args), top1)
+    return top1
+
+
+def finish_trackers(accelerator):
+    """Let trackers write what they hold; ``Accelerator.end_training`` would end the process group too."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def dry_run(job: Job) -> dict:
+    """Make two updates and evaluate a batch; print what a run would take, and write nothing."""
+    args, accelerator = job.args, job.accelerator
+    job.model.train()
+    job.schedule(0)
+    batches = itertools.chain.from_iterable(job.batches.train(epoch, 0) for epoch in range(2))
+    for _ in range(2):  # the first one warms up
+        start = time.monotonic()
+        loss = update(job, batches).item()
+        seconds = time.monotonic() - start
+    job.model.eval()
+    for loader in job.batches.evaluation.values():
+        with torch.no_grad():
+            job.model(job.batches.to_input(next(iter(loader))["image"]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    weights = sum(p.numel() for p in job.model.parameters())
+    steps, accumulation, m = job.batches.steps, job.batches.accumulation, job.batches.m
+    accelerator.print(
+        f"dry run of {args.model} ({weights / 1e6:.1f} M weights) on {args.dataset}, method {args.method}: the loss is "
+        f"{loss:.3f}\n{args.batch_size} examples per update: {accelerator.num_processes} processes x {accumulation} "
+        f"loader batches x micro-batches of {m}\n{args.epochs} epochs of {steps} updates of {seconds:.2f} s: about "
+        f"{args.epochs * steps * seconds / 3600:.1f} hours\npeak memory of process 0: {peak:.1f} GiB on "
+        f"{accelerator.device}\nnothing was written"
+    )
+    return {}
