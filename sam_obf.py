@@ -254,11 +254,13 @@ class SAM(torch.optim.Optimizer):
             gsam = self._orthogonal(chunks, scale, inverse_norm, loss_weight)
             with gsam if self.gsam_alpha else contextlib.nullcontext():
                 self._perturb(chunks, inverse_norm, undo)
+                torch.clear_autocast_cache()  # its copies of the weights are of before the move
                 yield
         finally:
             with torch.no_grad():
                 for tensors, copies in undo:
                     torch._foreach_copy_(tensors, copies)
+            torch.clear_autocast_cache()
             self._inside = self.ascending = False
 
     def _ascend(self, run, modules):

@@ -1,5 +1,6 @@
 """sam_obf.py against brute force: explicit loops over parameters in float64, with no call into the code under test."""
 
+import contextlib
 import copy
 import itertools
 
@@ -689,6 +690,36 @@ def test_compiled_model_equals_eager(variant):
             optimizer.step()
             optimizer.zero_grad()
     assert_close(model.state_dict().values(), eager.state_dict().values())
+
+
+@pytest.mark.parametrize("where", ["block", "loop"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_may_stand_anywhere(where, variant):
+    """Autocast's low-precision copies of the weights outlive a pass, unless each pass has an autocast of its own."""
+    model, data = network(dtype=torch.float32), batches(3, dtype=torch.float32)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=2.0, **VARIANTS[variant])
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+
+    def gradients(around):
+        losses = []
+        with autocast() if around == "loop" else contextlib.nullcontext():
+            for x, y in data:
+
+                def loss(x=x, y=y):
+                    with autocast() if around == "pass" else contextlib.nullcontext():
+                        losses.append(F.cross_entropy(model(x), y))
+                    return losses[-1]
+
+                with autocast() if around == "block" else contextlib.nullcontext(), optimizer.perturbed(loss):
+                    loss().backward()
+        taken = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        return losses, taken
+
+    (losses, expected), (others, taken) = gradients("pass"), gradients(where)
+    assert abs(losses[0] - losses[1]) > 0.1  # the perturbation shows
+    assert_same(others, losses)
+    assert_same(taken, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
