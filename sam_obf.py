@@ -26,7 +26,6 @@ import math
 
 import torch
 from torch.distributed.tensor import DTensor, Partial
-from torch.nn.modules.batchnorm import _NormBase
 
 __all__ = ["SAM", "OutputBiasForgetting", "proportional_rho", "random_perturbation"]
 
@@ -81,7 +80,7 @@ class OutputBiasForgetting:
 def random_perturbation(parameters) -> torch.Tensor:
     """Return a scalar whose gradient is a new draw from N(0, I): RandSAM, a baseline of the paper.
 
-    If the model has batch norm, run ``model(x)`` too: its statistics move here. Seed each process differently.
+    Batch norm's statistics then move in the descent pass, unless you run ``model(x)`` too. Seed each process differently.
     """
     return sum((p * torch.randn_like(p)).sum() for p in parameters if p.requires_grad)
 
@@ -119,7 +118,7 @@ class SAM(torch.optim.Optimizer):
 
     Args:
         base_optimizer: applies the gradient. Its groups that have a "rho" keep it.
-        model: the module in training; the statistics of its batch norm layers move in the ascent pass only.
+        model: the module in training. Buffers that the ascent pass moves, as batch norm's statistics, move only there.
         rho: at least 0, the perturbation's L2 norm in units of the weights (ASAM: relative to them).
         adaptive: None, "before", "after" or "both".
         gsam_alpha: at least 0.
@@ -241,16 +240,18 @@ class SAM(torch.optim.Optimizer):
             raise RuntimeError("perturbed() is nested in itself: leave the first block before entering the next")
         _check_rho(*self.param_groups)
         modules = list(self.model.modules())
-        norm_layers = [module for module in modules if isinstance(module, _NormBase)]
-        undo = []
+        undo, moved = [], []
         self._inside = self.ascending = True
         try:
+            counters = [(module._buffers, _counters(module._buffers)) for module in modules if module._buffers]
             chunks = self._ascend(ascend, modules)
             self.ascending = False
+            # All buffers of a module: the kernels of batch norm move the statistics unseen, and only their count tells.
+            for buffers in (buffers for buffers, before in counters if _counters(buffers) != before):
+                moved += [(buffers, name, b, b.clone()) for name, b in buffers.items() if b is not None]
             one = torch.ones((), device=next(self.model.parameters()).device)
             scale = one if grad_scaler is None else grad_scaler.scale(one)
             inverse_norm = self._weigh(chunks, scale)
-            undo += [([buffer], [buffer.clone()]) for layer in norm_layers for buffer in layer.buffers(recurse=False)]
             gsam = self._orthogonal(chunks, scale, inverse_norm, loss_weight)
             with gsam if self.gsam_alpha else contextlib.nullcontext():
                 self._perturb(chunks, inverse_norm, undo)
@@ -260,6 +261,8 @@ class SAM(torch.optim.Optimizer):
             with torch.no_grad():
                 for tensors, copies in undo:
                     torch._foreach_copy_(tensors, copies)
+                for buffers, name, buffer, copy in moved:
+                    buffers[name] = buffer.copy_(copy)
             torch.clear_autocast_cache()
             self._inside = self.ascending = False
 
@@ -337,6 +340,11 @@ def _check_rho(*groups):
     for group in groups:
         if not 0 <= group["rho"] < math.inf:
             raise ValueError(f"rho is {group['rho']}; it must be finite and at least 0")
+
+
+def _counters(buffers):
+    """A module's buffers as they are now: equal again unless one is replaced, or changed in place."""
+    return [(id(b), 0 if b.is_inference() else b._version, b) for b in buffers.values() if b is not None]
 
 
 def _wide(tensor):

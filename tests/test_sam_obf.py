@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_obf import SAM, OutputBiasForgetting, proportional_rho, random_perturbation
 
@@ -369,10 +370,30 @@ class OwnForwardBatchNorm(torch.nn.BatchNorm1d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.3, self.eps)
 
 
-def _batch_norm_act(n):
-    BatchNormAct2d = pytest.importorskip("timm.layers", reason="timm is not installed").BatchNormAct2d
+class ReplacedBuffer(torch.nn.Module):
+    """Statistics that a forward pass replaces, twice, instead of changing them in place."""
 
-    return torch.nn.Sequential(torch.nn.Unflatten(1, (n, 1, 1)), BatchNormAct2d(n), torch.nn.Flatten())
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(features))
+
+    def forward(self, x):
+        for _ in range(2):
+            self.scale = 0.9 * self.scale + 0.1 * x.detach().abs().mean(0)
+        return x / (1 + self.scale)
+
+
+def _tracked_instance_norm(n):
+    norm = torch.nn.InstanceNorm1d(1, affine=True, track_running_stats=True)
+    return torch.nn.Sequential(torch.nn.Unflatten(1, (1, n)), norm, torch.nn.Flatten())
+
+
+def _timm(name):
+    def layer(n):
+        timm_layer = getattr(pytest.importorskip("timm.layers", reason="timm is not installed"), name)(n)
+        return torch.nn.Sequential(torch.nn.Unflatten(1, (n, 1, 1)), timm_layer, torch.nn.Flatten())
+
+    return layer
 
 
 @pytest.mark.parametrize(
@@ -382,22 +403,55 @@ def _batch_norm_act(n):
         lambda n: torch.nn.BatchNorm1d(n, momentum=None),
         torch.nn.SyncBatchNorm,
         OwnForwardBatchNorm,
-        _batch_norm_act,
+        _tracked_instance_norm,
+        lambda n: torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(n, n)),
+        ReplacedBuffer,
+        *map(_timm, ["BatchNormAct2d", "SplitBatchNorm2d", "EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2"]),
     ],
-    ids=["torch", "cumulative", "sync", "own-forward", "timm"],
+    ids=["torch", "cumulative", "sync", "own-forward", "instance", "spectral", "replaced"]
+    + ["timm-batch", "timm-split", "timm-evo-b0", "timm-evo-b1", "timm-evo-b2"],
 )
 @pytest.mark.parametrize("variant", ["plain", "gsam"])
-def test_batch_norm_buffers_are_those_of_the_clean_passes_alone(layer, variant):
+def test_buffers_are_those_of_the_clean_passes_alone(layer, variant):
     model = network()
     model.insert(1, layer(8).double())
-    clean = copy.deepcopy(model)
+    clean, start = copy.deepcopy(model), [buffer.clone() for buffer in model.buffers()]
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=0.5, **VARIANTS[variant])
     for x, y in batches(4):
         with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
             F.cross_entropy(model(x), y).backward()
         clean(x)
     assert_same(model.buffers(), clean.buffers())
-    assert not torch.equal(next(clean.buffers()), torch.zeros(8))
+    assert any(not torch.equal(a, b) for a, b in zip(clean.buffers(), start))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_a_forward_pass_in_the_closure_statistics_move_in_the_descent_pass(compiled):
+    model = network(batch_norm=True)
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), forward, rho=0.5)
+    for x, y in batches(3):
+        clean = copy.deepcopy(model)
+        with optimizer.perturbed(lambda: random_perturbation(model.parameters())):
+            clean.load_state_dict(model.state_dict() | dict(clean.named_buffers()))
+            F.cross_entropy(forward(x), y).backward()
+        clean(x)
+        assert_close(model.buffers(), clean.buffers())
+    assert model[1].num_batches_tracked == 3
+
+
+def test_buffers_that_do_not_move_are_not_copied():
+    class Clones(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            sizes.extend([args[0].numel()] if function is torch.ops.aten.clone.default else [])
+            return function(*args, **(kwargs or {}))
+
+    model, (x, y), sizes = network(batch_norm=True), batches(1)[0], []
+    model.register_buffer("table", torch.zeros(10_007))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=0.5)
+    with Clones(), optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        F.cross_entropy(model(x), y).backward()
+    assert 8 in sizes and 10_007 not in sizes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
