@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -408,8 +409,7 @@ def _timm(name):
         ReplacedBuffer,
         *map(_timm, ["BatchNormAct2d", "SplitBatchNorm2d", "EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2"]),
     ],
-    ids=["torch", "cumulative", "sync", "own-forward", "instance", "spectral", "replaced"]
-    + ["timm-batch", "timm-split", "timm-evo-b0", "timm-evo-b1", "timm-evo-b2"],
+    ids="torch cumulative sync own-forward instance spectral replaced batch-act split evo-b0 evo-b1 evo-b2".split(),
 )
 @pytest.mark.parametrize("variant", ["plain", "gsam"])
 def test_buffers_are_those_of_the_clean_passes_alone(layer, variant):
@@ -914,6 +914,121 @@ def test_perturbed_refuses_nesting_stepping_inside_and_a_bad_weight():
         with optimizer.perturbed(loss):
             pytest.fail("the body ran")
     assert_same(weights(model), start)
+
+
+def plain_steps(model, optimizer, n):
+    for x, y in batches(n):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_ten_steps_without_a_block_warn_once_and_say_what_to_write():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for _ in range(12):
+        optimizer.step()  # without gradients
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain_steps(model, optimizer, 9)
+    with pytest.warns(UserWarning, match=r"SGD alone.*with optimizer\.perturbed\(lambda") as caught:
+        plain_steps(model, optimizer, 30)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+    rarely = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain_steps(model, rarely, 9)
+        with rarely.perturbed(lambda: F.cross_entropy(model(x), y)):
+            F.cross_entropy(model(x), y).backward()
+        plain_steps(model, rarely, 30)
+
+
+def test_perturbed_without_with_is_an_error_at_the_next_step():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer.perturbed(lambda: F.cross_entropy(model(x), y))
+    F.cross_entropy(model(x), y).backward()
+    start = weights(model)
+    with pytest.raises(RuntimeError, match=r"`with optimizer\.perturbed"):
+        optimizer.step()
+    assert_same(weights(model), start)
+    block = optimizer.perturbed(lambda: F.cross_entropy(model(x), y))
+    with block:
+        F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("variant", ["plain", "gsam"])
+def test_a_body_that_leaves_no_gradient_says_so_at_once(variant, scaled, accumulated):
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, **VARIANTS[variant])
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    loss = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    if accumulated:
+        loss().backward()
+    with pytest.warns(UserWarning, match="left no gradient") as caught:
+        with optimizer.perturbed(loss, grad_scaler=scaler):
+            model(x)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with optimizer.perturbed(loss, grad_scaler=scaler):
+            scaler.scale(loss()).backward()
+        with optimizer.perturbed(loss, grad_scaler=scaler):
+            scaler.scale(loss() * float("inf")).backward()  # the scaler's business
+
+
+def test_step_with_closure_tells_of_gradients_that_were_accumulated_unperturbed():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+    def closure():
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure)
+    with pytest.warns(UserWarning, match="no block perturbed"):
+        optimizer.step(closure)  # on top of the gradients of the last
+
+
+@pytest.mark.parametrize(
+    "write, error, words",
+    [
+        (lambda m, b: SAM(m.parameters(), torch.optim.SGD, rho=0.05, lr=0.1), TypeError, r"SGD\(model\.par.*lr=\.\.\."),
+        (lambda m, b: SAM(m.parameters(), torch.optim.SGD), TypeError, r"write SAM\(torch\.optim\.SGD\(model\.param"),
+        (lambda m, b: SAM(torch.optim.SGD, m), TypeError, r"write SAM\(torch\.optim\.SGD\(model\.param"),
+        (lambda m, b: SAM(b, m.parameters()), TypeError, r"write SAM\(torch\.optim\.SGD\(model\.param.*generator"),
+        (lambda m, b: SAM(b, m, weight_decay=0.1), TypeError, r"has its own settings.*weight_decay=\.\.\."),
+        (lambda m, b: SAM(b, m, adaptive=True), ValueError, 'adaptive="both"'),
+        (lambda m, b: SAM(b, m, rho="0.05"), ValueError, "rho is '0.05'"),
+        (lambda m, b: SAM(b, m, rho=None), ValueError, "rho is None"),
+        (lambda m, b: SAM(b, m).first_step(zero_grad=True), AttributeError, r"davda54.*with optimizer\.perturbed"),
+        (lambda m, b: SAM(b, m).second_step(zero_grad=True), AttributeError, r"davda54.*then step\(\)"),
+        (lambda m, b: SAM(b, m).perturbed(m(torch.zeros(1, 6).double()).sum()), TypeError, r"lambda.*\(model\(x\)"),
+    ],
+)  # fmt: skip
+def test_davda54s_way_and_usual_slips_get_the_line_to_write(write, error, words):
+    model = network()
+    with pytest.raises(error, match=words):
+        write(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert not hasattr(SAM(torch.optim.SGD(model.parameters(), lr=0.1), model), "third_step")
+
+
+@pytest.mark.parametrize("module", ["deepspeed.runtime.engine", "torch.distributed.fsdp.fully_sharded_data_parallel"])
+def test_sharding_that_sam_cannot_follow_is_refused_at_construction(module):
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    kind = type("Sharded", (torch.nn.Sequential,), {"__module__": module})
+    with pytest.raises(ValueError, match="sharding of Sharded: use FSDP2"):
+        SAM(base, torch.nn.Sequential(kind(*model)))
+    with pytest.raises(ValueError, match="sharding of Optimizer: use FSDP2"):
+        SAM(type("Optimizer", (), {"__module__": module})(), model)
 
 
 def test_sparse_gradients_are_refused():
