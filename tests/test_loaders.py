@@ -135,8 +135,32 @@ def test_the_order_and_the_augmentation_of_an_epoch_depend_on_seed_and_epoch(acc
         assert alike.sum() <= 2, "the same crops, if in another order"
 
 
-def test_flags_reach_the_training_transform(accelerator, images):
+def test_flags_reach_the_training_transform(accelerator, images, tmp_path):
     flags = ["--scale", "1", "1", "--ratio", "1.2", "1.2"]
     plain = epoch_of(opened(accelerator, images, *flags, "--hflip", "0")[0], 0).view(24, 3, 32, 32)
     flipped = epoch_of(opened(accelerator, images, *flags, "--hflip", "1")[0], 0).view(24, 3, 32, 32)
     assert torch.equal(plain.flip(-1), flipped)
+    for path in write_folder(tmp_path).rglob("*.png"):
+        ramp(256, 256).save(path)
+    flags = ["--scale", "0.25", "0.25", "--ratio", "2", "2", "--hflip", "0", "--batch-size", "6", "--m", "6"]
+    for crop in epoch_of(opened(accelerator, tmp_path, *flags)[0], 0).view(6, 3, 32, 32).float():
+        assert span(crop, 0) == pytest.approx(0.5 * 2**0.5, abs=0.03)
+        assert span(crop, 1) == pytest.approx(0.5 / 2**0.5, abs=0.03)
+
+
+def test_each_image_is_augmented_in_its_own_way(accelerator, tmp_path):
+    for path in write_folder(tmp_path).rglob("*.png"):
+        ramp().save(path)
+    crops = epoch_of(opened(accelerator, tmp_path, "--batch-size", "6", "--m", "6")[0], 0)
+    assert len(crops.unique(dim=0)) == 6
+
+
+def test_no_image_is_left_out_of_every_epoch():
+    """Each epoch leaves out what does not make a whole batch, and another rest."""
+    sampler, seen = loaders.EpochSampler(7, 4, seed=0), set()
+    for epoch in range(12):
+        sampler.set_epoch(epoch)
+        indices = [index for _, index in sampler]
+        assert len(indices) == len(set(indices)) == 4
+        seen |= set(indices)
+    assert seen == set(range(7))
