@@ -25,6 +25,7 @@ pass through a graph made in the block, or before it, fails with "modified by an
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import numbers
@@ -269,7 +270,7 @@ class SAM(torch.optim.Optimizer):
 
         def ascend():
             losses.append(closure())
-            if any(grad is not None for _, grad in self._set_aside):
+            if self._set_aside:
                 warnings.warn(
                     "step(closure) adds to gradients that no block perturbed: to accumulate, write one "
                     "`with optimizer.perturbed(closure):` for each micro-batch (Lightning: manual optimization)",
@@ -331,7 +332,7 @@ class SAM(torch.optim.Optimizer):
         if self._inside:
             raise RuntimeError("perturbed() is nested in itself: leave the first block before entering the next")
         _check_rho(*self.param_groups)
-        modules = list(self.model.modules())
+        modules = _modules(self.model)
         undo, moved = [], []
         self._inside = self.ascending = True
         try:
@@ -360,17 +361,17 @@ class SAM(torch.optim.Optimizer):
                     )
         finally:
             with torch.no_grad():
-                for tensors, copies in undo:
-                    torch._foreach_copy_(tensors, copies)
+                for restore in undo:
+                    restore()
                 for buffers, name, buffer, copy in moved:
                     buffers[name] = buffer.copy_(copy)
             torch.clear_autocast_cache()
             self._inside = self.ascending = False
 
     def _ascend(self, run, modules):
-        """Take g, the gradient that ``run`` leaves, as chunks of (parameters, local gradients, rho, sharding)."""
-        every = {p for module in modules for p in module._parameters.values() if p is not None}
-        every.update(*(group["params"] for group in self.param_groups))
+        """Take g, the gradient that ``run`` leaves, as chunks of (parameters, local gradients, rho, own, sharding)."""
+        held = itertools.chain(*(m._parameters.values() for m in modules), *(g["params"] for g in self.param_groups))
+        every = {id(p): p for p in held if p is not None}.values()
         with self._gradients_aside(every):
             run()
             chunks = _chunks(self.param_groups)
@@ -383,8 +384,8 @@ class SAM(torch.optim.Optimizer):
     @contextlib.contextmanager
     def _gradients_aside(self, params):
         """Hide accumulated gradients from the block; ``zero_grad()`` inside drops them."""
-        self._set_aside = [(p, p.grad) for p in params]
-        for p in params:
+        self._set_aside = [(p, grad) for p in params if (grad := p.grad) is not None]
+        for p, _ in self._set_aside:
             p.grad = None
         try:
             yield
@@ -394,8 +395,7 @@ class SAM(torch.optim.Optimizer):
             raise
         finally:
             for p, grad in self._set_aside:
-                if grad is not None:
-                    p.grad = grad if p.grad is None else grad.add_(p.grad)
+                p.grad = grad if p.grad is None else grad.add_(p.grad)
             self._set_aside = []
 
     @contextlib.contextmanager
@@ -426,15 +426,44 @@ class SAM(torch.optim.Optimizer):
     def _perturb(self, chunks, inverse_norm, undo):
         """Add the perturbation to the weights; what undoes it is in ``undo`` before each change."""
         finite = inverse_norm.is_cpu and inverse_norm > 0  # reading it from another device would wait for the device
-        for i, (params, grads, rho, _) in enumerate(chunks):
+        for i, (params, grads, rho, own, _) in enumerate(chunks):
             if not finite:
                 grads = [g.nan_to_num_(0.0, 0.0, 0.0) for g in grads]  # a step of 0 does not erase inf and nan
-            params = _local(params)
-            undo.append((params, [p.clone() for p in params]))
             wide = grads if grads[0].dtype == _wide(grads[0]) else [g.to(_wide(g)) for g in grads]
-            torch._foreach_add_(params, torch._foreach_mul(wide, rho * inverse_norm.to(wide[0])))
+            length = rho * inverse_norm.to(wide[0])
+            if own and not self.gsam_alpha:
+                torch._foreach_mul_(grads, length)
+            else:
+                wide = torch._foreach_mul(wide, length)
+            if own:  # the perturbed weights are written where g was, and nothing has to be copied, to or fro
+                torch._foreach_add_(wide, params)
+                undo.append(functools.partial(_exchange, params, [p.data for p in params]))
+                _exchange(params, wide)
+            else:
+                params = _local(params)
+                copies = [torch.empty_like(p) for p in params]
+                torch._foreach_copy_(copies, params)
+                undo.append(functools.partial(torch._foreach_copy_, params, copies))
+                torch._foreach_add_(params, wide)
             if not self.gsam_alpha:
                 chunks[i] = None  # frees g: one parameter-sized buffer is left beside the weights
+
+
+def _exchange(params, tensors):
+    """Let the parameters hold other memory; autograd is told, or a graph of before would use it without a word."""
+    for p, tensor in zip(params, tensors):
+        p.data = tensor
+    torch.autograd.graph.increment_version(params)
+
+
+def _modules(model):
+    """``model.modules()``, which takes five times as long."""
+    seen, found = {model}, [model]
+    for module in found:
+        new = dict.fromkeys(m for m in module._modules.values() if m is not None and m not in seen)
+        seen.update(new)
+        found += new
+    return found
 
 
 def _check_kinds(base_optimizer, model, unknown):
@@ -478,21 +507,40 @@ def _local(tensors):
 
 def _chunks(param_groups):
     """The perturbed parameters and their gradients, in lists alike and small enough for a CPU's cache."""
-    chunks, latest, sizes = [], {}, {}
+    chunks, latest, sizes, seen = [], {}, {}, set()
     for rho, p in ((group["rho"], p) for group in param_groups for p in group["params"]):
         if rho == 0 or (grad := p.grad) is None:
             continue
         if grad.layout != torch.strided:
             raise RuntimeError(f"SAM cannot follow {grad.layout} gradients: use sparse=False")
         sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
-        key = (rho, sharding, p.device, p.dtype, grad.dtype)
+        if id(grad) in seen:
+            grad = grad.clone()
+        seen.add(id(grad))
+        key = (rho, _own(p, grad), sharding, p.device, p.dtype, grad.dtype)
         if sizes.get(key, 2**18) >= 2**18:
-            latest[key], sizes[key] = ([], [], rho, sharding), 0
+            latest[key], sizes[key] = ([], [], *key[:3]), 0
             chunks.append(latest[key])
         latest[key][0].append(p)
         latest[key][1].append(grad.to_local() if sharding else grad)
         sizes[key] += p.numel()
     return chunks
+
+
+def _own(p, grad):
+    """Whether the two may exchange memory: on a CPU, alike, and nothing else looks at either's.
+
+    On a GPU, CUDA graphs know addresses. Elsewhere, views of the weights, DDP's buckets, FSDP2's shards do.
+    """
+    return (
+        p.is_cpu
+        and type(p) is torch.nn.Parameter
+        and type(grad) is torch.Tensor
+        and p.dtype == grad.dtype == _wide(grad)
+        and p.stride() == grad.stride()
+        # Two: the tensor, and the object made here to ask.
+        and all(torch._C._storage_Use_Count(t.untyped_storage()._cdata) == 2 for t in (p, grad))
+    )
 
 
 def _total(chunks, terms):
