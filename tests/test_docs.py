@@ -44,7 +44,7 @@ def commands() -> list[list[str]]:
             text = line.replace(f"${loop[1]}", value) if loop else line
             for command in re.split(r"&&|[;&|](?!\w)", text):
                 words = shlex.split(command, comments=True)
-                if any(word.endswith(".py") for word in words):
+                if any(word.endswith(".py") for word in words) and words not in found:
                     found.append(words)
     return found
 
@@ -94,9 +94,9 @@ def test_the_scripts_take_every_command_of_the_pages(words, monkeypatch):
     elif script is sweep:
         args, rest = sweep.parse(argv)
         content = sweep.read_sweep(Path(args.sweep))
-        for point in sweep.points_of(args, content):
-            run = train_imagenet if args.script == "train_imagenet" else finetune_cifar
-            settings.parse(run.parser(), [*sweep.flags_of(args, content, rest, point), "--dry-run"])
+        run = train_imagenet if args.script == "train_imagenet" else finetune_cifar
+        first = sweep.points_of(args, content)[0]
+        settings.parse(run.parser(), [*sweep.flags_of(args, content, rest, first), "--dry-run"])
     elif script is not None:
         settings.parse(script.parser(), [*argv, "--dry-run"])  # which lets the output folder exist
     else:
