@@ -5,6 +5,7 @@ import csv
 import hashlib
 import itertools
 import json
+import warnings
 from pathlib import Path
 
 import datasets
@@ -208,6 +209,7 @@ def measure(args, run, model, batches) -> dict:
         objective = training.build_objective(own, model, criterion)
         torch.manual_seed(args.seed)
         each = []
+        warnings.filterwarnings("ignore", "the block left no gradient")  # these blocks only look
         for x, y in itertools.islice(batches(0, size // own.m * own.m, own.m), args.micro_batches):
             with torch.no_grad():
                 before = criterion(model(x), y)

@@ -17,18 +17,23 @@ Usage::
         optimizer.step()
         optimizer.zero_grad()
 
-What the closure returns is P: the training loss (SAM, Foret et al. 2021), ``OutputBiasForgetting`` (OBF, the paper) or
-``random_perturbation`` (RandSAM). Arguments of ``SAM`` turn on ASAM (Kwon et al. 2021) and GSAM (Zhuang et al. 2022).
+What the closure returns is P: the training loss (SAM, Foret et al. 2021), ``OutputBiasForgetting`` (OBF, the paper),
+``random_perturbation`` (RandSAM) or ``momentum_perturbation`` (MSAM, Becker et al. 2024). Arguments of ``SAM`` turn on
+ASAM (Kwon et al. 2021) and GSAM (Zhuang et al. 2022). After the block the weights are those of before, and a backward
+pass through a graph made in the block, or before it, fails with "modified by an inplace operation": call
+``backward()`` inside.
 """
 
 import contextlib
+import itertools
 import math
+import numbers
+import warnings
 
 import torch
 from torch.distributed.tensor import DTensor, Partial
-from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["SAM", "OutputBiasForgetting", "proportional_rho", "random_perturbation"]
+__all__ = ["SAM", "OutputBiasForgetting", "momentum_perturbation", "proportional_rho", "random_perturbation"]
 
 
 class OutputBiasForgetting:
@@ -81,9 +86,40 @@ class OutputBiasForgetting:
 def random_perturbation(parameters) -> torch.Tensor:
     """Return a scalar whose gradient is a new draw from N(0, I): RandSAM, a baseline of the paper.
 
-    If the model has batch norm, run ``model(x)`` too: its statistics move here. Seed each process differently.
+    Batch norm's statistics then move in the descent pass, unless ``model(x)`` runs here too. Seed each process
+    differently.
     """
     return sum((p * torch.randn_like(p)).sum() for p in parameters if p.requires_grad)
+
+
+def momentum_perturbation(base_optimizer) -> torch.Tensor:
+    """Return a scalar whose gradient is -v, v the optimizer's momentum: MSAM (Becker et al. 2024, arXiv 2401.12033).
+
+    The perturbation is ``-rho v / ||v||`` (algorithm 1): v accumulates gradients, and MSAM looks ahead to where the
+    momentum is about to carry the weights, not back. v is SGD's ``momentum_buffer`` or Adam's ``exp_avg``, not divided
+    by the second moment. There is no second forward and backward pass, so a step costs little more than a plain one
+    and batch norm's statistics move in the descent pass. The first step, without momentum yet, is plain. The authors'
+    rho is about 3, for SGD and for AdamW.
+
+    Raises:
+        ValueError: the optimizer keeps no momentum, or each process keeps that of some parameters only.
+    """
+    if type(base_optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise ValueError(
+            "ZeroRedundancyOptimizer keeps the momentum of other parameters elsewhere: use FSDP2 or plain DDP"
+        )
+    pairs = []
+    for group in base_optimizer.param_groups:
+        for p in filter(lambda p: p.requires_grad, group["params"]):
+            state = base_optimizer.state.get(p, {})
+            v = next((state[key] for key in ("momentum_buffer", "exp_avg") if state.get(key) is not None), None)
+            if v is None and (state or group.get("momentum") == 0):
+                name = type(base_optimizer).__name__
+                raise ValueError(f"{name} keeps no momentum to perturb along: use Adam, or SGD with momentum > 0")
+            pairs.append((p, v))
+    if all(v is None for _, v in pairs):
+        return sum((p * 0).sum() for p, _ in pairs)
+    return -sum((p * v).sum() for p, v in pairs if v is not None)
 
 
 def proportional_rho(optimizer, *, rho_min: float, rho_max: float, lr_min: float, lr_max: float) -> None:
@@ -119,7 +155,7 @@ class SAM(torch.optim.Optimizer):
 
     Args:
         base_optimizer: applies the gradient. Its groups that have a "rho" keep it.
-        model: the module in training; the statistics of its batch norm layers move in the ascent pass only.
+        model: the module in training. Buffers that the ascent pass moves, as batch norm's statistics, move only there.
         rho: at least 0, the perturbation's L2 norm in units of the weights (ASAM: relative to them).
         adaptive: None, "before", "after" or "both".
         gsam_alpha: at least 0.
@@ -135,7 +171,12 @@ class SAM(torch.optim.Optimizer):
     # A fused base optimizer unscales on its own, told through attributes that GradScaler would set here, not there.
     _step_supports_amp_scaling = False
 
-    def __init__(self, base_optimizer, model, rho=0.05, *, adaptive=None, gsam_alpha=0.0, gsam_normalize=False):
+    def __init__(
+        self, base_optimizer, model, rho=0.05, *, adaptive=None, gsam_alpha=0.0, gsam_normalize=False, **unknown
+    ):
+        _check_kinds(base_optimizer, model, unknown)
+        if adaptive is True:
+            raise ValueError('adaptive is True; davda54/sam\'s adaptive=True is adaptive="both"')
         if adaptive not in (None, "before", "after", "both"):
             raise ValueError(f"adaptive is {adaptive!r}; choose None, 'before', 'after' or 'both'")
         if not 0 <= gsam_alpha < math.inf:
@@ -154,11 +195,11 @@ class SAM(torch.optim.Optimizer):
         self.base_optimizer, self.model = base_optimizer, model
         self.adaptive, self.gsam_alpha, self.gsam_normalize = adaptive, gsam_alpha, gsam_normalize
         self.ascending, self._inside, self._set_aside = False, False, []
+        self._unentered, self._plain_steps = False, 0  # None: there has been a block
         base_optimizer.defaults["rho"] = rho  # for groups that are added later
         for group in base_optimizer.param_groups:
             group.setdefault("rho", rho)
 
-    @contextlib.contextmanager
     def perturbed(self, closure, *, loss_weight: float = 1.0, grad_scaler=None):
         """Run the ascent pass, then the ``with`` body at the perturbed weights; restore the weights bit for bit.
 
@@ -172,9 +213,16 @@ class SAM(torch.optim.Optimizer):
             grad_scaler: the ``torch.amp.GradScaler`` that the body scales its loss with: so is the ascent's, then.
 
         Raises:
+            TypeError: the closure is no function.
             ValueError: the closure returns no scalar tensor, a rho is negative, or ``loss_weight`` is not finite.
             RuntimeError: nested in itself, or the closure's loss depends on no perturbed parameter.
+
+        Warns:
+            UserWarning: the body leaves no gradient.
         """
+        if not callable(closure):
+            write = "`with optimizer.perturbed(lambda: loss_fn(model(x), y)):`"
+            raise TypeError(f"perturbed() takes a function that returns a loss, not {type(closure).__name__}: {write}")
         if not math.isfinite(loss_weight):
             raise ValueError(f"loss_weight is {loss_weight}; it must be finite: this micro-batch's share of one step()")
 
@@ -187,8 +235,8 @@ class SAM(torch.optim.Optimizer):
                 raise RuntimeError("the closure's loss needs no gradient: compute it without no_grad() or detach()")
             (loss if grad_scaler is None else grad_scaler.scale(loss)).backward()
 
-        with self._two_passes(ascend, loss_weight, grad_scaler):
-            yield
+        self._unentered = True
+        return self._two_passes(ascend, loss_weight, grad_scaler)
 
     def step(self, closure=None):
         """Step the base optimizer; with a closure, make both passes first, for frameworks that own the loop.
@@ -201,14 +249,34 @@ class SAM(torch.optim.Optimizer):
             The closure's loss in the ascent pass, or without a closure what the base optimizer returns.
 
         Raises:
-            RuntimeError: called inside ``perturbed``, or the closure leaves no gradient.
+            RuntimeError: called inside ``perturbed``, or after one without ``with``; the closure leaves no gradient; or
+                Lightning has a ``GradScaler``, and so does not hand the closure over.
+
+        Warns:
+            UserWarning: ten steps with gradients and not one block before; or the closure adds to gradients of others.
         """
         if self._inside:
             raise RuntimeError("step() inside perturbed() would update the perturbed weights: call it after the block")
+        if self._unentered:
+            self._unentered = False
+            raise RuntimeError("perturbed() alone does nothing: write `with optimizer.perturbed(closure):`")
+        if closure is not None and not getattr(self.model, "automatic_optimization", True):
+            closure = closure()  # of Lightning's manual optimization: it makes no pass and returns None
         if closure is None:
+            self._warn_if_plain()
             return self.base_optimizer.step()
         losses = []
-        with torch.enable_grad(), self._two_passes(lambda: losses.append(closure())):
+
+        def ascend():
+            losses.append(closure())
+            if any(grad is not None for _, grad in self._set_aside):
+                warnings.warn(
+                    "step(closure) adds to gradients that no block perturbed: to accumulate, write one "
+                    "`with optimizer.perturbed(closure):` for each micro-batch (Lightning: manual optimization)",
+                    stacklevel=2,
+                )
+
+        with torch.enable_grad(), self._two_passes(ascend):
             closure()
         self.base_optimizer.step()
         return losses[0]
@@ -216,6 +284,25 @@ class SAM(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True):
         self._set_aside = []
         self.base_optimizer.zero_grad(set_to_none)
+
+    def _warn_if_plain(self):
+        """Tell a loop that steps and never perturbs."""
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        if self._plain_steps is None or all(p.grad is None for p in params):
+            return
+        if getattr(self.model, "automatic_optimization", False) and getattr(self.model, "_trainer", None):
+            raise RuntimeError(
+                "Lightning with a GradScaler gives step() no closure, so there are no two passes: use precision="
+                "'bf16-mixed' or '32-true', or automatic_optimization=False and `with optimizer.perturbed(closure, "
+                "grad_scaler=self.trainer.precision_plugin.scaler):`"
+            )
+        self._plain_steps += 1
+        if self._plain_steps == 10:
+            warnings.warn(
+                f"ten steps and no perturbation: this is {type(self.base_optimizer).__name__} alone. Write "
+                "`with optimizer.perturbed(lambda: loss_fn(model(x), y)):` around each backward pass, or step(closure)",
+                stacklevel=3,
+            )
 
     def add_param_group(self, param_group):
         self.base_optimizer.add_param_group(param_group)
@@ -233,32 +320,51 @@ class SAM(torch.optim.Optimizer):
     def __getattr__(self, name):
         if name == "base_optimizer":  # an object that is being copied does not have it yet
             raise AttributeError(name)
+        if name in ("first_step", "second_step"):
+            write = "`with optimizer.perturbed(lambda: loss_fn(model(x), y)):` around the second pass, then step()"
+            raise AttributeError(f"{name}() is davda54/sam's; here write {write}")
         return getattr(self.base_optimizer, name)
 
     @contextlib.contextmanager
     def _two_passes(self, ascend, loss_weight=1.0, grad_scaler=None):
+        self._unentered = False
         if self._inside:
             raise RuntimeError("perturbed() is nested in itself: leave the first block before entering the next")
         _check_rho(*self.param_groups)
         modules = list(self.model.modules())
-        norm_layers = [module for module in modules if isinstance(module, _NormBase)]
-        undo = []
+        undo, moved = [], []
         self._inside = self.ascending = True
         try:
+            stamps = [(m._buffers, [_stamp(b) for b in m._buffers.values()]) for m in modules if m._buffers]
             chunks = self._ascend(ascend, modules)
             self.ascending = False
+            # All buffers of a module: the kernels of batch norm move the statistics unseen, and only their count tells.
+            for buffers, before in stamps:
+                if [_stamp(b) for b in buffers.values()] != before:
+                    moved += [(buffers, name, b, b.clone()) for name, b in buffers.items() if b is not None]
             one = torch.ones((), device=next(self.model.parameters()).device)
             scale = one if grad_scaler is None else grad_scaler.scale(one)
             inverse_norm = self._weigh(chunks, scale)
-            undo += [([buffer], [buffer.clone()]) for layer in norm_layers for buffer in layer.buffers(recurse=False)]
             gsam = self._orthogonal(chunks, scale, inverse_norm, loss_weight)
             with gsam if self.gsam_alpha else contextlib.nullcontext():
                 self._perturb(chunks, inverse_norm, undo)
+                torch.clear_autocast_cache()  # its copies of the weights are of before the move
+                params = [p for group in self.param_groups for p in group["params"]]
+                before = [_stamp(p.grad) for p in params]
                 yield
+                self._plain_steps = None
+                # FSDP2 keeps gradients elsewhere while it accumulates.
+                if all(_stamp(p.grad) == b and not isinstance(p, DTensor) for p, b in zip(params, before)):
+                    warnings.warn(
+                        "the block left no gradient: call backward() in the body of perturbed()", stacklevel=3
+                    )
         finally:
             with torch.no_grad():
                 for tensors, copies in undo:
                     torch._foreach_copy_(tensors, copies)
+                for buffers, name, buffer, copy in moved:
+                    buffers[name] = buffer.copy_(copy)
+            torch.clear_autocast_cache()
             self._inside = self.ascending = False
 
     def _ascend(self, run, modules):
@@ -331,10 +437,33 @@ class SAM(torch.optim.Optimizer):
                 chunks[i] = None  # frees g: one parameter-sized buffer is left beside the weights
 
 
+def _check_kinds(base_optimizer, model, unknown):
+    """Say what to write instead of davda54/sam's arguments, and refuse what SAM cannot follow."""
+    for part in (base_optimizer, *(model.modules() if isinstance(model, torch.nn.Module) else ())):
+        origins = [kind.__module__ for kind in type(part).__mro__]
+        # Such gradients are not in .grad, or a process knows its own share of their norm only.
+        if any("deepspeed" in origin or origin.endswith("fully_sharded_data_parallel") for origin in origins):
+            name = type(part).__name__
+            raise ValueError(
+                f"SAM cannot follow the sharding of {name}: use FSDP2 (torch.distributed.fsdp.fully_shard)"
+            )
+    if unknown or not isinstance(base_optimizer, torch.optim.Optimizer) or not isinstance(model, torch.nn.Module):
+        got = ", ".join([type(base_optimizer).__name__, type(model).__name__, *(f"{name}=..." for name in unknown)])
+        write = "SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05)"
+        raise TypeError(
+            f"SAM takes an optimizer, which has its own settings, and the model: write {write}, not SAM({got})"
+        )
+
+
 def _check_rho(*groups):
-    for group in groups:
-        if not 0 <= group["rho"] < math.inf:
-            raise ValueError(f"rho is {group['rho']}; it must be finite and at least 0")
+    for rho in (group["rho"] for group in groups):
+        if not isinstance(rho, (numbers.Real, torch.Tensor)) or not 0 <= rho < math.inf:
+            raise ValueError(f"rho is {rho!r}; it must be a finite number of at least 0")
+
+
+def _stamp(tensor):
+    """Equal again unless the tensor is replaced, or changed in place."""
+    return tensor if tensor is None else (id(tensor), 0 if tensor.is_inference() else tensor._version, tensor)
 
 
 def _wide(tensor):

@@ -123,9 +123,7 @@ def set_head_bias(args, model) -> None:
         return
     bias = getattr(model.get_classifier(), "bias", None)
     if bias is None:
-        raise InputError(
-            f"head_bias {args.head_bias} needs a classifier with biases: {args.model} has none"
-        )
+        raise InputError(f"head_bias {args.head_bias} needs a classifier with biases: {args.model} has none")
     torch.nn.init.constant_(bias, args.head_bias)
 
 

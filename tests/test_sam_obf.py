@@ -1,14 +1,17 @@
 """sam_obf.py against brute force: explicit loops over parameters in float64, with no call into the code under test."""
 
+import contextlib
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sam_obf import SAM, OutputBiasForgetting, proportional_rho, random_perturbation
+from sam_obf import SAM, OutputBiasForgetting, momentum_perturbation, proportional_rho, random_perturbation
 
 K = 5  # classes
 
@@ -368,10 +371,30 @@ class OwnForwardBatchNorm(torch.nn.BatchNorm1d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.3, self.eps)
 
 
-def _batch_norm_act(n):
-    BatchNormAct2d = pytest.importorskip("timm.layers", reason="timm is not installed").BatchNormAct2d
+class ReplacedBuffer(torch.nn.Module):
+    """Statistics that a forward pass replaces, twice, instead of changing them in place."""
 
-    return torch.nn.Sequential(torch.nn.Unflatten(1, (n, 1, 1)), BatchNormAct2d(n), torch.nn.Flatten())
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(features))
+
+    def forward(self, x):
+        for _ in range(2):
+            self.scale = 0.9 * self.scale + 0.1 * x.detach().abs().mean(0)
+        return x / (1 + self.scale)
+
+
+def _tracked_instance_norm(n):
+    norm = torch.nn.InstanceNorm1d(1, affine=True, track_running_stats=True)
+    return torch.nn.Sequential(torch.nn.Unflatten(1, (1, n)), norm, torch.nn.Flatten())
+
+
+def _timm(name):
+    def layer(n):
+        timm_layer = getattr(pytest.importorskip("timm.layers", reason="timm is not installed"), name)(n)
+        return torch.nn.Sequential(torch.nn.Unflatten(1, (n, 1, 1)), timm_layer, torch.nn.Flatten())
+
+    return layer
 
 
 @pytest.mark.parametrize(
@@ -381,22 +404,54 @@ def _batch_norm_act(n):
         lambda n: torch.nn.BatchNorm1d(n, momentum=None),
         torch.nn.SyncBatchNorm,
         OwnForwardBatchNorm,
-        _batch_norm_act,
+        _tracked_instance_norm,
+        lambda n: torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(n, n)),
+        ReplacedBuffer,
+        *map(_timm, ["BatchNormAct2d", "SplitBatchNorm2d", "EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2"]),
     ],
-    ids=["torch", "cumulative", "sync", "own-forward", "timm"],
+    ids="torch cumulative sync own-forward instance spectral replaced batch-act split evo-b0 evo-b1 evo-b2".split(),
 )
 @pytest.mark.parametrize("variant", ["plain", "gsam"])
-def test_batch_norm_buffers_are_those_of_the_clean_passes_alone(layer, variant):
+def test_buffers_are_those_of_the_clean_passes_alone(layer, variant):
     model = network()
     model.insert(1, layer(8).double())
-    clean = copy.deepcopy(model)
+    clean, start = copy.deepcopy(model), [buffer.clone() for buffer in model.buffers()]
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=0.5, **VARIANTS[variant])
     for x, y in batches(4):
         with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
             F.cross_entropy(model(x), y).backward()
         clean(x)
     assert_same(model.buffers(), clean.buffers())
-    assert not torch.equal(next(clean.buffers()), torch.zeros(8))
+    assert any(not torch.equal(a, b) for a, b in zip(clean.buffers(), start))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_a_forward_pass_in_the_closure_statistics_move_in_the_descent_pass(compiled):
+    model = network(batch_norm=True)
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), forward, rho=0.5)
+    for x, y in batches(3):
+        clean = copy.deepcopy(model)
+        with optimizer.perturbed(lambda: random_perturbation(model.parameters())):
+            clean.load_state_dict(model.state_dict() | dict(clean.named_buffers()))
+            F.cross_entropy(forward(x), y).backward()
+        clean(x)
+        assert_close(model.buffers(), clean.buffers())
+    assert model[1].num_batches_tracked == 3
+
+
+def test_buffers_that_do_not_move_are_not_copied():
+    class Clones(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            sizes.extend([args[0].numel()] if function is torch.ops.aten.clone.default else [])
+            return function(*args, **(kwargs or {}))
+
+    model, (x, y), sizes = network(batch_norm=True), batches(1)[0], []
+    model.register_buffer("table", torch.zeros(10_007))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=0.5)
+    with Clones(), optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        F.cross_entropy(model(x), y).backward()
+    assert 8 in sizes and 10_007 not in sizes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -691,6 +746,193 @@ def test_compiled_model_equals_eager(variant):
     assert_close(model.state_dict().values(), eager.state_dict().values())
 
 
+@pytest.mark.parametrize("where", ["block", "loop"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_may_stand_anywhere(where, variant):
+    """Autocast's low-precision copies of the weights outlive a pass, unless each pass has an autocast of its own."""
+    model, data = network(dtype=torch.float32), batches(3, dtype=torch.float32)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=2.0, **VARIANTS[variant])
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+
+    def gradients(around):
+        losses = []
+        with autocast() if around == "loop" else contextlib.nullcontext():
+            for x, y in data:
+
+                def loss(x=x, y=y):
+                    with autocast() if around == "pass" else contextlib.nullcontext():
+                        losses.append(F.cross_entropy(model(x), y))
+                    return losses[-1]
+
+                with autocast() if around == "block" else contextlib.nullcontext(), optimizer.perturbed(loss):
+                    loss().backward()
+        taken = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        return losses, taken
+
+    (losses, expected), (others, taken) = gradients("pass"), gradients(where)
+    assert abs(losses[0] - losses[1]) > 0.1  # the perturbation shows
+    assert_same(others, losses)
+    assert_same(taken, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What costs less than two passes
+
+
+def momentum_of(optimizer, params):
+    """SGD's momentum or Adam's first moment of each parameter, or None before the first step."""
+    states = [optimizer.state[p] for p in params]
+    return [state.get("momentum_buffer", state.get("exp_avg")) for state in states]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("base", [*BASES, "lion"])
+def test_momentum_perturbation_equals_brute_force(base, scaled):
+    """MSAM: the gradient at theta - rho v / ||v||, v from before the step, with a rho of each group's own."""
+    lion = lambda groups: pytest.importorskip("timm.optim", reason="needs timm").Lion(groups, lr=0.02)  # noqa: E731
+    make = BASES.get(base, lion)
+    model, rhos = network(), [0.5, 0.5, 0.2, 0.2]
+    groups = lambda m: [{"params": list(m[0].parameters())}, {"params": list(m[2].parameters())}]  # noqa: E731
+    reference = copy.deepcopy(model)
+    optimizer, plain = SAM(make(groups(model)), model), make(groups(reference))
+    optimizer.param_groups[0]["rho"], optimizer.param_groups[1]["rho"] = 0.5, 0.2
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaled)
+    for step, (x, y) in enumerate(batches(6)):
+        start = weights(model)
+        with optimizer.perturbed(lambda: momentum_perturbation(optimizer.base_optimizer), grad_scaler=scaler):
+            moved = weights(model)
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+        assert_same(weights(model), start)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        params = list(reference.parameters())
+        before, momentum = weights(reference), momentum_of(plain, params)
+        if step:
+            norm = sum((v**2).sum() for v in momentum).sqrt() + 1e-12
+            assert_close(moved, [p - rho * v / norm for p, v, rho in zip(before, momentum, rhos)])
+            with torch.no_grad():
+                for p, v, rho in zip(params, momentum, rhos):
+                    p.sub_(rho * v / norm)
+        else:
+            assert_close(moved, before)
+        F.cross_entropy(reference(x), y).backward()
+        with torch.no_grad():
+            for p, b in zip(params, before):
+                p.copy_(b)
+        plain.step()
+        plain.zero_grad()
+        assert_close(weights(model), weights(reference))
+
+
+def test_momentum_perturbation_makes_one_forward_pass_which_moves_the_statistics_once():
+    model, calls = network(batch_norm=True), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, rho=0.3)
+    for x, y in batches(4):
+        seen = copy.deepcopy(model)
+        with optimizer.perturbed(lambda: momentum_perturbation(optimizer)):
+            for a, b in zip(seen.parameters(), model.parameters()):
+                a.data.copy_(b)
+            F.cross_entropy(model(x), y).backward()
+        seen(x)
+        assert_close(model.buffers(), seen.buffers())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model[1].num_batches_tracked == 4 and len(calls) == 2 * 4  # the copies have the hook, too
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, lr=0.1), lambda p: torch.optim.Adagrad(p), lambda p: torch.optim.RMSprop(p)]
+)
+def test_momentum_perturbation_refuses_optimizers_without(make):
+    with pytest.raises(ValueError, match="keeps no momentum to perturb along: use Adam, or SGD with momentum > 0"):
+        momentum_perturbation(make(network().parameters()))
+
+
+def test_a_perturbation_every_third_step():
+    """A block every k-th step, else none: the gradients are those at perturbed weights, else the plain ones."""
+    model, k = network(), 3
+    reference = copy.deepcopy(model)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for step, (x, y) in enumerate(batches(2 * k)):
+        block = optimizer.perturbed(lambda: F.cross_entropy(model(x), y)) if step % k == 0 else contextlib.nullcontext()
+        with block:
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        rhos = [0.3 if step % k == 0 else 0.0] * 4
+        gradient, _ = brute_force_gradient(reference, x, y, OBJECTIVES["sam"][1], rhos)
+        for p, g in zip(reference.parameters(), gradient):
+            p.grad = g
+        plain.step()
+    assert_close(weights(model), weights(reference))
+
+
+def test_a_perturbation_from_a_part_of_the_batch():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x[:3]), y[:3])):
+        F.cross_entropy(model(x), y).backward()
+    part = torch.autograd.grad(F.cross_entropy(model(x[:3]), y[:3]), list(model.parameters()))
+    expected, _ = brute_force_gradient(model, x, y, None, [0.3] * 4, g=part)
+    assert_close([p.grad for p in model.parameters()], expected)
+
+
+def test_normalisation_layers_only():
+    """SAM-ON (Mueller et al. 2023): the norm's length is rho over these layers; the others are trained as they are."""
+    model, (x, y) = network(), batches(1)[0]
+    model.insert(1, torch.nn.LayerNorm(8).double())
+    norms = [p for m in model.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()]
+    others = [p for p in model.parameters() if not any(p is q for q in norms)]
+    groups = [{"params": norms}, {"params": others, "rho": 0.0}]
+    optimizer = SAM(torch.optim.SGD(groups, lr=0.1), model, rho=0.3)
+    rhos, g = [], []
+    for p, gi in zip(model.parameters(), torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))):
+        rhos.append(0.3 if any(p is q for q in norms) else 0.0)
+        g.append(gi if rhos[-1] else torch.zeros_like(gi))
+    expected, eps = brute_force_gradient(model, x, y, None, rhos, g=g)
+    start = weights(model)
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        assert_close([b - a for a, b in zip(start, weights(model))], eps)
+        F.cross_entropy(model(x), y).backward()
+    assert_close([p.grad for p in model.parameters()], expected)
+    torch.testing.assert_close(sum(e.square().sum() for e in eps).sqrt().item(), 0.3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clipping: after the blocks, and after unscaling
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("variant", ["plain", "asam-both", "gsam", "gsam-normalize"])
+def test_clipping_after_the_blocks(variant, scaled):
+    model, data = network(), batches(2)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=1.0), model, rho=0.3, **VARIANTS[variant])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaled)
+    start, expected = weights(model), None
+    for x, y in data:
+        part, _ = brute_force_gradient(model, x, y, OBJECTIVES["sam"][1], [0.3] * 4, **VARIANTS[variant])
+        expected = part if expected is None else [(a + b) / 2 for a, b in zip(expected, part)]
+    length = sum((g**2).sum() for g in expected).sqrt()
+    limit = 0.5 * length.item()
+    for x, y in data:
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y), loss_weight=0.5, grad_scaler=scaler):
+            scaler.scale(0.5 * F.cross_entropy(model(x), y)).backward()
+    scaler.unscale_(optimizer)
+    total = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(total, length)
+    moved = [a - b for a, b in zip(start, weights(model))]
+    assert_close(moved, [g * limit / length for g in expected], 1e-5)
+    torch.testing.assert_close(sum((m**2).sum() for m in moved).sqrt().item(), limit, rtol=1e-5, atol=0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # As an optimizer
 
@@ -829,6 +1071,121 @@ def test_perturbed_refuses_nesting_stepping_inside_and_a_bad_weight():
         with optimizer.perturbed(loss):
             pytest.fail("the body ran")
     assert_same(weights(model), start)
+
+
+def plain_steps(model, optimizer, n):
+    for x, y in batches(n):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_ten_steps_without_a_block_warn_once_and_say_what_to_write():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for _ in range(12):
+        optimizer.step()  # without gradients
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain_steps(model, optimizer, 9)
+    with pytest.warns(UserWarning, match=r"SGD alone.*with optimizer\.perturbed\(lambda") as caught:
+        plain_steps(model, optimizer, 30)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+    rarely = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain_steps(model, rarely, 9)
+        with rarely.perturbed(lambda: F.cross_entropy(model(x), y)):
+            F.cross_entropy(model(x), y).backward()
+        plain_steps(model, rarely, 30)
+
+
+def test_perturbed_without_with_is_an_error_at_the_next_step():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer.perturbed(lambda: F.cross_entropy(model(x), y))
+    F.cross_entropy(model(x), y).backward()
+    start = weights(model)
+    with pytest.raises(RuntimeError, match=r"`with optimizer\.perturbed"):
+        optimizer.step()
+    assert_same(weights(model), start)
+    block = optimizer.perturbed(lambda: F.cross_entropy(model(x), y))
+    with block:
+        F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("variant", ["plain", "gsam"])
+def test_a_body_that_leaves_no_gradient_says_so_at_once(variant, scaled, accumulated):
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, **VARIANTS[variant])
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    loss = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    if accumulated:
+        loss().backward()
+    with pytest.warns(UserWarning, match="left no gradient") as caught:
+        with optimizer.perturbed(loss, grad_scaler=scaler):
+            model(x)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with optimizer.perturbed(loss, grad_scaler=scaler):
+            scaler.scale(loss()).backward()
+        with optimizer.perturbed(loss, grad_scaler=scaler):
+            scaler.scale(loss() * float("inf")).backward()  # the scaler's business
+
+
+def test_step_with_closure_tells_of_gradients_that_were_accumulated_unperturbed():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+    def closure():
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure)
+    with pytest.warns(UserWarning, match="no block perturbed"):
+        optimizer.step(closure)  # on top of the gradients of the last
+
+
+@pytest.mark.parametrize(
+    "write, error, words",
+    [
+        (lambda m, b: SAM(m.parameters(), torch.optim.SGD, rho=0.05, lr=0.1), TypeError, r"SGD\(model\.par.*lr=\.\.\."),
+        (lambda m, b: SAM(m.parameters(), torch.optim.SGD), TypeError, r"write SAM\(torch\.optim\.SGD\(model\.param"),
+        (lambda m, b: SAM(torch.optim.SGD, m), TypeError, r"write SAM\(torch\.optim\.SGD\(model\.param"),
+        (lambda m, b: SAM(b, m.parameters()), TypeError, r"write SAM\(torch\.optim\.SGD\(model\.param.*generator"),
+        (lambda m, b: SAM(b, m, weight_decay=0.1), TypeError, r"has its own settings.*weight_decay=\.\.\."),
+        (lambda m, b: SAM(b, m, adaptive=True), ValueError, 'adaptive="both"'),
+        (lambda m, b: SAM(b, m, rho="0.05"), ValueError, "rho is '0.05'"),
+        (lambda m, b: SAM(b, m, rho=None), ValueError, "rho is None"),
+        (lambda m, b: SAM(b, m).first_step(zero_grad=True), AttributeError, r"davda54.*with optimizer\.perturbed"),
+        (lambda m, b: SAM(b, m).second_step(zero_grad=True), AttributeError, r"davda54.*then step\(\)"),
+        (lambda m, b: SAM(b, m).perturbed(m(torch.zeros(1, 6).double()).sum()), TypeError, r"lambda.*\(model\(x\)"),
+    ],
+)  # fmt: skip
+def test_davda54s_way_and_usual_slips_get_the_line_to_write(write, error, words):
+    model = network()
+    with pytest.raises(error, match=words):
+        write(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert not hasattr(SAM(torch.optim.SGD(model.parameters(), lr=0.1), model), "third_step")
+
+
+@pytest.mark.parametrize("module", ["deepspeed.runtime.engine", "torch.distributed.fsdp.fully_sharded_data_parallel"])
+def test_sharding_that_sam_cannot_follow_is_refused_at_construction(module):
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    kind = type("Sharded", (torch.nn.Sequential,), {"__module__": module})
+    with pytest.raises(ValueError, match="sharding of Sharded: use FSDP2"):
+        SAM(base, torch.nn.Sequential(kind(*model)))
+    with pytest.raises(ValueError, match="sharding of Optimizer: use FSDP2"):
+        SAM(type("Optimizer", (), {"__module__": module})(), model)
 
 
 def test_sparse_gradients_are_refused():

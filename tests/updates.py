@@ -1,8 +1,10 @@
 """Ten updates of a small float64 model by several methods, on however many processes; test_distributed.py runs it.
 
-    updates.py MICRO_BATCH OUTPUT [fsdp2]
+    updates.py MICRO_BATCH OUTPUT [fsdp2 | interleaved]
 
-Process 0 writes the weights, and the number of collectives of one more update, into OUTPUT, a safetensors file.
+Process 0 writes the weights, and the number of collectives of one more update, into OUTPUT, a safetensors file. The
+optimizer is SGD, since AdamW's update is the same for a sum as for a mean. Each of two processes has two micro-batches
+in a loader batch; "interleaved" gives one process, in a micro-batch, what two have at the same time.
 """
 
 import sys
@@ -17,17 +19,21 @@ from torch.profiler import profile
 from common import settings, training
 
 LOADED, STEPS = 8, 10  # examples that all processes load at once; updates
+CLIP = 0.5  # shortens most gradients
 METHODS = ("base", "sam", "obf", "asam", "gsam")
 
 
-def run(accelerator, m, method, accumulation):
-    flags = ["--method", method, "--lr", "0.05", "--opt", "adamw", "--output", "/nowhere"]
+def run(accelerator, m, method, accumulation, interleaved):
+    flags = ["--method", method, "--lr", "0.2", "--opt", "sgd", "--momentum", "0.5", "--output", "/nowhere"]
     args = settings.parse(settings.parser("", ""), [*flags, *([] if method == "base" else ["--rho", "0.1"])])
     torch.manual_seed(0)
     layers = [torch.nn.Linear(6, 33), torch.nn.Tanh(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 5)]
     model = torch.nn.Sequential(*layers).double()
     examples = (STEPS + 1) * accumulation * LOADED
     images, labels = torch.randn(examples, 6).double(), torch.randint(0, 5, (examples,))
+    if interleaved:
+        order = torch.arange(examples).view(-1, 2, 2, LOADED // 4).transpose(1, 2).flatten()
+        images, labels = images[order], labels[order]
     criterion = training.build_criterion(args)
     optimizer, objective = training.build_optimizer(args, model), training.build_objective(args, model, criterion)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -36,7 +42,7 @@ def run(accelerator, m, method, accumulation):
         {"image": images[start : start + share], "label": labels[start : start + share]}
         for start in range(accelerator.process_index * share, examples, LOADED)
     )
-    args = Namespace(clip_grad=1.0, perturb_fraction=1.0, shrink_perturb=None)
+    args = Namespace(clip_grad=CLIP, perturb_fraction=1.0, shrink_perturb=None)
     split = Namespace(to_input=lambda images: images, m=m, accumulation=accumulation)
     job = training.Job(args, accelerator, model, None, criterion, objective, optimizer, schedule=None, batches=split)
     for _ in range(STEPS):
@@ -63,7 +69,7 @@ if __name__ == "__main__":
     tensors = {}
     for method in METHODS:
         for accumulation in (1, 2):
-            result = run(accelerator, int(sys.argv[1]), method, accumulation)
+            result = run(accelerator, int(sys.argv[1]), method, accumulation, "interleaved" in sys.argv)
             tensors |= {f"{method} {accumulation} {name}": value for name, value in result.items()}
     if accelerator.is_main_process:
         save_file(tensors, sys.argv[2])

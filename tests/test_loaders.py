@@ -1,0 +1,142 @@
+"""From images to batches: what each transform does to pixels, and that seed, epoch, index and process all count."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
+from test_data import write_folder
+
+import train_imagenet
+from common import data, loaders, settings
+
+CONFIG = {
+    "input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 0.5, "crop_mode": "center",
+    "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.2),
+}  # fmt: skip
+WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
+
+
+def ramp(width=64, height=64):
+    """Red grows from left to right, green from top to bottom; blue is constant."""
+    red, green = np.meshgrid(np.linspace(0, 252, width), np.linspace(0, 252, height))
+    return Image.fromarray(np.stack([red, green, np.full_like(red, 77)], -1).astype(np.uint8))
+
+
+def trained(image, **changes):
+    transform, _ = loaders.transforms(CONFIG, **WHOLE | changes)
+    return transform(image).float()
+
+
+def span(pixels, axis):
+    """The share of the ramp that a crop shows, along width (0) or height (1)."""
+    values = pixels[axis].mean(axis)
+    return ((values[-1] - values[0]).abs() / 252 / (31 / 32)).item()
+
+
+def test_a_whole_image_stays_as_it_is_or_is_flipped():
+    plain, flipped = trained(ramp()), trained(ramp(), hflip=1.0)
+    torch.testing.assert_close(plain.flip(-1), flipped, atol=1, rtol=0)
+    assert plain[0, 0, 0] < 10 and flipped[0, 0, 0] > 240
+    seen = {(trained(ramp(), hflip=0.5)[0, 0, 0] > 120).item() for _ in range(50)}
+    assert seen == {True, False}
+
+
+def test_scale_is_the_share_of_the_area_and_ratio_that_of_width_to_height():
+    for _ in range(10):
+        quarter = trained(ramp(256, 256), scale=(0.25, 0.25))
+        assert span(quarter, 0) == pytest.approx(0.5, abs=0.03) and span(quarter, 1) == pytest.approx(0.5, abs=0.03)
+        wide = trained(ramp(256, 256), scale=(0.25, 0.25), ratio=(2.0, 2.0))
+        assert span(wide, 0) == pytest.approx(0.5 * 2**0.5, abs=0.03)
+        assert span(wide, 1) == pytest.approx(0.5 / 2**0.5, abs=0.03)
+
+
+def test_training_images_keep_their_colours():
+    colour = Image.new("RGB", (40, 40), (200, 100, 50))
+    for _ in range(5):
+        pixels = trained(colour, scale=(0.05, 1.0), hflip=0.5)
+        assert torch.equal(pixels.amax((1, 2)), torch.tensor([200.0, 100.0, 50.0]))
+        assert torch.equal(pixels.amin((1, 2)), torch.tensor([200.0, 100.0, 50.0]))
+
+
+def test_images_are_interpolated_as_asked():
+    step = Image.fromarray(np.repeat([[0, 255]], 2, 0).astype(np.uint8)).convert("RGB")
+    for is_training in (True, False):
+        values = {}
+        for kind in ("nearest", "bilinear"):
+            transform = loaders.transforms({**CONFIG, "interpolation": kind, "crop_pct": 1.0}, **WHOLE)
+            values[kind] = len(transform[0 if is_training else 1](step).unique())
+        assert values["nearest"] == 2 and values["bilinear"] > 5
+
+
+def test_input_is_normalised_by_the_models_own_mean_and_deviation():
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    result = loaders.to_input(CONFIG, torch.float64)(images.clone())
+    mean, std = (torch.tensor(CONFIG[key], dtype=torch.float64).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(result, (images.double() / 255 - mean) / std)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("images"), images=12)
+
+
+def opened(accelerator, images, *flags):
+    """The batches of a run on a folder, as its flags have them."""
+    usual = ["--dataset", str(images), "--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--m", "8"]
+    usual += ["--workers", "0", "--crop-pct", "0.5", "--interpolation", "nearest", "--output", "/nowhere"]
+    args = settings.parse(train_imagenet.parser(), [*usual, *flags])
+    splits = data.load(args.dataset, validation_share=args.validation_share)
+    return loaders.open_splits(args, accelerator, splits, train_imagenet.create_model(args, 2)), splits
+
+
+def epoch_of(batches, epoch):
+    return torch.cat([batch["image"].flatten(1) for batch in batches.train(epoch, 0)])
+
+
+def test_held_out_images_get_the_evaluation_transform_with_the_flags_crop_and_interpolation(accelerator, images):
+    batches, splits = opened(accelerator, images)
+    seen = torch.cat([batch["image"] for batch in batches.evaluation["validation"]])
+    for row, pixels in zip(splits["validation"], seen, strict=True):
+        image = loaders.decode(row["image"])
+        width, height = image.size  # the shorter side becomes 32 / 0.5 pixels, of which the middle 32 are kept
+        scale = 64 / min(image.size)
+        image = image.resize((int(width * scale), int(height * scale)), Image.NEAREST)
+        left, top = (image.width - 32) // 2, (image.height - 32) // 2
+        expected = np.asarray(image.crop((left, top, left + 32, top + 32))).transpose(2, 0, 1)
+        assert np.array_equal(pixels.numpy(), expected)
+
+
+def test_the_order_and_the_augmentation_of_an_epoch_depend_on_seed_and_epoch(accelerator, images):
+    whole = ["--scale", "1", "1", "--ratio", "1.2", "1.2", "--hflip", "0"]  # nothing random but the order
+    first, _ = opened(accelerator, images, *whole, "--seed", "3")
+    again, _ = opened(accelerator, images, *whole, "--seed", "3")
+    other, _ = opened(accelerator, images, *whole, "--seed", "4")
+    assert torch.equal(epoch_of(first, 0), epoch_of(again, 0))
+    assert not torch.equal(epoch_of(first, 0), epoch_of(first, 1))
+    assert not torch.equal(epoch_of(first, 0), epoch_of(other, 0))
+    assert len(epoch_of(first, 0).unique(dim=0)) == 24  # every image once
+
+    flags = ["--scale", "0.1", "1"]
+    for one, two in (((3, 0), (3, 1)), ((3, 0), (4, 0))):
+        crops = [epoch_of(opened(accelerator, images, *flags, "--seed", str(seed))[0], e) for seed, e in (one, two)]
+        alike = (crops[0][:, None] == crops[1][None]).all(-1)
+        assert alike.sum() <= 2, "the same crops, if in another order"
+
+
+def test_flags_reach_the_training_transform(accelerator, images):
+    flags = ["--scale", "1", "1", "--ratio", "1.2", "1.2"]
+    plain = epoch_of(opened(accelerator, images, *flags, "--hflip", "0")[0], 0).view(24, 3, 32, 32)
+    flipped = epoch_of(opened(accelerator, images, *flags, "--hflip", "1")[0], 0).view(24, 3, 32, 32)
+    assert torch.equal(plain.flip(-1), flipped)

@@ -1,0 +1,171 @@
+"""One update of the training scripts, beside the same written out in explicit loops over examples and parameters."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from common import settings, training
+
+K, LR, MOMENTUM, DECAY = 5, 0.3, 0.7, 0.01
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    return Accelerator(cpu=True)
+
+
+def network():
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, K)).double()
+
+
+def prepared(accelerator, flags, *, m, accumulation, to_input=lambda images: images):
+    """A job on a new ``network`` with SGD and the flags of a training script."""
+    usual = f"--opt sgd --lr {LR} --momentum {MOMENTUM} --weight-decay {DECAY} --output /nowhere"
+    args = settings.parse(settings.parser("", ""), f"{usual} {flags}".split())
+    model = network()
+    criterion = training.build_criterion(args)
+    objective, optimizer = training.build_objective(args, model, criterion), training.build_optimizer(args, model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    batches = Namespace(to_input=to_input, m=m, accumulation=accumulation)
+    return training.Job(args, accelerator, model, None, criterion, objective, optimizer, None, batches)
+
+
+def loss_by_hand(z, y, loss, smoothing):
+    """Mean over examples of cross-entropy, or of binary cross-entropies summed over classes; timm's smoothings."""
+    one_hot = F.one_hot(y, K).double()
+    if loss == "ce":
+        target = (1 - smoothing) * one_hot + smoothing / K
+        return -(target * torch.log_softmax(z, -1)).sum(-1).mean()
+    target = one_hot * (1 - smoothing) + smoothing / K
+    p = torch.sigmoid(z)
+    return -(target * torch.log(p) + (1 - target) * torch.log(1 - p)).sum(-1).mean()
+
+
+def obf_by_hand(z, y, gamma, lam, link):
+    p = (torch.sigmoid(z) if link == "sigmoid" else torch.softmax(z, -1)).detach()
+    rows = []
+    for z_i, p_i, y_i in zip(z, p, y):
+        alpha = gamma * max(0.0, (1 - lam / p_i[y_i].item()) / (1 - lam))
+        target = F.one_hot(y_i, K).double()
+        rows.append(((1 / K - alpha * p_i - (1 - alpha) * target) * z_i).sum())
+    return sum(rows) / len(rows)
+
+
+CASES = {  # flags, the ascent's objective by hand, where |theta| enters, GSAM's alpha and whether g is normalised
+    "base": ("", None, None, 0, False),
+    "sam": ("--rho 0.4", "loss", None, 0, False),
+    "obf": ("--rho 0.4", {"gamma": 1.0, "lam": 1 / K, "link": "sigmoid"}, None, 0, False),
+    "obf, its settings": (
+        "--rho 0.4 --gamma 0.6 --lam 0.05 --link softmax",
+        {"gamma": 0.6, "lam": 0.05, "link": "softmax"}, None, 0, False,
+    ),
+    "asam before": ("--rho 0.4 --adaptive before", "loss", "before", 0, False),
+    "asam after": ("--rho 0.4 --adaptive after", "loss", "after", 0, False),
+    "asam": ("--rho 0.4", "loss", "both", 0, False),
+    "gsam": ("--rho 0.4 --gsam-alpha 0.7", "loss", None, 0.7, False),
+    "gsam normalized": ("--rho 0.4 --gsam-alpha 0.7 --gsam-normalize", "loss", None, 0.7, True),
+    "gsam+obf": ("--rho 0.4 --gsam-alpha 0.2", {"gamma": 1.0, "lam": 1 / K, "link": "sigmoid"}, None, 0.2, False),
+}  # fmt: skip
+LOSSES = {"ce": ("", "ce", 0.0), "ce smoothed": ("--smoothing 0.3", "ce", 0.3), "bce": ("--loss bce", "bce", 0.0),
+          "bce smoothed": ("--loss bce --smoothing 0.3", "bce", 0.3)}  # fmt: skip
+
+
+def norm(tensors):
+    return math.sqrt(sum((t**2).sum().item() for t in tensors))
+
+
+def update_by_hand(params, velocity, micro_batches, case, loss, clip):
+    """Change params and velocity in place; return the mean loss and the gradient's norm before clipping."""
+    _, ascent, adaptive, gsam_alpha, gsam_normalize = case
+    total, losses = [torch.zeros_like(p) for p in params], []
+
+    def gradient(at, x, objective):
+        at = [p.clone().requires_grad_() for p in at]
+        z = torch.tanh(x @ at[0].T + at[1]) @ at[2].T + at[3]
+        value = objective(z)
+        return torch.autograd.grad(value, at), value.item()
+
+    for x, y in micro_batches:
+        moved = params
+        if ascent is not None:
+            rise = (lambda z: loss_by_hand(z, y, *loss)) if ascent == "loss" else lambda z: obf_by_hand(z, y, **ascent)
+            g = gradient(params, x, rise)[0]
+            ahead = [p.abs() * gi for p, gi in zip(params, g)] if adaptive in ("before", "both") else g
+            behind = [p.abs() * gi for p, gi in zip(params, ahead)] if adaptive in ("after", "both") else ahead
+            moved = [p + 0.4 * d / norm(ahead) for p, d in zip(params, behind)]
+        gp, value = gradient(moved, x, lambda z: loss_by_hand(z, y, *loss))
+        losses.append(value)
+        if gsam_alpha:
+            along = sum((a * b).sum() for a, b in zip(g, gp)) / norm(gp) ** 2
+            scale = gsam_alpha / (norm(g) if gsam_normalize else 1)
+            gp = [b - scale * (a - along * b) for a, b in zip(g, gp)]
+        total = [t + gi / len(micro_batches) for t, gi in zip(total, gp)]
+    length = norm(total)
+    if clip:
+        total = [t * min(1.0, clip / (length + 1e-6)) for t in total]  # the 1e-6 is torch's
+    for p, v, t in zip(params, velocity, total):
+        t = t + DECAY * p if p.ndim > 1 else t  # none on biases
+        v.copy_(MOMENTUM * v + t)
+        p -= LR * (t + MOMENTUM * v)  # timm's "sgd" is Nesterov's
+    return sum(losses) / len(losses), length
+
+
+@pytest.mark.parametrize("name, loss", [(name, "ce") for name in CASES] + [("sam", name) for name in LOSSES])
+def test_update_is_that_written_out_by_hand(accelerator, name, loss):
+    """Two micro-batches of each of three loader batches, with a clipping that shortens some gradients."""
+    m, accumulation, updates, clip = 2, 3, 4, {"ce": 0.6, "bce": 1.0}[LOSSES[loss][1]]
+    torch.manual_seed(0)
+    images, labels = 2 * torch.randn(updates * accumulation * 2 * m, 6).double(), torch.randint(0, K, (48,))
+    flags = f"--method {name.split(' ')[0].strip(',')} --clip-grad {clip} {CASES[name][0]} {LOSSES[loss][0]}"
+    job = prepared(accelerator, flags, m=m, accumulation=accumulation)
+    params = [p.detach().clone() for p in job.model.parameters()]
+    velocity, lengths = [torch.zeros_like(p) for p in params], []
+    loaded = iter([{"image": x, "label": y} for x, y in zip(images.split(2 * m), labels.split(2 * m))])
+    micro_batches = list(zip(images.split(m), labels.split(m)))
+    for i in range(updates):
+        reported = training.update(job, loaded)
+        own = micro_batches[6 * i : 6 * i + 6]
+        value, length = update_by_hand(params, velocity, own, CASES[name], LOSSES[loss][1:], clip)
+        lengths.append(length)
+        assert reported.item() == pytest.approx(value, rel=1e-9)
+        for ours, expected in zip(job.model.parameters(), params):
+            torch.testing.assert_close(ours.data, expected, rtol=1e-9, atol=1e-11)
+        assert all(p.grad is None for p in job.model.parameters())
+    assert min(lengths) < clip < max(lengths), "clipping must shorten some gradients here, and not all"
+
+
+def test_shrink_and_perturb_waits_for_a_step_that_was_made(accelerator):
+    """After an overflow of fp16 neither the update nor the pull to the first weights is made."""
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = torch.nn.Linear(6, K)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    args = Namespace(clip_grad=None, shrink_perturb=0.5, lr=0.1, perturb_fraction=1.0)
+    batches = Namespace(to_input=lambda images: images, m=4, accumulation=1)
+    job = training.Job(args, accelerator, model, None, F.cross_entropy, None, optimizer, None, batches)
+    good, bad = torch.ones(4, 6), torch.full((4, 6), 1e37)
+    labels = torch.tensor([0, 1, 1, 0])
+
+    def weights():
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    training.update(job, iter([{"image": good, "label": labels}]))
+    before = weights()
+    training.update(job, iter([{"image": bad, "label": labels}]))
+    assert job.optimizer.step_was_skipped and torch.equal(weights(), before)
+
+
+def test_the_first_weights_of_shrink_and_perturb_are_a_copy(accelerator):
+    job = prepared(accelerator, "--method base --shrink-perturb 0.1", m=4, accumulation=1)
+    first = [p.detach().clone() for p in network().parameters()]
+    training.update(job, iter([{"image": torch.randn(4, 6).double(), "label": torch.tensor([0, 1, 2, 3])}]))
+    for kept, own, now in zip(job.initial, first, job.model.parameters()):
+        assert torch.equal(kept, own) and not torch.equal(kept, now)

@@ -1,0 +1,43 @@
+"""A run of train_imagenet.py on two processes that writes down what each holds: ``two_processes.py OUTPUT FLAGS ...``.
+
+OUTPUT/RANK.safetensors gets each process's first random numbers, and of the first batch norm, by epoch, the statistics
+that the process has of its own at the end of the training images and those that are evaluated.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+import train_imagenet
+from common import training
+
+seen = {}
+
+
+def statistics(job):
+    model = job.accelerator.unwrap_model(job.model)
+    return next(buffer.clone() for name, buffer in model.named_buffers() if name.endswith("running_var"))
+
+
+def train_epoch(job, progress, *others):
+    state = torch.get_rng_state()
+    seen.setdefault("noise", torch.rand(8))
+    torch.set_rng_state(state)
+    own_train_epoch(job, progress, *others)
+    seen[f"own {progress.epoch}"] = statistics(job)
+
+
+def evaluate_top1(job, loader):
+    seen.setdefault(f"evaluated {sum(key.startswith('evaluated') for key in seen)}", statistics(job))
+    return own_evaluate_top1(job, loader)
+
+
+own_train_epoch, training.train_epoch = training.train_epoch, train_epoch
+own_evaluate_top1, training.evaluate_top1 = training.evaluate_top1, evaluate_top1
+output = Path(sys.argv[1])
+train_imagenet.main([*sys.argv[2:], "--output", str(output / "run")])
+save_file(seen, output / f"{PartialState().process_index}.safetensors")
+PartialState().destroy_process_group()
