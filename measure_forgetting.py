@@ -206,14 +206,14 @@ def measure(args, run, model, batches) -> dict:
     for kind, own in perturbations(args, run).items():
         adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
         optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)
-        objective = training.build_objective(own, model, criterion)
+        objective = training.build_objective(own, criterion, optimizer)
         torch.manual_seed(args.seed)
         each = []
         warnings.filterwarnings("ignore", "the block left no gradient")  # these blocks only look
         for x, y in itertools.islice(batches(0, size // own.m * own.m, own.m), args.micro_batches):
             with torch.no_grad():
                 before = criterion(model(x), y)
-            with optimizer.perturbed(lambda: objective(model(x), y)), torch.no_grad():
+            with optimizer.perturbed(lambda: objective(model, x, y)), torch.no_grad():
                 gap = criterion(model(x), y) - before
                 perturbed = predict(model, everything, args.link)
             info = forgetting([(clean, perturbed, labels)], thresholds, miller_madow=args.miller_madow)

@@ -1,6 +1,7 @@
 """From images to batches: decoding, transforms, order, streams, and the loaders of a run."""
 
 import dataclasses
+import functools
 import io
 import itertools
 import random
@@ -15,7 +16,6 @@ from accelerate.utils import send_to_device
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from torchvision.transforms import Normalize
 
 from common.settings import InputError
 
@@ -108,9 +108,16 @@ def transforms(config: dict, *, scale, ratio, hflip: float):
 
 def to_input(config: dict, dtype: torch.dtype):
     """A function from uint8 images (batch, 3, height, width), on any device, to the model's normalised input."""
-    mean, std = ([255 * value for value in config[key]] for key in ("mean", "std"))
-    normalize = Normalize(mean, std, inplace=True)
-    return lambda images: normalize(images.to(dtype))
+
+    @functools.cache  # torchvision's Normalize copies them to the device, and reads them back, for every batch
+    def statistics(device):
+        return [255 * torch.tensor(config[key], dtype=dtype, device=device).view(-1, 1, 1) for key in ("mean", "std")]
+
+    def normalize(images):
+        mean, std = statistics(images.device)
+        return images.to(dtype).sub(mean).div_(std)
+
+    return normalize
 
 
 def decode(image: dict | None) -> Image.Image:

@@ -24,6 +24,7 @@ METHODS = {
     "sam": ("loss", "sam"),
     "obf": ("obf", "sam"),
     "random": ("noise", "sam"),
+    "momentum": ("momentum", "sam"),
     "gsam": ("loss", "gsam"),
     "asam": ("loss", "asam"),
     "gsam+obf": ("obf", "gsam"),
@@ -32,7 +33,8 @@ METHODS = {
 # Settings that only some methods use: their default, and which. Given to another method, they are an error.
 PERTURBATION = {
     "rho": (0.05, lambda ascent, variant: variant is not None),
-    "perturb_fraction": (1.0, lambda ascent, variant: variant is not None),
+    "perturb_fraction": (1.0, lambda ascent, variant: ascent in ("loss", "obf")),
+    "perturb_interval": (1, lambda ascent, variant: variant is not None),
     "rho_min": (None, lambda ascent, variant: variant is not None),
     "gamma": (1.0, lambda ascent, variant: ascent == "obf"),
     "lam": (None, lambda ascent, variant: ascent == "obf"),
@@ -54,7 +56,8 @@ RANGES = {
     **dict.fromkeys(("smoothing", "lam"), "[0, 1)"),
     **dict.fromkeys(("scale", "perturb_fraction"), "(0, 1]"),
     **dict.fromkeys(("ratio", "clip_grad"), "(0, inf)"),
-    "train_num_samples": "[1, inf)", "validation_share": "(0, 1)", "head_bias": "(-inf, inf)", "workers": "[0, inf)",
+    "train_num_samples": "[1, inf)", "perturb_interval": "[1, inf)",
+    "validation_share": "(0, 1)", "head_bias": "(-inf, inf)", "workers": "[0, inf)",
     "seed": "[0, 2147483647]", "crop_pct": "[0.01, 1]",
 }  # fmt: skip
 
@@ -168,6 +171,7 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument("--method", choices=METHODS, default="obf", help="the perturbation and the step (%(default)s)")
     g.add_argument("--m", type=int, help="examples that share a perturbation: m-sharpness (the device batch)")
     g.add_argument("--perturb-fraction", type=float, help="share of the m examples in the ascent pass (1.0)")
+    g.add_argument("--perturb-interval", type=int, help="perturb in every K-th update, plain ones between (1)")
     g.add_argument("--rho", type=float, help="L2 norm of the perturbation, in units of the weights (0.05)")
     g.add_argument("--rho-min", type=float, help="makes rho follow lr, down to this at min-lr (rho: constant)")
     g.add_argument("--gamma", type=float, help="OBF: 1 pushes to uniform, 0 only lowers the target (1.0)")

@@ -33,7 +33,7 @@ from common import checkpoints
 from common.loaders import Batches
 from common.metrics import Top1
 from common.settings import METHODS, InputError, resolved, shared_on_resume
-from sam_obf import SAM, OutputBiasForgetting, proportional_rho, random_perturbation
+from sam_obf import SAM, OutputBiasForgetting, momentum_perturbation, proportional_rho, random_perturbation
 
 PATIENCE = 20  # updates in a row without a finite loss, after which a run gives up
 
@@ -134,14 +134,35 @@ def build_criterion(args):
     return LabelSmoothingCrossEntropy(args.smoothing)
 
 
-def build_objective(args, model, criterion):
-    """The scalar that the method's perturbation ascends, a function of logits and labels; None for method base."""
-    ascent, _ = METHODS[args.method]
-    if ascent == "obf":
-        return OutputBiasForgetting(args.gamma, args.lam, args.link)
-    if ascent == "noise":
-        return lambda logits, labels: random_perturbation(model.parameters())
-    return criterion if ascent == "loss" else None
+def build_objective(args, criterion, optimizer):
+    """What the method's perturbation ascends, a function of model, inputs and labels; None for method base.
+
+    Raises:
+        InputError: also when it is called: method momentum with an optimizer that keeps none.
+    """
+    forget = None
+    if METHODS[args.method][0] == "obf":
+        forget = OutputBiasForgetting(args.gamma, args.lam, args.link)
+
+    def noise(model, images, labels):
+        model(images)  # moves batch norm's statistics, at the weights as they are
+        return random_perturbation(model.parameters())
+
+    def momentum(*_):
+        try:
+            return momentum_perturbation(optimizer)
+        except ValueError as error:
+            raise InputError(f"method momentum does not go with opt {args.opt}: {error}") from error
+
+    if args.method == "momentum":
+        momentum()
+    return {
+        None: None,
+        "loss": lambda model, images, labels: criterion(model(images), labels),
+        "obf": lambda model, images, labels: forget(model(images), labels),
+        "noise": noise,
+        "momentum": momentum,
+    }[METHODS[args.method][0]]
 
 
 def build_optimizer(args, model):
@@ -193,10 +214,11 @@ def _alone(job):
     return contextlib.nullcontext() if job.accelerator.is_fsdp2 else job.accelerator.no_sync(job.model)
 
 
-def forward_backward(job: Job, batch: dict, sync: bool) -> torch.Tensor:
+def forward_backward(job: Job, batch: dict, objective: Callable | None, sync: bool) -> torch.Tensor:
     """Leave the gradient of a loader batch in ``.grad``, micro-batch by micro-batch; return its loss (descent pass).
 
-    Processes exchange gradients in the last descent pass, and only if ``sync``.
+    Without an ``objective`` to ascend, there is no perturbation. Processes exchange gradients in the last descent pass,
+    and only if ``sync``.
     """
     total = 0.0
     micro_batches = list(zip(batch["image"].split(job.batches.m), batch["label"].split(job.batches.m)))
@@ -205,12 +227,12 @@ def forward_backward(job: Job, batch: dict, sync: bool) -> torch.Tensor:
         images = job.batches.to_input(images)
 
         def ascent():
-            part = max(1, round(job.args.perturb_fraction * len(images)))
+            part = max(1, round((job.args.perturb_fraction or 1) * len(images)))
             with _alone(job):
-                return job.objective(job.model(images[:part]), labels[:part])
+                return objective(job.model, images[:part], labels[:part])
 
         perturbed = contextlib.nullcontext()
-        if job.objective is not None:
+        if objective is not None:
             scaler = job.accelerator.scaler
             perturbed = job.optimizer.optimizer.perturbed(ascent, loss_weight=share, grad_scaler=scaler)
         # DDP exchanges gradients where the forward pass says so: hence the order of the two contexts.
@@ -222,14 +244,17 @@ def forward_backward(job: Job, batch: dict, sync: bool) -> torch.Tensor:
     return total
 
 
-def update(job: Job, batches) -> torch.Tensor:
-    """Make one update from the next ``accumulation`` loader batches; return their mean loss in this process."""
-    total = 0.0
+def update(job: Job, batches, perturb: bool = True) -> torch.Tensor:
+    """Make one update from the next ``accumulation`` loader batches; return their mean loss in this process.
+
+    Without ``perturb`` it is the base optimizer's.
+    """
+    total, objective = 0.0, job.objective if perturb else None
     # GSAM replaces each micro-batch's gradient after its backward pass, too late for DDP's own exchange.
     late = getattr(job.optimizer.optimizer, "gsam_alpha", 0) > 0 and not job.accelerator.is_fsdp2
     for i in range(job.batches.accumulation):
         last = i == job.batches.accumulation - 1
-        total += forward_backward(job, next(batches), sync=last and not late) / job.batches.accumulation
+        total += forward_backward(job, next(batches), objective, sync=last and not late) / job.batches.accumulation
     if late and job.accelerator.num_processes > 1:
         grads = [p.grad for p in job.model.parameters() if p.grad is not None]
         vector_to_parameters(job.accelerator.reduce(parameters_to_vector(grads), "mean"), grads)
@@ -314,7 +339,7 @@ def train_epoch(job, progress, watch, bar):
     batches = job.batches.train(progress.epoch, progress.step * job.batches.accumulation)
     while progress.step < job.batches.steps:
         shown = {key: value for key, value in job.optimizer.param_groups[0].items() if key in ("lr", "rho")}
-        loss = update(job, batches)
+        loss = update(job, batches, perturb=progress.steps % (job.args.perturb_interval or 1) == 0)
         total += loss
         progress.step, progress.steps = progress.step + 1, progress.steps + 1
         if not job.optimizer.step_was_skipped:

@@ -30,9 +30,9 @@ def test_every_flag_is_a_recipe_key_and_every_recipe_key_a_flag(tmp_path):
         "gsam_normalize": True, "head_bias": -10.0, "hflip": 0.1, "img_size": 48, "interpolation": "bicubic",
         "lam": 0.2, "link": "softmax", "log_with": "wandb", "loss": "bce", "lr": 3e-3, "m": 2, "method": "gsam+obf",
         "min_lr": -0.0, "model": "vit", "model_kwargs": {"a": 1}, "momentum": 0.8, "opt": "adamw",
-        "opt_kwargs": {"nesterov": False}, "output": "elsewhere", "perturb_fraction": 0.5, "push_to_hub": "a/b",
-        "ratio": [0.8, 1.2], "rho": 0.6, "rho_min": 0.1, "save_interval": 6, "scale": [0.1, 0.9], "sched": "cosine",
-            "seed": 5, "validation_share": 0.1,
+        "opt_kwargs": {"nesterov": False}, "output": "elsewhere", "perturb_fraction": 0.5, "perturb_interval": 3,
+        "push_to_hub": "a/b",        "ratio": [0.8, 1.2], "rho": 0.6, "rho_min": 0.1, "save_interval": 6, "scale": [0.1, 0.9], "sched": "cosine",
+        "seed": 5, "validation_share": 0.1,
         "shrink_perturb": 1e-5, "smoothing": 0.1, "streaming": True, "train_num_samples": 11, "warmup_epochs": 2,
         "warmup_lr": 1e-6, "weight_decay": 0.3, "workers": 0,
     }  # fmt: skip

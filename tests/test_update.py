@@ -32,7 +32,8 @@ def prepared(accelerator, flags, *, m, accumulation, to_input=lambda images: ima
     args = settings.parse(settings.parser("", ""), f"{usual} {flags}".split())
     model = network()
     criterion = training.build_criterion(args)
-    objective, optimizer = training.build_objective(args, model, criterion), training.build_optimizer(args, model)
+    optimizer = training.build_optimizer(args, model)
+    objective = training.build_objective(args, criterion, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     batches = Namespace(to_input=to_input, m=m, accumulation=accumulation)
     return training.Job(args, accelerator, model, None, criterion, objective, optimizer, None, batches)
@@ -72,6 +73,7 @@ CASES = {  # flags, the ascent's objective by hand, where |theta| enters, GSAM's
     "asam": ("--rho 0.4", "loss", "both", 0, False),
     "gsam": ("--rho 0.4 --gsam-alpha 0.7", "loss", None, 0.7, False),
     "gsam normalized": ("--rho 0.4 --gsam-alpha 0.7 --gsam-normalize", "loss", None, 0.7, True),
+    "momentum": ("--rho 0.4", "momentum", None, 0, False),
     "gsam+obf": ("--rho 0.4 --gsam-alpha 0.2", {"gamma": 1.0, "lam": 1 / K, "link": "sigmoid"}, None, 0.2, False),
 }  # fmt: skip
 LOSSES = {"ce": ("", "ce", 0.0), "ce smoothed": ("--smoothing 0.3", "ce", 0.3), "bce": ("--loss bce", "bce", 0.0),
@@ -95,7 +97,9 @@ def update_by_hand(params, velocity, micro_batches, case, loss, clip):
 
     for x, y in micro_batches:
         moved = params
-        if ascent is not None:
+        if ascent == "momentum":
+            moved = [p - 0.4 * v / (norm(velocity) or 1) for p, v in zip(params, velocity)]
+        elif ascent is not None:
             rise = (lambda z: loss_by_hand(z, y, *loss)) if ascent == "loss" else lambda z: obf_by_hand(z, y, **ascent)
             g = gradient(params, x, rise)[0]
             ahead = [p.abs() * gi for p, gi in zip(params, g)] if adaptive in ("before", "both") else g
@@ -169,3 +173,35 @@ def test_the_first_weights_of_shrink_and_perturb_are_a_copy(accelerator):
     training.update(job, iter([{"image": torch.randn(4, 6).double(), "label": torch.tensor([0, 1, 2, 3])}]))
     for kept, own, now in zip(job.initial, first, job.model.parameters()):
         assert torch.equal(kept, own) and not torch.equal(kept, now)
+
+
+def test_an_update_without_perturbation_is_the_base_optimizers(accelerator):
+    images, labels = torch.randn(8, 6).double(), torch.randint(0, K, (8,))
+    job = prepared(accelerator, "--method sam --rho 0.4", m=4, accumulation=1)
+    params = [p.detach().clone() for p in job.model.parameters()]
+    velocity = [torch.zeros_like(p) for p in params]
+    for perturb, name in ((True, "sam"), (False, "base"), (True, "sam")):
+        training.update(job, iter([{"image": images, "label": labels}]), perturb=perturb)
+        own = list(zip(images.split(4), labels.split(4)))
+        update_by_hand(params, velocity, own, CASES[name], ("ce", 0.0), None)
+        for ours, expected in zip(job.model.parameters(), params):
+            torch.testing.assert_close(ours.data, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_every_third_update_of_a_run_perturbs_wherever_it_resumes(accelerator, monkeypatch, first):
+    """Of all steps, not of an epoch's."""
+    asked = []
+    monkeypatch.setattr(training, "update", lambda job, batches, perturb: asked.append(perturb) or torch.zeros(()))
+    job = prepared(accelerator, "--method sam --perturb-interval 3", m=4, accumulation=1)
+    job.batches.steps, job.batches.train, job.schedule = 4, lambda epoch, step: iter([]), lambda update: None
+    progress = training.Progress(epoch=first // 4, steps=first)
+    job.args.checkpoint_interval = None
+    with training.Watch(accelerator) as watch, training.tqdm(disable=True) as bar:
+        training.train_epoch(job, progress, watch, bar)
+    assert asked == [step % 3 == 0 for step in range(first, first + 4)]
+
+
+def test_momentum_needs_an_optimizer_that_has_it(accelerator):
+    with pytest.raises(settings.InputError, match="method momentum does not go with opt momentum"):
+        prepared(accelerator, "--method momentum --opt momentum --momentum 0", m=4, accumulation=1)

@@ -35,7 +35,8 @@ def run(accelerator, m, method, accumulation, interleaved):
         order = torch.arange(examples).view(-1, 2, 2, LOADED // 4).transpose(1, 2).flatten()
         images, labels = images[order], labels[order]
     criterion = training.build_criterion(args)
-    optimizer, objective = training.build_optimizer(args, model), training.build_objective(args, model, criterion)
+    optimizer = training.build_optimizer(args, model)
+    objective = training.build_objective(args, criterion, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     share = LOADED // accelerator.num_processes
     batches = (
