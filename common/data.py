@@ -58,7 +58,7 @@ def load(name: str, streaming: bool = False, validation_share: float | None = No
 def _split_folders(folder):
     """The files of each SPLIT/ there is; ``datasets``' own search takes a class called "train" or "test" for one."""
     found = {split: [name for name in names if (folder / name).is_dir()] for split, names in SPLIT_FOLDERS.items()}
-    escaped = glob.escape(str(folder))
+    escaped = glob.escape(str(folder.absolute()))  # a relative one would be taken relative to itself
     return {split: [f"{escaped}/{name}/**" for name in names] for split, names in found.items() if names}
 
 

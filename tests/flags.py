@@ -1,6 +1,7 @@
-"""The README's tables of flags, from the scripts' own help: ``python tests/flags.py`` prints them."""
+"""The tables of docs/flags.md, from the scripts' own help: ``python tests/flags.py`` writes them there."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import sweep
 import train_imagenet
 from common import settings
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
+SECTION = re.compile(r"(?<=<!-- python tests/flags.py -->\n).*(?=<!-- end -->)", re.DOTALL)
 SCRIPTS = (train_imagenet, finetune_cifar, eval_robustness, measure_forgetting, sweep)
 
 
@@ -28,7 +31,7 @@ def tables() -> str:
     """A table for each script but ``finetune_cifar``, of which it names the defaults that are its own."""
     text = []
     for script in (s for s in SCRIPTS if s is not finetune_cifar):
-        text += [f"\n`{script.__name__}.py`\n", "| flag | |", "| --- | --- |"]
+        text += [f"\n## {script.__name__}.py\n", "| flag | |", "| --- | --- |"]
         for action in flags_of(script):
             listed = action.choices and action.choices is not settings.TRACKERS  # which depend on Accelerate's version
             choices = f" `{'`, `'.join(action.choices)}`:" if listed else ""
@@ -43,4 +46,4 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    print(tables())
+    PAGE.write_text(SECTION.sub(lambda _: tables(), PAGE.read_text()))

@@ -114,6 +114,12 @@ def test_folder_loads_with_class_names_and_decodes_to_rgb(tmp_path):
     assert sorted(example["label"] for example in examples) == [0] * 5 + [1] * 3
 
 
+def test_folder_named_relative_to_the_working_directory_loads(tmp_path, monkeypatch):
+    write_folder(tmp_path / "my" / "images")
+    monkeypatch.chdir(tmp_path)
+    assert {name: len(ds) for name, ds in data.load("my/images").items()} == {"train": 6, "validation": 6}
+
+
 def test_folder_with_a_class_called_like_a_split_keeps_its_splits_apart(tmp_path):
     """CIFAR-100 has a class "train"; datasets' own search would train on the test images of it."""
     root = write_folder(tmp_path / "a[1] *", ("train", "val", "test"), ("cat", "train", "test"))
