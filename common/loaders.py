@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets.distributed import split_dataset_by_node
+from datasets.utils.file_utils import xopen
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torchvision.transforms import Normalize
@@ -116,19 +117,34 @@ def to_input(config: dict, dtype: torch.dtype):
 def decode(image: dict | None) -> Image.Image:
     """An undecoded image of ``datasets``, in RGB; None is one that is missing.
 
+    Its path may lie inside an archive or on the Hub, as ``datasets`` writes it for streams ("zip://a.png::..."). As with
+    timm and torchvision, of an animation it is the first frame, and transparency is dropped.
+
     Raises:
-        InputError: it cannot be read; the message has its file name.
+        InputError: it cannot be read, or has no known range of values; the message has its file name.
     """
     image = image or {"bytes": b"", "path": None}
+    raw, path = image["bytes"], image["path"]
     try:
-        here = image["bytes"] is not None or image["path"] is None
-        with Image.open(io.BytesIO(image["bytes"] or b"") if here else image["path"]) as opened:
+        if raw is None and "://" in (path or ""):
+            with xopen(path, "rb") as file:
+                raw = file.read()
+        with Image.open(path if raw is None and path else io.BytesIO(raw or b"")) as opened:
             opened.load()
-            return opened if opened.mode == "RGB" else opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+            return _to_rgb(opened)
+    except Exception as error:  # what a damaged file makes PIL's plugins stumble over is of any class
         raise InputError(
-            f"cannot read the image {image['path'] or '(without a file name)'}: replace or remove it"
+            f"cannot read the image {path or '(without a file name)'}: replace or remove it ({error!r})"
         ) from error
+
+
+def _to_rgb(image):
+    """PIL's own conversion cuts values off at 255."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 0 to 65535
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel have no known range of values; save it with 8 or 16")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class Images(torch.utils.data.Dataset):

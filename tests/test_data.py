@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_transform
 
-from common import data, loaders
+from common import data, loaders, robustness
 from common import digits as digits_module
 from common.settings import InputError
 
@@ -347,3 +347,101 @@ def test_a_share_that_cannot_be_held_out_is_refused(tmp_path):
         data.load(str(tmp_path), streaming=True, validation_share=0.5)
     with pytest.raises(InputError, match="there are validation and test already"):
         data.load("digits", validation_share=0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images of every kind
+
+
+def file_of(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return {"bytes": file.getvalue(), "path": f"a.{kind}"}
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
+def test_16_bits_a_pixel_become_8_without_being_cut_off(kind):
+    values = np.array([[0, 128, 129, 257, 30000, 65535]], dtype=np.uint16)
+    rgb = np.asarray(loaders.decode(file_of(Image.fromarray(values), kind)))
+    assert (rgb == (values / 257).round()[..., None]).all()
+    big_endian = Image.frombytes("I;16B", (6, 1), values.astype(">u2").tobytes())
+    if kind == "tiff":
+        assert (np.asarray(loaders.decode(file_of(big_endian, kind))) == rgb).all()
+
+
+@pytest.mark.parametrize("mode, dtype", [("I", np.int32), ("F", np.float32)])
+def test_pixels_without_a_known_range_of_values_are_refused(mode, dtype):
+    with pytest.raises(InputError, match=r"a\.tiff: replace or remove it .*32 bits a pixel have no known range"):
+        loaders.decode(file_of(Image.fromarray(np.array([[0, 1]], dtype)), "tiff"))
+
+
+def test_every_other_mode_gives_the_colour_that_was_saved():
+    red, palette = Image.new("RGB", (4, 4), (200, 0, 0)), Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 0, 0])
+    files = {
+        (200, 0, 0): [
+            file_of(red.convert("RGBA"), "png"), file_of(palette, "png", transparency=1),
+            file_of(palette, "png", transparency=bytes([0, 9])), file_of(palette, "gif", transparency=1),
+            file_of(red.convert("CMYK"), "tiff"), file_of(red.convert("YCbCr"), "tiff"), file_of(red, "webp", lossless=True),
+        ],
+        (90, 90, 90): [
+            file_of(Image.new("LA", (4, 4), (90, 0)), "png"), file_of(Image.new("L", (4, 4), 90), "png", transparency=90),
+            file_of(Image.new("L", (4, 4), 90), "jpeg"),
+        ],
+        (255, 255, 255): [file_of(Image.new("1", (4, 4), 1), "png")],
+    }  # fmt: skip
+    for colour, images in files.items():
+        for image in images:
+            decoded = loaders.decode(image)
+            assert decoded.mode == "RGB"
+            assert np.abs(np.asarray(decoded).astype(int) - colour).max() <= 2
+    cmyk = np.asarray(loaders.decode(file_of(red.convert("CMYK"), "jpeg", quality=100)))
+    assert np.abs(cmyk.astype(int) - (200, 0, 0)).max() <= 3
+
+
+def damaged(kind):
+    """Files for which PIL raises neither OSError nor ValueError."""
+    if kind == "dds":
+        file = bytearray(file_of(Image.new("RGBA", (4, 4)), "dds", pixel_format="DXT5")["bytes"])
+        file[84:88] = b"ZZZZ"  # the name of its compression
+    else:
+        file = bytearray(file_of(Image.new("L", (4, 4)), "bmp")["bytes"])
+        file[18:26] = (30_000).to_bytes(4, "little") * 2  # the size that it claims to have
+    return bytes(file)
+
+
+@pytest.mark.parametrize("kind, error", [("bmp", "DecompressionBombError"), ("dds", "NotImplementedError")])
+def test_whatever_pil_raises_names_the_image(tmp_path, kind, error):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(damaged(kind))
+    for image in ({"bytes": damaged(kind), "path": path.name}, {"bytes": None, "path": str(path)}):
+        with pytest.raises(InputError, match=rf"cannot read the image .*a\.{kind}: .*{error}"):
+            loaders.decode(image)
+    ds = datasets.Dataset.from_dict({"image": [{"bytes": damaged(kind), "path": None}], "label": [0]})
+    (batch,) = robustness.Pictures("digits", ds, create_transform(8), 1)
+    assert batch["unreadable"] == ["image 0"] and not batch["key"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tiff", "bmp", "dds", "jpeg2000", "webp", "gif", "png"])
+def test_a_damaged_file_is_read_or_named(kind):
+    rng = np.random.default_rng(0)
+    whole = file_of(Image.fromarray(rng.integers(0, 255, (8, 9, 3), dtype=np.uint8)), kind)["bytes"]
+    refused = 0
+    for _ in range(1500):
+        file = bytearray(whole[: rng.integers(1, len(whole)) if rng.random() < 0.2 else None])
+        for place in rng.integers(0, min(len(file), 200), rng.integers(1, 4)):
+            file[place] = rng.integers(256)
+        try:
+            assert loaders.decode({"bytes": bytes(file), "path": None}).mode == "RGB"
+        except InputError:
+            refused += 1
+    assert refused > 100
+
+
+def test_a_fault_of_a_transform_is_not_taken_for_one_of_the_image():
+    def transform(image):
+        raise TypeError("a fault of the program")
+
+    with pytest.raises(TypeError, match="a fault of the program"):
+        next(iter(stream(transform=transform)))
