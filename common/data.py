@@ -100,15 +100,15 @@ def _class_roots(folder):
 
 def _image_folders(roots, folder, validation_share):
     """The labelled splits of a folder of images, with the same classes."""
-    if roots == {"train": [folder]}:
-        if validation_share is None:
-            _refuse_classes_alone(folder)
-    elif others := [path.name for path in _folders(folder) if path not in sum(roots.values(), [])]:
-        _say(f"{folder}: not read, as they are called like no split: {_some(others)}")
     for split, paths in roots.items():
         if len(paths) > 1:
             names = " and ".join(path.name for path in paths)
             raise InputError(f"{folder}: {names} would both be the split {split}: keep one of them")
+    if roots == {"train": [folder]}:
+        if validation_share is None:
+            _refuse_classes_alone(folder)
+    elif others := [path.name for path in _folders(folder) if [path] not in roots.values()]:
+        _say(f"{folder}: not read, as they are called like no split: {_some(others)}")
     files = {}
     for split, (root,) in roots.items():
         if split == "test" and not any(map(_has_images, _folders(root))):
@@ -146,7 +146,7 @@ def _class_files(folder):
     if not files:
         raise InputError(f"{folder} has no class folders: put its images into {folder}/CLASS")
     if others:
-        _say(f"{folder}: left out {len(others)} files that are hidden or not named like an image: {_some(others)}")
+        _say(f"{folder}: left out {len(others)} files, hidden or not named like an image: {_some(sorted(others))}")
     return files
 
 
@@ -205,7 +205,7 @@ def _say(line):
 
 
 def _labels(ds):
-    """``Dataset.unique`` would write a split with an index mapping anew, images included, and a slice reads row by row."""
+    """All labels. ``unique`` writes a split with an index mapping anew, images included; a slice reads row by row."""
     labels = ds.data.column("label")
     return labels if ds._indices is None else labels.take(ds._indices.column(0))
 
@@ -227,8 +227,8 @@ def _hold_out(splits, name, share, streaming):
     except ValueError as error:
         raise InputError(f"{name!r}: cannot hold out validation_share {share}: {error}") from error
     train, validation = (splits["train"].select(np.sort(part), keep_in_memory=True) for part in parts)
-    test = {"test": ds for split, ds in splits.items() if split in ("validation", "test")}
-    return {"train": train, "validation": validation, **test}
+    test = [ds for split, ds in splits.items() if split in ("validation", "test")]
+    return {"train": train, "validation": validation, **({"test": test[0]} if test else {})}
 
 
 def hub(path: str, name: str, **options):
