@@ -38,7 +38,7 @@ def parser() -> settings.Parser:
     p.add_argument("--crop-pct", type=float, help="centre crop, share of the side (each model's own)")
     p.add_argument("--interpolation", choices=settings.INTERPOLATIONS, help="of the resize (each model's own)")
     p.add_argument("--batch-size", type=int, default=256, help="images of a process at once (%(default)s)")
-    p.add_argument("--workers", type=int, default=4, help="data loading processes of each process (%(default)s)")
+    p.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
     p.add_argument("--output", default="outputs/robustness", help="folder of the results (%(default)s)")
     p.add_argument("--markdown", action="store_true", help="print Markdown tables (no)")
     return p

@@ -67,7 +67,7 @@ def parser() -> settings.Parser:
     g.add_argument("--examples", type=int, default=8192, help="training images, all classes alike (%(default)s)")
     g.add_argument("--hessian-examples", type=int, help="how many of them for lambda_max (all)")
     g.add_argument("--batch-size", type=int, default=256, help="images at once (%(default)s)")
-    g.add_argument("--workers", type=int, default=4, help="data loading processes of each process (%(default)s)")
+    g.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
     g.add_argument("--seed", type=int, default=0, help="of the choice of images, and the bootstrap (%(default)s)")
     p.add_argument("--output", default="outputs/forgetting", help="folder of the results (%(default)s)")
     return p

@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -24,7 +23,7 @@ from timm.data import create_dataset, create_loader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import loaders
+from common import data, loaders
 
 CONFIG = {
     "input_size": (3, 224, 224), "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center",
@@ -49,8 +48,7 @@ def write_photographs(folder, number, seed=0):
 
 def ours(args, accelerator):
     """A function that returns an iterator over an epoch's batches."""
-    split = datasets.load_dataset("imagefolder", data_dir=args.folder, split="train")
-    split = split.cast_column("image", datasets.Image(decode=False))
+    split = data.image_folder(args.folder)
     transform, _ = loaders.transforms(CONFIG, **AUGMENTATION)
     _, batches = loaders.train_batches(args, accelerator, split, transform, args.batch_size)
     to_input = loaders.to_input(CONFIG, torch.float32)

@@ -13,13 +13,16 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from datasets.distributed import split_dataset_by_node
+from datasets.utils.file_utils import xopen
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from common.settings import InputError
 
 IMAGES_PER_WORKER = 1000  # to evaluate: reading fewer takes less time than starting a worker
+READERS = 8  # of a stream by a process, at most; its loader workers share them
+BUFFER = 500  # undecoded examples from which a reader draws
+MAX_SHARDS = 512  # a stream with more has them in groups, since datasets takes long to name one of many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,19 +126,34 @@ def to_input(config: dict, dtype: torch.dtype):
 def decode(image: dict | None) -> Image.Image:
     """An undecoded image of ``datasets``, in RGB; None is one that is missing.
 
+    Its path may lie inside an archive or on the Hub, as streams have it ("zip://a.png::..."). As with timm and
+    torchvision, of an animation it is the first frame, and transparency is dropped.
+
     Raises:
-        InputError: it cannot be read; the message has its file name.
+        InputError: it cannot be read, or has no known range of values; the message has its file name.
     """
     image = image or {"bytes": b"", "path": None}
+    raw, path = image["bytes"], image["path"]
     try:
-        here = image["bytes"] is not None or image["path"] is None
-        with Image.open(io.BytesIO(image["bytes"] or b"") if here else image["path"]) as opened:
+        if raw is None and "://" in (path or ""):
+            with xopen(path, "rb") as file:
+                raw = file.read()
+        with Image.open(path if raw is None and path else io.BytesIO(raw or b"")) as opened:
             opened.load()
-            return opened if opened.mode == "RGB" else opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+            return _to_rgb(opened)
+    except Exception as error:  # what a damaged file makes PIL's plugins stumble over is of any class
         raise InputError(
-            f"cannot read the image {image['path'] or '(without a file name)'}: replace or remove it"
+            f"cannot read the image {path or '(without a file name)'}: replace or remove it ({error!r})"
         ) from error
+
+
+def _to_rgb(image):
+    """PIL's own conversion cuts values off at 255."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 0 to 65535
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel have no known range of values; save it with 8 or 16")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class Images(torch.utils.data.Dataset):
@@ -175,49 +193,92 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Batches of a streamed split: each loader worker of each process reads shards of its own.
+    """Batches of a streamed split.
 
-    For training it is endless and shuffled (order of shards, and a buffer of 1000 examples), and starts at ``epoch``
-    after the ``first`` batches of this process, in the order of an uninterrupted run.
+    For training it is endless and shuffled, and starts at ``epoch`` after the ``first`` batches of this process, in the
+    order of an uninterrupted run. Each process has ``readers``, which take turns; the loader's workers divide them, so
+    that their number, which must divide that of the readers, changes nothing. An epoch's order of the shards, by seed,
+    is cut into parts for all readers that are equal as far as the shards are. An evaluation has one reader.
     """
 
     def __init__(self, split, transform, batch_size, *, training=False, seed=0, process=0, processes=1):
         self.split, self.transform, self.batch_size, self.training = split, transform, batch_size, training
         self.seed, self.process, self.processes = seed, process, processes
         self.num_classes = split.features["label"].num_classes
+        self.readers = power_of_two(min(READERS, max(1, split.num_shards // processes))) if training else 1
         self.epoch = self.first = 0
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        worker = (worker + self.first) % workers  # a loader takes its first batch from worker 0
-        share, shares = self.process * workers + worker, self.processes * workers
-        split = self.split
-        split = (
-            split.shard(shares, share) if split.num_shards >= shares else split_dataset_by_node(split, share, shares)
-        )
-        done = len(range(worker, self.first, workers))
-        for number, rows in itertools.islice(enumerate(self._batches(split, share)), done, None):
-            wrong = [label for label in rows["label"] if label is None or not 0 <= label < self.num_classes]
+        if self.readers % workers:
+            raise ValueError(f"{workers} workers cannot share {self.readers} readers")
+        batches = {}
+        for number in itertools.count(self.first + worker, workers):  # a loader takes its first batch from worker 0
+            reader = number % self.readers
+            if reader not in batches:
+                done = len(range(reader, self.first, self.readers))
+                batches[reader] = itertools.islice(self._batches(reader), done, None)
+            rows = next(batches[reader], None)
+            if rows is None:
+                return
+            images, labels = zip(*rows)
+            wrong = [label for label in labels if label is None or not 0 <= label < self.num_classes]
             if wrong:
                 raise InputError(f"the stream has the label {wrong[0]}; labels must lie in 0..{self.num_classes - 1}")
-            keys = [(self.epoch, share, number * self.batch_size + i) for i in range(len(rows["label"]))]
-            examples = _examples(rows["image"], rows["label"], keys, self.transform, self.seed)
-            yield torch.utils.data.default_collate(examples)
+            keys = [(self.epoch, self.process, number, i) for i in range(len(rows))]
+            yield torch.utils.data.default_collate(_examples(images, labels, keys, self.transform, self.seed))
 
-    def _batches(self, split, share):
-        if not self.training:
-            yield from reading(split.iter(self.batch_size))
-            return
-        split = split.shuffle(self.seed, buffer_size=1000)
+    def _batches(self, reader):
+        rows = self._laps(self.process * self.readers + reader) if self.training else self._rows(self.split)
+        while batch := list(itertools.islice(rows, self.batch_size)):
+            yield batch
+
+    def _rows(self, split):
+        for rows in reading(split.iter(self.batch_size)):
+            yield from zip(rows["image"], rows["label"])
+
+    def _laps(self, share):
         for lap in itertools.count():
-            split.set_epoch(self.epoch + 1000 * lap)
             empty = True
-            for rows in reading(split.iter(self.batch_size, drop_last_batch=True)):
+            for row in self._rows(self._share(share, [self.seed, self.epoch, lap])):
                 empty = False
-                yield rows
+                yield row
             if empty:
-                raise InputError(f"share {share} of the stream has fewer than {self.batch_size} images: lower workers")
+                raise InputError(f"the stream has no images for reader {share}: start fewer processes")
+
+    def _share(self, share, seeds):
+        shards, shares = min(self.split.num_shards, MAX_SHARDS), self.processes * self.readers
+        order = np.random.default_rng(seeds).permutation(shards)
+        parts = []
+        for place, low, high in portions(share, shares, shards):
+            part = self.split.shard(shards, int(order[place]))
+            if high - low < shares:
+                inside = functools.partial(_inside, shares=shares, low=low, high=high)
+                part = part.filter(inside, with_indices=True, input_columns=["label"])
+            parts.append(part)
+        own = np.random.default_rng([*seeds, share])
+        return datasets.concatenate_datasets(parts).shuffle(generator=own, buffer_size=BUFFER)
+
+
+def portions(share: int, shares: int, shards: int) -> list[tuple[int, int, int]]:
+    """Which part of shards in a row is the ``share``-th of ``shares`` equal ones.
+
+    Returns:
+        (place, low, high): of the shard in that place, the examples whose number modulo ``shares`` is in [low, high).
+    """
+    first, last = share * shards, (share + 1) * shards  # in units of which each shard has ``shares``
+    places = range(first // shares, -(-last // shares))
+    return [(i, max(first - i * shares, 0), min(last - i * shares, shares)) for i in places]
+
+
+def _inside(_, number, *, shares, low, high):
+    return low <= number % shares < high
+
+
+def power_of_two(number: int) -> int:
+    """The greatest up to ``number``, or 0."""
+    return 1 << number.bit_length() >> 1
 
 
 def reading(batches):
@@ -263,8 +324,12 @@ def train_batches(args, accelerator, split, transform, loaded):
 def _streamed_batches(args, accelerator, split, transform, loaded):
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     stream = Stream(split, transform, loaded, training=True, seed=args.seed, **rank)
-    workers = min(args.workers, max(1, split.num_shards // accelerator.num_processes))  # a shard for each, if possible
-    loader = _loader(args, accelerator, stream, min(args.workers, workers), batch_size=None)
+    workers = power_of_two(min(args.workers, stream.readers))
+    if workers < args.workers:
+        accelerator.print(
+            f"{workers} of {args.workers} workers read the stream, since they share {stream.readers} readers"
+        )
+    loader = _loader(args, accelerator, stream, workers, batch_size=None)
 
     def batches(epoch, first):
         stream.epoch, stream.first = epoch, first

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import gc
 import multiprocessing
+import os
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ from timm.utils import ParseKwargs
 
 DEFAULTS = "In parentheses: the default."
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # of PIL and timm
+# They change no result: not the order of images, nor what is drawn for them.
+WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+WORKERS_HELP = "data loading processes of each process (the machine's cores, at most 4)"
 TRACKERS = [name for name in LoggerType.list() if name != "all"]
 # What the perturbation ascends, and the variant of the step.
 METHODS = {
@@ -130,7 +134,7 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     )
     g.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="its width over height (0.75 1.33)")
     g.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
-    g.add_argument("--workers", type=int, default=4, help="data loading processes of each process (%(default)s)")
+    g.add_argument("--workers", type=int, default=WORKERS, help=WORKERS_HELP)
     g.add_argument("--streaming", action=boolean, help="read from the Hub as needed, store nothing (no)")
     g.add_argument("--validation-share", type=float, help="share of training images to hold out (the dataset's split)")
     g.add_argument(
