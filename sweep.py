@@ -2,19 +2,24 @@
 
 import contextlib
 import csv
+import datetime
 import importlib
 import itertools
 import json
 import sys
 import time
+import traceback
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import optuna
 import sqlalchemy
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
@@ -23,9 +28,25 @@ from common.settings import InputError
 
 ATTEMPTS, TIMEOUT = 3, 20  # to open the storage; seconds that SQLite waits for its lock
 HEARTBEAT, GRACE = 10, 60  # seconds; a worker that is silent for longer has died
+DEATHS = 3  # of workers, without a word, at the same point; then it counts as failed
+AGREE = 600  # seconds in which all processes of a worker must come to the end of a run
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 MAX_NAME = 240  # bytes; ".txt" makes it a log's
 KINDS = {"recipe": str, "settings": dict, "choose": list, "grids": list}  # the keys of a sweep
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError)
+
+
+class Failed(InputError):
+    """A run ended with an error, on all processes of its worker, which goes on with the next one."""
+
+
+class Storage(optuna.storages.RDBStorage):
+    """Optuna's storage; a heartbeat that does not reach the server is made up for by the next one."""
+
+    def record_heartbeat(self, trial_id):
+        with contextlib.suppress(*STORAGE_ERRORS):
+            super().record_heartbeat(trial_id)
 
 
 def parser() -> settings.Parser:
@@ -124,6 +145,18 @@ def draw(rng, axis):
     return float(np.exp(value) if axis.get("log") else value)
 
 
+def check_flags(sweep, rest):
+    """Check that the command line, which overrides the sweep, sets nothing that a grid varies."""
+    p, axes = settings.parser("", ""), {str(key): None for grid in sweep["grids"] for key in grid}
+    p.set_defaults(**axes)
+    given = vars(p.parse_known_args(rest)[0])
+    if given["dry_run"]:
+        raise InputError("--dry-run trains nothing, so a sweep would have no results: use it on a run of --script")
+    for key in axes:
+        if given[key] is not None:
+            raise InputError(f"{key} is {given[key]} on the command line, and the sweep varies it: drop one")
+
+
 def name_of(point: dict) -> str:
     """A point's name, also that of its folder: without slashes."""
     return report.pairs(point).replace("/", "%2F")
@@ -145,33 +178,64 @@ def open_study(args, shared: dict):
     """
     args.output.mkdir(parents=True, exist_ok=True)
     url = args.storage or f"sqlite:///{args.output / 'sweep.db'}"
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed run is said here, its traceback is in its log
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     sqlite = url.startswith("sqlite")
-    engine = {"connect_args": {"timeout": TIMEOUT}} if sqlite else {}
+    engine = {"connect_args": {"timeout": TIMEOUT}} if sqlite else {"pool_pre_ping": True}
     options = {"study_name": args.output.name, "direction": "maximize", "load_if_exists": True}
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            storage = optuna.storages.RDBStorage(url, engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+            storage = Storage(url, engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
             if sqlite:  # which has no SELECT ... FOR UPDATE: two workers would take the same run
                 sqlalchemy.event.listen(storage.engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
+            else:
+                sqlalchemy.event.listen(storage.engine, "do_connect", connect)
             study = optuna.create_study(storage=storage, **options)
             earlier = study.user_attrs.get("shared", shared)
             study.set_user_attr("shared", earlier)
             break
-        except (RuntimeError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
+        except ImportError as error:
+            missing = error.__cause__.name
+            remedy = f"pip install {DRIVERS.get(missing, missing)}"
+            raise InputError(f"the storage {shown(url)} needs the package {missing}: {remedy}") from error
+        except (RuntimeError, *STORAGE_ERRORS) as error:
             if attempt == ATTEMPTS:
-                reason = str(error).splitlines()[0]
                 raise InputError(
-                    f"cannot use the storage {url}: {reason}. End the program that locks it; or if another version of "
-                    f"Optuna wrote it, choose another --storage. Finished runs are kept"
+                    f"cannot use the storage {shown(url)}: {one_line(error)}. Start its server, or end the program "
+                    f"that locks it; or if another version of Optuna wrote it, choose another --storage. Finished runs "
+                    f"are kept"
                 ) from error
             time.sleep(1)  # another worker may be creating it
     for key in sorted(set(earlier) & set(shared)):
         if earlier[key] != shared[key]:
             differs = f"{key} {earlier[key]!r}, and this one has {shared[key]!r}"
-            raise InputError(f"{url} holds a sweep with {differs}: choose another --output")
+            raise InputError(f"{shown(url)} holds a sweep with {differs}: choose another --output")
     return study
+
+
+def connect(dialect, record, args, options):
+    """Connect to a server, which may be restarting; SQLAlchemy calls it for every new connection."""
+    for _ in range(GRACE):
+        with contextlib.suppress(dialect.loaded_dbapi.OperationalError):
+            return dialect.connect(*args, **options)
+        time.sleep(1)
+    return dialect.connect(*args, **options)
+
+
+def shown(url: str) -> str:
+    """A storage's URL without its password."""
+    with contextlib.suppress(sqlalchemy.exc.ArgumentError):
+        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    return url
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or its cause where Optuna's own words hide that."""
+    if isinstance(error, InputError):  # a data loading process puts its traceback before the message
+        return " ".join(str(error).split("settings.InputError: ")[-1].split())
+    if isinstance(error, optuna.exceptions.StorageInternalError):
+        error = error.__cause__ or error
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def trials(study, *states):
@@ -183,13 +247,34 @@ def trials(study, *states):
     return found
 
 
+def failures(study, earlier: set) -> dict:
+    """Why points failed, by name, other than in the trials ``earlier``: an error, or every worker that took it died."""
+    reasons, deaths, points = {}, Counter(), {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
+        if "point" not in trial.user_attrs:
+            continue
+        name = name_of(trial.user_attrs["point"])
+        points[name] = trial.user_attrs["point"]
+        if "error" in trial.user_attrs:
+            deaths[name] = 0
+            if trial.number not in earlier:
+                reasons[name] = trial.user_attrs["error"]
+        elif "stopped" not in trial.user_attrs:
+            deaths[name] += 1
+    for name in [name for name, number in deaths.items() if number >= DEATHS]:
+        reasons[name] = f"{DEATHS} workers died at it without a word; is there enough memory?"
+        attributes = {"point": points[name], "error": reasons[name]}
+        study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attributes))
+    return reasons
+
+
 def work(study, points, run, idle):
     """Call ``run`` for every point that is left, until none is: those too whose worker has died, after a minute.
 
     Returns:
-        The names of points that failed here; a restart tries them again.
+        Why points failed, here or in another worker, by name; a restart tries them once more.
     """
-    failed = set()
+    earlier = {trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,))}
 
     def objective(trial):
         point = trial.user_attrs.get("point")
@@ -199,12 +284,14 @@ def work(study, points, run, idle):
         try:
             results = run(point)
         except InputError as error:
-            failed.add(name_of(point))
-            tqdm.write(f"failed: {name_of(point)}: {error}")
+            trial.set_user_attr("error", one_line(error))
+            tqdm.write(f"failed: {name_of(point)}: {one_line(error)}")
             raise
-        except SystemExit:  # by SIGTERM
+        except (SystemExit, KeyboardInterrupt) as end:  # by SIGTERM or Ctrl-C
+            trial.set_user_attr("stopped", True)
             study.tell(trial, state=TrialState.FAIL)
-            raise
+            tqdm.write(f"stopped in {name_of(point)}; the same command goes on")
+            raise SystemExit(getattr(end, "code", 130)) from None
         trial.set_user_attr("results", results)
         return results.get("validation", results.get("test"))
 
@@ -212,26 +299,70 @@ def work(study, points, run, idle):
         while True:
             optuna.storages.fail_stale_trials(study)
             known = trials(study, TrialState.COMPLETE, *UNFINISHED)
-            for point in points:
-                if name_of(point) not in known and name_of(point) not in failed:
-                    study.enqueue_trial({}, user_attrs={"point": point})
-            bar.n = len(trials(study, TrialState.COMPLETE))
+            failed = failures(study, earlier)  # after the line above: what fails in between is in both, not in neither
+            left = {name_of(point): point for point in points if name_of(point) not in known}
+            queued = [point for name, point in left.items() if name not in failed]
+            for point in queued:
+                study.enqueue_trial({}, user_attrs={"point": point})
+            states = [trial.state for trial in known.values()]
+            bar.n = states.count(TrialState.COMPLETE)
             bar.refresh()
-            if trials(study, TrialState.WAITING):
-                study.optimize(objective, n_trials=1, catch=(InputError,))
-            elif trials(study, TrialState.RUNNING):
+            if queued or TrialState.WAITING in states:
+                study.optimize(objective, n_trials=1, catch=(Failed,))
+            elif TrialState.RUNNING in states:
                 idle()
             else:
-                return failed
+                return {name: failed[name] for name in left}
 
 
-def save(args, rows):
-    """Write every run's settings and results into sweep.csv."""
+def train(script, flags, log: Path):
+    """Run a script, what it prints going to ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            return script.main(flags)
+        except Exception:
+            traceback.print_exc()
+            raise
+
+
+def agree(reason, accelerator, group):
+    """End a run on all processes, with the ``reason`` for which it failed on one, or None.
+
+    Raises:
+        Failed: it failed; the processes can go on with another.
+        InputError: they cannot: the others hang in it, or the GPU takes no more work.
+    """
+    reasons = [reason] * accelerator.num_processes
+    try:
+        torch.zeros(1, device=accelerator.device).item()
+        if group:
+            torch.distributed.all_gather_object(reasons, reason, group=group)
+    except RuntimeError as error:
+        if reason is None:
+            raise
+        raise InputError(f"{reason}; after which this worker cannot go on: start it anew") from error
+    if any(reasons):
+        raise Failed(next(filter(None, reasons)))
+
+
+def tabulate(args, choose, points, complete):
+    """Write every finished run's settings and results into sweep.csv, print their means, and return a row for each."""
+    rows = [
+        {"run": str(args.output / "runs" / name), "point": point, "results": complete[name].user_attrs["results"]}
+        for name, point in ((name_of(point), point) for point in points)
+        if name in complete
+    ]
+    if not rows:
+        return rows
+    flat = [{"run": row["run"], **row["point"], **row["results"]} for row in rows]
     with (args.output / "sweep.csv").open("w", newline="") as file:
-        flat = [{"run": row["run"], **row["point"], **row["results"]} for row in rows]
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
         writer.writeheader()
         writer.writerows(flat)
+    report.show_sweep(rows, choose)
+    print(f"\nwritten: {args.output}/sweep.csv, runs/, logs/")
+    return rows
 
 
 def main(argv=None):
@@ -240,6 +371,7 @@ def main(argv=None):
     accelerator = Accelerator()
     sweep = read_sweep(Path(args.sweep))
     points = points_of(args, sweep)
+    check_flags(sweep, rest)
     for point in points:
         checked = settings.parse(settings.parser("", ""), flags_of(args, sweep, rest, point))
         loaders.split_batch(checked, accelerator.num_processes)
@@ -249,15 +381,27 @@ def main(argv=None):
             raise InputError(f"{checked.dataset!r} has no validation images to choose on: give --validation-share")
     script = importlib.import_module(args.script)
 
+    # Apart from the processes' usual group, in which one that failed would meet the others in the middle of an update.
+    limit, several = datetime.timedelta(seconds=AGREE), accelerator.num_processes > 1
+    group = torch.distributed.new_group(backend="gloo", timeout=limit) if several else None
+
     def run(point=None):
         """Train a point, the main process's, on all processes; None if there is no more."""
         (point,) = broadcast_object_list([point])
         if not point:
             return point
-        log = args.output / "logs" / f"{name_of(point)}.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            return script.main(flags_of(args, sweep, rest, point))
+        reason = results = None
+        try:
+            log = args.output / "logs" / f"{name_of(point)}.txt"
+            results = train(script, flags_of(args, sweep, rest, point), log)
+        except Exception as error:  # each library has its own, for a lack of memory too
+            if settings.lost_process(error):
+                raise
+            reason = one_line(error)
+        if reason:
+            clear_device_cache(garbage_collection=True)  # what it held, above all if it ran out of memory
+        agree(reason, accelerator, group)
+        return results
 
     def idle():
         run({})  # or the other processes would time out
@@ -266,26 +410,26 @@ def main(argv=None):
     if not accelerator.is_main_process:
         going = {}
         while going is not None:
-            with contextlib.suppress(InputError):
+            with contextlib.suppress(Failed):
                 going = run()
         return None
     recipe = settings.parser("", "").parse_known_args(flags_of(args, sweep, rest, points[0]))[0].recipe
     shared = (settings.read_recipe(Path(recipe)) if recipe else {}) | sweep["settings"]
     study = open_study(args, shared | {"script": args.script, "flags": rest})
-    failed = work(study, points, run, idle)
+    try:
+        try:
+            failed = work(study, points, run, idle)
+        finally:
+            rows = tabulate(args, sweep["choose"], points, trials(study, TrialState.COMPLETE))
+    except STORAGE_ERRORS as error:
+        raise InputError(f"lost the storage: {one_line(error)}. Once it is back, the same command goes on") from error
     run()
-    complete = trials(study, TrialState.COMPLETE)
-    rows = [
-        {"run": str(args.output / "runs" / name), "point": point, "results": complete[name].user_attrs["results"]}
-        for name, point in ((name_of(point), point) for point in points)
-        if name in complete
-    ]
-    if rows:
-        save(args, rows)
-        report.show_sweep(rows, sweep["choose"])
-        print(f"\nwritten: {args.output}/sweep.csv, runs/, logs/")
     if failed:
-        raise InputError(f"{len(failed)} of {len(points)} runs failed, as said above; the same command retries them")
+        reasons = "\n".join(f"{name}: {reason}" for name, reason in failed.items())
+        print(f"\nfailed, with tracebacks in {args.output}/logs/:\n{reasons}")
+        raise InputError(
+            f"{len(failed)} of {len(points)} runs failed, as said above; the same command retries them once more"
+        )
     return rows
 
 
