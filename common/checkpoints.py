@@ -119,9 +119,11 @@ def read(path: Path, settings: dict) -> dict:
             raise InputError(f"{path / name} is truncated, {found} of {size} bytes: {remedy}")
     for key in sorted({*saved, *settings}):
         if saved.get(key) != settings.get(key):
+            # The one setting whose default depends on the number of processes.
+            remedy = f"resume with --m {saved[key]}" if key == "m" else "resume with the same settings"
             raise InputError(
-                f"{path} is of a run with {key} {saved.get(key)!r}, and this one has {settings.get(key)!r}: resume "
-                f"with the same settings, or start anew in another --output"
+                f"{path} is of a run with {key} {saved.get(key)!r}, and this one has {settings.get(key)!r}: "
+                f"{remedy}, or start anew in another --output"
             )
     return progress
 

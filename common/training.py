@@ -123,9 +123,7 @@ def set_head_bias(args, model) -> None:
         return
     bias = getattr(model.get_classifier(), "bias", None)
     if bias is None:
-        raise InputError(
-            f"head_bias {args.head_bias} needs a classifier with biases: {args.model} has none"
-        )
+        raise InputError(f"head_bias {args.head_bias} needs a classifier with biases: {args.model} has none")
     torch.nn.init.constant_(bias, args.head_bias)
 
 
@@ -420,7 +418,9 @@ def save_checkpoint(job, progress):
 
 def identity(job) -> dict:
     """What a run must have in common with the checkpoint that it resumes from."""
-    return shared_on_resume(job.args) | {"num_classes": job.accelerator.unwrap_model(job.model).num_classes}
+    # FSDP2 perturbs with the micro-batches of all processes together.
+    processes = {"fsdp2_processes": job.accelerator.num_processes} if job.accelerator.is_fsdp2 else {}
+    return shared_on_resume(job.args) | processes | {"num_classes": job.accelerator.unwrap_model(job.model).num_classes}
 
 
 def final_evaluation(job: Job) -> dict[str, float]:

@@ -251,6 +251,14 @@ def test_checkpoint_of_other_settings_is_refused_and_kept(tmp_path, images, flag
     assert steps_saved(output) == 8
 
 
+def test_resumed_run_on_fewer_processes_keeps_the_m_that_nobody_gave(tmp_path, images):
+    path = recipe(tmp_path, images, workers=0, epochs=2, m=None, batch_size=8)
+    finish(start(path, tmp_path / "run", processes=2))
+    with pytest.raises(InputError, match="is of a run with m 4, and this one has 8: resume with --m 4, or start anew"):
+        in_process(path, tmp_path / "run", "--resume", "auto")
+    in_process(path, tmp_path / "run", "--resume", "auto", "--m", "4")
+
+
 def test_checkpoint_of_other_classes_is_refused(tmp_path, images):
     path, output = short_run(tmp_path, images)
     for split in ("train", "val"):

@@ -160,6 +160,8 @@ def batch_settings(**values):
         ({"m": 64, "device_batch_size": 200}, 8, (128, 4, 64)),
         ({"m": 64, "device_batch_size": 32}, 8, (64, 8, 64)),
         ({"m": 3, "batch_size": 60}, 4, (15, 1, 3)),
+        ({"batch_size": 6}, 2, (3, 1, 3)),
+        ({"m": 1, "batch_size": 1018}, 2, (1, 509, 1)),  # tiny, but asked for
     ],
 )
 def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, split):
@@ -172,6 +174,7 @@ def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, s
         ({"m": 48}, 8, "m 48 does not divide batch_size 4096: choose one of 1, 2, 4,"),
         ({}, 3, "4096 in micro-batches of 1 does not split over 3 processes: choose one of 1, 2, 4"),
         ({"m": 64, "batch_size": 384}, 4, "does not split over 4 processes: choose one of 1, 2, 3, 6 processes"),
+        ({"batch_size": 1018}, 2, "in loader batches of 1, .* choose batch_size 1020, or give --m, .* 1, 509$"),
     ],
 )
 def test_batch_that_does_not_split_names_what_does(values, processes, words):
@@ -298,6 +301,13 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, acc
         train_imagenet.main(argv)
         weights.append((tmp_path / "run" / "best" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_m_that_was_not_given_is_said_and_written_into_the_settings(tmp_path, accelerator, capsys):
+    dataset = write_folder(tmp_path / "images")
+    train_imagenet.main(small_recipe(tmp_path, dataset, m=None, batch_size=6, device_batch_size=3))
+    assert "m is 3: without --m" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["m"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
