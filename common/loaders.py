@@ -319,5 +319,9 @@ def worker_options(accelerator, workers: int) -> dict:
 
 
 def _outlive_sigterm(_):
-    """A scheduler's SIGTERM reaches loader workers too, and the main process needs them for a minute at most."""
+    """A scheduler's SIGTERM reaches loader workers too, and the main process needs them for a minute at most.
+
+    So does Ctrl-C, after which the main process ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
