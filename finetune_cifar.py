@@ -5,7 +5,7 @@ from accelerate.utils import set_seed
 from common import checkpoints, data, loaders, settings, training
 
 MODEL_HELP = (
-    "folder of a trained model (OUTPUT/best), timm name with pretrained weights, or hf-hub:OWNER/NAME (%(default)s)"
+    "folder of a trained model (OUTPUT/last), timm name with pretrained weights, or hf-hub:OWNER/NAME (%(default)s)"
 )
 
 
@@ -21,13 +21,13 @@ def create_model(args, num_classes):
     Raises:
         InputError: there is no such model, or its files are damaged.
     """
-    model = checkpoints.open_model(args.model, **args.model_kwargs)
+    model = checkpoints.open_model(args.model, args.img_size, **args.model_kwargs)
     model.reset_classifier(num_classes)
     return model
 
 
 def main(argv=None):
-    """Run as from the command line; returns top-1, in [0, 1], by split."""
+    """Run as from the command line; returns top-1, in [0, 1], of the last epoch by split."""
     args = settings.parse(parser(), argv)
     accelerator = training.build_accelerator(args)
     # Its cache is locked, so one process downloads; a barrier would time out when that takes long.

@@ -87,7 +87,9 @@ def parse(argv=None):
 
 
 def read_run(folder: Path) -> dict:
-    """A finished run: its ``settings``, ``accuracy`` on test (or else validation), and ``epochs``, folders of models.
+    """A finished run: its ``settings``, ``epochs``, folders of models, and the last one's ``accuracy`` on test.
+
+    Without test images, the accuracy is that on validation.
 
     Raises:
         InputError: it is no run, is not finished, or has no saved epochs.
@@ -97,9 +99,9 @@ def read_run(folder: Path) -> dict:
     except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{folder} is no output folder of a run: cannot read its settings.yaml ({error})") from error
     try:
-        results = json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"the run {folder} is not finished: go on with --resume auto ({error})") from error
+        results = json.loads((folder / "results.json").read_text())["last"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"the run {folder} is not finished: go on with --resume auto ({error!r})") from error
     epochs = sorted(path.parent for path in folder.glob("epochs/*/config.json"))
     if not epochs:
         raise InputError(f"the run {folder} has no saved epochs: train it with --save-interval EPOCHS")

@@ -15,12 +15,13 @@ def create_model(args, num_classes):
         InputError: timm has no such model (with the nearest names), or it does not take ``model_kwargs``.
     """
     try:
-        return timm.create_model(args.model, num_classes=num_classes, **args.model_kwargs)
+        return checkpoints.create_model(args.model, args.img_size, num_classes=num_classes, **args.model_kwargs)
     except Exception as error:  # timm, its models and the Hub each raise their own
         message = f"timm cannot create {args.model!r} with {args.model_kwargs}: {error}"
         if not timm.is_model(args.model):
-            nearest = ", ".join(difflib.get_close_matches(args.model, timm.list_models(), 3, 0.0))
-            message = f"timm has no model {args.model!r}; the nearest are {nearest}"
+            nearest = difflib.get_close_matches(args.model, timm.list_models(), 3)
+            hint = f"; the nearest are {', '.join(nearest)}" if nearest else ""
+            message = f"timm has no model {args.model!r}{hint}"
         raise settings.InputError(message) from error
 
 
@@ -30,7 +31,7 @@ def parser() -> settings.Parser:
 
 
 def main(argv=None):
-    """Run as from the command line; returns top-1, in [0, 1], by split."""
+    """Run as from the command line; returns top-1, in [0, 1], of the last epoch by split."""
     args = settings.parse(parser(), argv)
     accelerator = training.build_accelerator(args)
     # Its cache is locked, so one process downloads; a barrier would time out when that takes long.

@@ -35,7 +35,7 @@ def main():
             start = time.perf_counter()
             subprocess.run([sys.executable, "train_imagenet.py", *flags], cwd=ROOT, check=True, capture_output=True)
             seconds = time.perf_counter() - start
-            top1 = json.loads((Path(folder) / "results.json").read_text())["test"]
+            top1 = json.loads((Path(folder) / "results.json").read_text())["last"]["test"]
         in_time, good = verdict(seconds <= MAX_SECONDS), verdict(top1 > MIN_TOP1)
         cells = f"{method:<10} {seconds:8.1f}  <= {MAX_SECONDS} {in_time:<7} {top1:7.2%}  > {MIN_TOP1:.0%} {good}"
         print(cells, flush=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import huggingface_hub
 import timm
 import torch
-from accelerate.utils import load
+from accelerate.utils import gather_object, load
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models import is_model_pretrained, push_to_hf_hub, save_for_hf
+from timm.models import is_model_pretrained, push_to_hf_hub, resolve_model_input_args, save_for_hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from common.settings import InputError, lost_process
@@ -32,11 +32,14 @@ def save(accelerator, model, optimizer, folder: Path, progress: dict, settings: 
     final, draft = folder / f"step-{progress['steps']:08d}", folder / "draft"
     if final.exists():
         return
-    tensors = _tensors([model.state_dict(), optimizer.state_dict()])
-    with room_for(tensors, folder, accelerator.is_main_process):
-        accelerator.wait_for_everyone()
+    needed = _bytes([model.state_dict(), optimizer.state_dict()])
+    with fail_together(accelerator), writing(folder, needed):
+        if accelerator.is_main_process:
+            make_room(folder, needed)
+    # With FSDP, Accelerate exchanges weights while it saves: there, the others wait if one process fails.
+    with fail_together(accelerator), writing(folder, needed):
         accelerator.save_state(str(draft))
-        accelerator.wait_for_everyone()
+    with fail_together(accelerator), writing(folder, needed):
         if accelerator.is_main_process:
             sizes = {str(file.relative_to(draft)): file.stat().st_size for file in draft.rglob("*") if file.is_file()}
             record = {"format": FORMAT, "progress": progress, "settings": settings, "files": sizes}
@@ -45,29 +48,53 @@ def save(accelerator, model, optimizer, folder: Path, progress: dict, settings: 
             for old in _steps(folder)[:-keep]:
                 (old / "progress.json").unlink()  # from here on it is no checkpoint, whatever else is left of it
                 shutil.rmtree(old)
-    accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager
-def room_for(tensors, folder: Path, main: bool):
-    """Make sure of the disk space for ``tensors``, and clean up and say what was needed if writing fails still."""
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def fail_together(accelerator):
+    """Where one process may fail alone, in a block without an exchange between them: all fail, with its message."""
+    failure = None
     try:
-        if main:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder / "draft", ignore_errors=True)
-            if shutil.disk_usage(folder).free < needed:
-                raise OSError("the disk is full")
+        yield
+    except Exception as error:
+        if lost_process(error):
+            raise
+        failure = error
+    messages = gather_object([None if failure is None else str(failure) or repr(failure)])
+    if failure is not None:
+        raise failure
+    if any(messages):
+        raise InputError(next(filter(None, messages)))
+
+
+@contextlib.contextmanager
+def writing(folder: Path | str, needed: int = 0):
+    """Raise ``InputError`` if writing into ``folder`` fails, which takes ``needed`` bytes; leave no draft behind."""
+    try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
         if lost_process(error):
             raise
+        folder = Path(folder)
         shutil.rmtree(folder / "draft", ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
+        space = f". It needs {needed / 2**20:.1f} MiB, {free:.1f} MiB are free" if needed else ""
         raise InputError(
-            f"cannot write to {folder}: {error}. It needs {needed / 2**20:.1f} MiB, {free:.1f} MiB are free. What was "
-            f"saved before is intact: make room, then go on with --resume auto"
+            f"cannot write to {folder}: {error}{space}. What was saved before is intact: mend that, then go on with "
+            f"--resume auto"
         ) from error
+
+
+def make_room(folder: Path, needed: int) -> None:
+    """Create ``folder``, without a draft; raise ``OSError`` if ``needed`` bytes do not fit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "draft", ignore_errors=True)
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError("the disk is full")
+
+
+def _bytes(state) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state))
 
 
 def _tensors(state):
@@ -119,9 +146,11 @@ def read(path: Path, settings: dict) -> dict:
             raise InputError(f"{path / name} is truncated, {found} of {size} bytes: {remedy}")
     for key in sorted({*saved, *settings}):
         if saved.get(key) != settings.get(key):
+            # The one setting whose default depends on the number of processes.
+            remedy = f"resume with --m {saved[key]}" if key == "m" else "resume with the same settings"
             raise InputError(
-                f"{path} is of a run with {key} {saved.get(key)!r}, and this one has {settings.get(key)!r}: resume "
-                f"with the same settings, or start anew in another --output"
+                f"{path} is of a run with {key} {saved.get(key)!r}, and this one has {settings.get(key)!r}: "
+                f"{remedy}, or start anew in another --output"
             )
     return progress
 
@@ -159,19 +188,30 @@ def timm_config(args, model, batches) -> str:
 def save_model(accelerator, model, folder: Path, config: str) -> None:
     """Replace the model in ``folder``, in timm's layout, by this one; whenever interrupted, one of them is there."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not accelerator.is_main_process:
-        return
-    with room_for(weights.values(), folder, True):
-        draft = folder / "draft"
-        draft.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft / "model.safetensors")
-        os.replace(draft / "model.safetensors", folder / "model.safetensors")
-        draft.rmdir()
-        (folder / "config.json").write_text(config)
+    needed = _bytes(weights)
+    with fail_together(accelerator), writing(folder, needed):
+        if accelerator.is_main_process:
+            make_room(folder, needed)
+            draft = folder / "draft"
+            draft.mkdir()
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft / "model.safetensors")
+            os.replace(draft / "model.safetensors", folder / "model.safetensors")
+            draft.rmdir()
+            (folder / "config.json").write_text(config)
 
 
-def open_model(name: str, **model_kwargs) -> torch.nn.Module:
+def create_model(name: str, img_size: int | None, **model_kwargs) -> torch.nn.Module:
+    """timm's ``create_model``; a model made for one size of images is made for ``img_size``, if that is given."""
+    if img_size is not None:
+        model_kwargs = resolve_model_input_args(name, {"img_size": img_size}, **model_kwargs)
+        name = model_kwargs.pop("model_name")
+    return timm.create_model(name, **model_kwargs)
+
+
+def open_model(name: str, img_size: int | None = None, **model_kwargs) -> torch.nn.Module:
     """A trained model: from a folder in timm's layout, by its timm name, or by an ``hf-hub:`` or ``local-dir:`` id.
+
+    One made for images of another size than ``img_size``, pixels, is adapted to that.
 
     Raises:
         InputError: there is no such model, or its files are damaged or do not fit each other.
@@ -180,13 +220,14 @@ def open_model(name: str, **model_kwargs) -> torch.nn.Module:
     if folder.is_dir():
         for file in ("config.json", "model.safetensors"):
             if not (folder / file).exists():
-                hint = f": did you mean {folder / 'best'}?" if (folder / "best").is_dir() else ""
+                found = [folder / name for name in ("last", "best") if (folder / name).is_dir()]
+                hint = f": did you mean {found[0]}?" if found else ""
                 raise InputError(f"the folder {folder} has no {file}, so it is no model in timm's layout{hint}")
         source = f"local-dir:{folder}"
     elif ":" not in name and not is_model_pretrained(name):
         raise InputError(f"there is no folder {name!r}, and timm has no pretrained model of that name")
     try:
-        return timm.create_model(source, pretrained=True, **model_kwargs)
+        return create_model(source, img_size, pretrained=True, **model_kwargs)
     except Exception as error:  # safetensors, json, the Hub and timm each raise their own
         raise InputError(f"cannot load the model {name!r}: {error}") from error
 
@@ -206,7 +247,11 @@ def check_hub(repo: str) -> None:
 
 
 def push(repo: str, folder: Path, settings: dict, results: dict) -> None:
-    """Upload a model of timm's layout with a card that states its settings and accuracies."""
+    """Upload a model of timm's layout with a card that states its settings and accuracies.
+
+    Raises:
+        InputError: the Hub does not take it.
+    """
     config = json.loads((folder / "config.json").read_text())
     method, dataset = settings["method"], settings["dataset"]
     card = {
@@ -220,4 +265,7 @@ def push(repo: str, folder: Path, settings: dict, results: dict) -> None:
     }
     names = {"label_names": config.get("label_names")}
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    push_to_hf_hub(model, repo, model_config=names, model_card=card, safe_serialization=True)
+    try:
+        push_to_hf_hub(model, repo, model_config=names, model_card=card, safe_serialization=True)
+    except Exception as error:  # httpx's errors and the Hub's own have no common base
+        raise InputError(f"cannot upload {folder} to the Hub's {repo}, but all is saved here: {error}") from error

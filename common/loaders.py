@@ -47,10 +47,15 @@ class Batches:
 def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batches:
     """The batches of a run on ``splits``, as ``model``'s own data config and the settings have them.
 
+    An ``args.m`` that was not given becomes what a process loads at once: from then on it is a setting of the run.
+
     Raises:
         InputError: the batch does not split over the processes, or exceeds the training images.
     """
     loaded, accumulation, m = split_batch(args, accelerator.num_processes)
+    if args.m is None:
+        args.m = m
+        accelerator.print(f"m is {m}: without --m, the examples that each of {accelerator.num_processes} loads at once")
     wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
     config = resolve_data_config(wanted, model=model)
     train_transform, eval_transform = transforms(config, scale=args.scale, ratio=args.ratio, hflip=args.hflip)
@@ -78,8 +83,11 @@ def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batch
 def split_batch(args, processes: int) -> tuple[int, int, int]:
     """Divide ``batch_size``: examples per loader batch, loader batches per update, examples per micro-batch.
 
+    Without ``m``, micro-batches are whole loader batches.
+
     Raises:
-        InputError: m does not divide the batch, or it does not split over the processes; with what would.
+        InputError: m does not divide the batch, or it does not split over the processes, or without m only in tiny
+            loader batches; with what would.
     """
     unit = args.m or 1
     if args.batch_size % unit:
@@ -90,8 +98,24 @@ def split_batch(args, processes: int) -> tuple[int, int, int]:
             f"{_divisors(args.batch_size // unit)} processes"
         )
     share = args.batch_size // processes
-    loaded = max(n for n in range(unit, max(args.device_batch_size, unit) + 1, unit) if share % n == 0)
+    loaded = _loaded(share, unit, args.device_batch_size)
+    if args.m is None and _tiny(share, args.device_batch_size):
+        fits = (n for n in itertools.count(1) if not _tiny(share + n, args.device_batch_size))
+        raise InputError(
+            f"batch_size {args.batch_size} splits over {processes} processes only in loader batches of {loaded}, which "
+            f"would also be m: choose batch_size {(share + next(fits)) * processes}, or give --m, {_divisors(share)}"
+        )
     return loaded, share // loaded, args.m or loaded
+
+
+def _loaded(share, unit, most):
+    """The examples to load at once: the largest multiple of ``unit`` up to ``most`` that divides ``share``."""
+    return max(n for n in range(unit, max(most, unit) + 1, unit) if share % n == 0)
+
+
+def _tiny(share, most):
+    """Whether ``share`` can only be loaded in less than a quarter of what could be loaded at once."""
+    return 4 * _loaded(share, 1, most) < min(share, most)
 
 
 def _divisors(number):
@@ -367,5 +391,9 @@ def worker_options(accelerator, workers: int) -> dict:
 
 
 def _outlive_sigterm(_):
-    """A scheduler's SIGTERM reaches loader workers too, and the main process needs them for a minute at most."""
+    """A scheduler's SIGTERM reaches loader workers too, and the main process needs them for a minute at most.
+
+    So does Ctrl-C, after which the main process ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

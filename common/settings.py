@@ -82,6 +82,9 @@ def clear_errors():
         yield
     except InputError as error:  # a data loading process puts its traceback before the message
         raise SystemExit(f"error: {str(error).split('settings.InputError: ')[-1].strip()}") from None
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was saved is intact (training: go on with --resume auto)", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except RuntimeError as error:
         if not lost_process(error):
             raise
@@ -98,6 +101,12 @@ def clear_errors():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a killed worker for an accident
         for worker in multiprocessing.active_children():
             worker.kill()
+
+
+def did_you_mean(word, known) -> str:
+    """The end of an error about an unknown word: the known one that is nearest, or nothing if none is near."""
+    nearest = difflib.get_close_matches(str(word), known, 1)
+    return f": did you mean {nearest[0]!r}?" if nearest else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -210,8 +219,8 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
         (as_flags(p, read_recipe(Path(recipe)), f"the recipe {recipe}") if recipe else []) + argv
     )
     if unknown:
-        nearest = difflib.get_close_matches(unknown[0], p._option_string_actions, 1, 0.0)[0]
-        raise InputError(f"unknown argument {unknown[0]}: did you mean {nearest}?")
+        hint = did_you_mean(unknown[0].split("=")[0], p._option_string_actions) or "; --help lists them all"
+        raise InputError(f"unknown argument {unknown[0]}{hint}")
     method = METHODS[args.method]
     for key, (default, used) in PERTURBATION.items():
         if getattr(args, key) is None:
@@ -225,6 +234,9 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
             raise InputError(f"{key} is {getattr(args, key)}; give the smaller value first")
     if not 0 <= args.warmup_epochs < args.epochs:
         raise InputError(f"warmup_epochs is {args.warmup_epochs}; it must lie between 0 and epochs, {args.epochs}")
+    for key in ("min_lr", "warmup_lr"):
+        if getattr(args, key) > args.lr:
+            raise InputError(f"{key} is {getattr(args, key)}, above lr, {args.lr}, which is the highest: lower {key}")
     if args.rho_min is not None and not (args.rho_min <= args.rho and args.min_lr < args.lr):
         raise InputError(
             f"rho cannot follow lr from ({args.min_lr}, {args.rho_min}) to ({args.lr}, {args.rho}): choose rho_min in "
@@ -234,12 +246,31 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     if args.print_config:
         print(yaml.safe_dump(resolved(args), sort_keys=False), end="")
         raise SystemExit
-    if Path(args.output).exists() and not (args.overwrite or args.resume or args.dry_run):
+    if not args.dry_run:
+        check_output(args)
+    return args
+
+
+def check_output(args) -> None:
+    """Check that the output folder can be written, and an earlier run there is replaced or continued only if asked.
+
+    Raises:
+        InputError: it is not so.
+    """
+    output = Path(os.path.abspath(args.output))
+    place = next(path for path in (output, *output.parents) if os.path.exists(path))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        reason = "may not be written" if place.is_dir() else "is a file"
+        raise InputError(f"cannot write to {args.output}: {place} {reason}; choose another --output")
+    resumed = output if args.resume == "auto" else Path(os.path.abspath(args.resume or "/"))
+    own = output in (resumed, *resumed.parents)
+    if own and args.overwrite:
+        raise InputError(f"--resume {args.resume} continues the run that --overwrite would replace: drop one of them")
+    if place == output and not (own or args.overwrite):
         raise InputError(
             f"{args.output} exists: continue that run with --resume auto, replace it with --overwrite, or choose "
             f"another --output"
         )
-    return args
 
 
 def check_ranges(args, ranges: dict) -> None:
@@ -279,7 +310,8 @@ def read_recipe(path: Path, heirs: tuple = ()) -> dict:
     try:
         settings = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from error
+        reason = " ".join(str(error).split())  # yaml's has several lines
+        raise InputError(f"cannot read the recipe {path}: {reason}") from error
     if not isinstance(settings, dict):
         raise InputError(f"the recipe {path} must be a mapping of settings, KEY: VALUE; it is {settings!r}")
     base = settings.pop("base", None)
@@ -296,8 +328,7 @@ def as_flags(p: argparse.ArgumentParser, settings: dict, where: str) -> list[str
     flags = []
     for key, value in settings.items():
         if key not in actions:
-            nearest = difflib.get_close_matches(str(key), actions, 1, 0.0)[0]
-            raise InputError(f"{where} has an unknown key {key!r}: did you mean {nearest!r}?")
+            raise InputError(f"{where} has an unknown key {key!r}{did_you_mean(key, actions)}")
         flag = f"--{key.replace('_', '-')}"
         if isinstance(actions[key], argparse.BooleanOptionalAction) and isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from safetensors.torch import load_file
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import distribute_bn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -32,7 +33,7 @@ from tqdm.auto import tqdm
 from common import checkpoints
 from common.loaders import Batches
 from common.metrics import Top1
-from common.settings import METHODS, InputError, resolved, shared_on_resume
+from common.settings import METHODS, InputError, did_you_mean, resolved, shared_on_resume
 from sam_obf import SAM, OutputBiasForgetting, momentum_perturbation, proportional_rho, random_perturbation
 
 PATIENCE = 20  # updates in a row without a finite loss, after which a run gives up
@@ -182,7 +183,10 @@ def build_optimizer(args, model):
         base = create_optimizer_v2(model, args.opt, **options)
         return SAM(base, model, args.rho, **own) if variant else base
     except (ValueError, TypeError, AssertionError) as error:
-        raise InputError(str(error)) from error
+        message, known = str(error), list_optimizers()
+        if args.opt.lower().removeprefix("lookahead_") not in known:
+            message = f"timm has no optimizer {args.opt!r}{did_you_mean(args.opt, known)}"
+        raise InputError(message) from error
 
 
 def build_schedule(args, optimizer, updates_per_epoch):
@@ -288,51 +292,61 @@ def evaluate_top1(job: Job, loader) -> dict:
 
 
 class Watch:
-    """Notices SIGTERM and a loss that stays infinite or NaN; every process does so at the same update."""
+    """Notices SIGTERM, Ctrl-C and a loss that stays infinite or NaN; every process does so at the same update."""
 
-    def __init__(self, accelerator):
-        self.accelerator, self.terminated = accelerator, False
+    def __init__(self, accelerator, patience: int = PATIENCE):
+        self.accelerator, self.patience, self.signal = accelerator, patience, 0
         self.interval, self.seen, self.start = 1, 0, time.monotonic()
         self.bad = torch.zeros((), device=accelerator.device)  # updates in a row without a finite loss
+        self.known_bad = 0.0  # the largest of all processes, at the last comparison
 
     def __enter__(self):
-        self.previous = signal.signal(signal.SIGTERM, self._terminate)
+        self.previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
-    def _terminate(self, *_):
-        self.terminated = True
+    def _stop(self, number, _):
+        self.signal = number
+        if number == signal.SIGINT:  # a second one ends the program at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def look(self, loss, step: int, now: bool):
         """Take note of a step's loss; about every 5 seconds, or ``now``, compare notes with the other processes.
 
         Returns:
-            None, or the mean loss and whether to stop.
+            None, or the mean loss and the signal to stop by, 0 if none.
 
         Raises:
-            InputError: after ``PATIENCE`` steps in a row without a finite loss.
+            InputError: after ``patience`` steps in a row without a finite loss.
         """
         self.bad = torch.where(loss.isfinite(), 0.0, self.bad + 1)
         self.seen += 1
         if self.seen < self.interval and not now:
             return None
         seconds = (time.monotonic() - self.start) / self.seen
-        note = torch.tensor([self.terminated, seconds], device=loss.device)
+        note = torch.tensor([self.signal, seconds], device=loss.device)
         notes = self.accelerator.gather(torch.cat([note, torch.stack([loss.float(), self.bad])])[None])
-        terminated, seconds, _, bad = notes.max(0).values.tolist()
+        number, seconds, _, self.known_bad = notes.max(0).values.tolist()
         self.interval, self.seen, self.start = min(max(1, int(5 / seconds)), 100), 0, time.monotonic()
-        if bad >= PATIENCE:
-            raise InputError(
-                f"the loss has not been finite since step {step - bad + 1:.0f}: lower lr or rho, or set clip_grad, and "
-                f"start anew, or go on from the last good checkpoint with --resume auto"
-            )
-        return notes[:, 2].mean().item(), bool(terminated)
+        if self.known_bad >= self.patience:
+            raise self.diverged(step)
+        return notes[:, 2].mean().item(), int(number)
+
+    def diverged(self, step) -> InputError:
+        """The error to end a run with."""
+        return InputError(
+            f"the loss has not been finite since step {step - self.known_bad + 1:.0f}: lower lr or rho, or set "
+            f"clip_grad, and start anew, or go on from the last good checkpoint with --resume auto"
+        )
 
 
 def train_epoch(job, progress, watch, bar):
-    """Make the remaining steps of an epoch; stop the program, with a checkpoint, on SIGTERM."""
+    """Make the remaining steps of an epoch; stop the program, with a checkpoint, on SIGTERM or Ctrl-C."""
+    if progress.step == job.batches.steps:  # a run resumed before the evaluation
+        return
     job.model.train()
     job.schedule(progress.updates)
     interval, total = job.args.checkpoint_interval, torch.tensor(progress.loss, device=job.accelerator.device)
@@ -350,17 +364,19 @@ def train_epoch(job, progress, watch, bar):
         seen = watch.look(loss, progress.steps, now=due or progress.step == job.batches.steps)
         if seen is None:
             continue
-        mean, terminated = seen
-        bar.set_postfix(loss=f"{mean:.3f}", **{key: f"{value:.4g}" for key, value in shown.items()})
-        job.accelerator.log({f"train/{key}": value for key, value in {"loss": mean, **shown}.items()}, progress.steps)
+        mean, stop = seen
         progress.loss = job.accelerator.reduce(total, "mean").item()
-        if terminated or (due and progress.step < job.batches.steps):
+        average = f"{progress.loss / progress.step:.3f}"  # over the epoch
+        bar.set_postfix(loss=average, **{key: f"{value:.4g}" for key, value in shown.items()})
+        job.accelerator.log({f"train/{key}": value for key, value in {"loss": mean, **shown}.items()}, progress.steps)
+        if stop or (due and progress.step < job.batches.steps):
             save_checkpoint(job, progress)
-        if terminated:
+        if stop:
             bar.close()
             finish_trackers(job.accelerator)
-            job.accelerator.print(f"stopped by SIGTERM after step {progress.steps}; go on with --resume auto")
-            raise SystemExit
+            name = signal.Signals(stop).name
+            job.accelerator.print(f"stopped by {name} after step {progress.steps}; go on with --resume auto")
+            raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
     next(batches, None)  # lets the loader know of the end
 
 
@@ -376,53 +392,79 @@ def fit(job: Job) -> None:
     progress = begin(job)
     hidden = {"disable": not accelerator.is_main_process, "dynamic_ncols": True}
     bar = tqdm(total=args.epochs * job.batches.steps, initial=progress.steps, unit="step", **hidden)
-    with Watch(accelerator) as watch, bar:
+    with Watch(accelerator, min(PATIENCE, job.batches.steps)) as watch, bar:
         while progress.epoch < args.epochs:
-            bar.set_description(f"epoch {progress.epoch + 1}/{args.epochs}, best {max(progress.best, 0):.1%}")
+            best = f", best {progress.best:.1%}" if progress.best >= 0 else ""
+            bar.set_description(f"epoch {progress.epoch + 1}/{args.epochs}{best}")
             train_epoch(job, progress, watch, bar)
-            average_batch_norm(job)
-            top1 = evaluate_top1(job, job.batches.evaluation[held_out])["top1"]
-            accelerator.log({f"{held_out}/top1": top1}, progress.steps)
-            if accelerator.is_main_process:
-                with (Path(args.output) / "metrics.jsonl").open("a") as file:
-                    line = {"epoch": progress.epoch, "loss": progress.loss / job.batches.steps, held_out: top1}
-                    file.write(json.dumps(line) + "\n")
-            if top1 > progress.best or held_out == "test":
-                checkpoints.save_model(accelerator, job.model, final_folder(job), job.timm_config)
+            # Before the evaluation, so that a kill during that costs no training; a resumed run then repeats it.
+            if not save_checkpoint(job, progress):
+                raise watch.diverged(progress.steps)
+            save_model(job, "last")
             number, interval = progress.epoch + 1, args.save_interval
             if interval and (number % interval == 0 or number == args.epochs):
-                kept = Path(args.output) / "epochs" / f"{number:04d}"
-                checkpoints.save_model(accelerator, job.model, kept, job.timm_config)
+                save_model(job, f"epochs/{number:04d}")
+            top1 = evaluate_top1(job, job.batches.evaluation[held_out])["top1"]
+            accelerator.log({f"{held_out}/top1": top1}, progress.steps)
+            if top1 > progress.best and held_out == "validation":
+                save_model(job, "best")
+            loss = progress.loss / job.batches.steps
+            line = {"epoch": progress.epoch, "loss": loss if math.isfinite(loss) else None, held_out: top1}
+            with checkpoints.fail_together(accelerator), checkpoints.writing(job.args.output):
+                if accelerator.is_main_process:
+                    with (Path(args.output) / "metrics.jsonl").open("a") as file:
+                        file.write(json.dumps(line) + "\n")
             progress.best = max(progress.best, top1)
             progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
-            save_checkpoint(job, progress)
 
 
-def final_folder(job) -> Path:
-    """Where the model to use is: the best epoch's on validation, or without validation images the last epoch's."""
-    return Path(job.args.output) / ("best" if job.batches.held_out == "validation" else "last")
+def save_model(job, name):
+    """Save the model into a folder of the run's output."""
+    checkpoints.save_model(job.accelerator, job.model, Path(job.args.output) / name, job.timm_config)
 
 
 def begin(job) -> Progress:
-    """Prepare the output folder and load the checkpoint to resume from, if any."""
+    """Prepare the output folder and load the checkpoint to resume from, if any.
+
+    Raises:
+        InputError: there is no such checkpoint, or not of such a run; the folder cannot be written, or its checkpoints
+            were removed; the Hub does not take the model.
+    """
     args, accelerator, output = job.args, job.accelerator, Path(job.args.output)
-    if args.push_to_hub and accelerator.is_main_process:
-        checkpoints.check_hub(args.push_to_hub)
+    with checkpoints.fail_together(accelerator):
+        if args.push_to_hub and accelerator.is_main_process:
+            checkpoints.check_hub(args.push_to_hub)
     path = checkpoints.find(args.resume, output / "checkpoints") if args.resume else None
+    trained = [name for name in ("results.json", "last", "best", "epochs") if (output / name).exists()]
+    if args.resume == "auto" and path is None and trained:
+        raise InputError(
+            f"{output} has {', '.join(trained)} of an earlier run, but no checkpoint to resume from: replace that run "
+            f"with --overwrite, or choose another --output"
+        )
     progress = Progress() if path is None else Progress(**checkpoints.read(path, identity(job)))
+    own = path is not None and path.parent.resolve() == (output / "checkpoints").resolve()
+    if not own:
+        progress.best = -1.0  # another run's best model stays with it
     accelerator.wait_for_everyone()  # the main process is about to change the folder
-    if accelerator.is_main_process:
-        if path is None:
-            for old in ("checkpoints", "best", "last", "epochs"):
-                shutil.rmtree(output / old, ignore_errors=True)
-        output.mkdir(parents=True, exist_ok=True)
-        metrics = output / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        metrics.write_text("".join(f"{line}\n" for line in lines[: progress.epoch]))
-        (output / "settings.yaml").write_text(yaml.safe_dump(resolved(args), sort_keys=False))
+    with checkpoints.fail_together(accelerator), checkpoints.writing(output):
+        if accelerator.is_main_process:
+            if not own:
+                for old in ("checkpoints", "best", "last", "epochs"):
+                    shutil.rmtree(output / old, ignore_errors=True)
+                for old in ("metrics.jsonl", "results.json"):
+                    (output / old).unlink(missing_ok=True)
+            output.mkdir(parents=True, exist_ok=True)
+            metrics = output / "metrics.jsonl"
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            kept = [line for line in lines if json.loads(line)["epoch"] < progress.epoch]
+            metrics.write_text("".join(f"{line}\n" for line in kept))
+            (output / "settings.yaml").write_text(yaml.safe_dump(resolved(args), sort_keys=False))
     if path is not None:
         checkpoints.restore(accelerator, path)
         accelerator.print(f"resuming from {path}, after epoch {progress.epoch}, step {progress.step}")
+    if path is not None and not own:
+        accelerator.print(f"metrics.jsonl, best/ and epochs/ of {output} begin here: earlier epochs' stay in that run")
+        save_checkpoint(job, progress)  # for --resume auto
     plain = {
         key: value if isinstance(value, (int, float, str)) else str(value) for key, value in resolved(args).items()
     }
@@ -430,42 +472,74 @@ def begin(job) -> Progress:
     return progress
 
 
-def save_checkpoint(job, progress):
-    """Save the state to resume from, unless it is no good: then the one before stays the newest."""
+def save_checkpoint(job, progress) -> bool:
+    """Save the state to resume from, if all of it is finite, and say whether: else the one before stays the newest."""
     average_batch_norm(job)
     tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*job.model.parameters(), *job.model.buffers())]
     finite = torch.stack([t.isfinite().all() for t in tensors if t.numel()]).all()
-    if job.accelerator.gather(finite[None].long()).all():
+    good = bool(job.accelerator.gather(finite[None].long()).all())
+    if good:
         where = Path(job.args.output) / "checkpoints"
         state = (dataclasses.asdict(progress), identity(job), job.args.checkpoint_hist)
         checkpoints.save(job.accelerator, job.model, job.optimizer, where, *state)
+    return good
 
 
 def identity(job) -> dict:
     """What a run must have in common with the checkpoint that it resumes from."""
-    return shared_on_resume(job.args) | {"num_classes": job.accelerator.unwrap_model(job.model).num_classes}
+    # FSDP2 perturbs with the micro-batches of all processes together.
+    processes = {"fsdp2_processes": job.accelerator.num_processes} if job.accelerator.is_fsdp2 else {}
+    return shared_on_resume(job.args) | processes | {"num_classes": job.accelerator.unwrap_model(job.model).num_classes}
 
 
 def final_evaluation(job: Job) -> dict[str, float]:
-    """Evaluate the saved model on all splits but train; print, save and return top-1, in [0, 1]; upload if asked to."""
-    args, accelerator, folder = job.args, job.accelerator, final_folder(job)
-    weights = load_file(folder / "model.safetensors") if accelerator.is_main_process else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
-    set_model_state_dict(job.model, weights, options=options)
-    results = {split: evaluate_top1(job, loader) for split, loader in job.batches.evaluation.items()}
-    top1 = {split: result["top1"] for split, result in results.items()}
-    accelerator.log({f"final/{split}": value for split, value in top1.items()})
+    """Evaluate the saved models on all splits but train; print and save top-1; upload if asked to.
+
+    The models are that of the last epoch, "last", which counts, and with validation images the one that is "best" on
+    them, whose top-1 on them is too good by that choice.
+
+    Returns:
+        Top-1, in [0, 1], of the last epoch by split.
+
+    Raises:
+        InputError: a model is missing, or the results cannot be written or uploaded.
+    """
+    args, accelerator, output = job.args, job.accelerator, Path(job.args.output)
+    results, top1 = {}, {}
+    for name in ("last", "best") if job.batches.held_out == "validation" else ("last",):
+        load_model(job, output / name)
+        results[name] = {split: evaluate_top1(job, loader) for split, loader in job.batches.evaluation.items()}
+        top1[name] = {split: result["top1"] for split, result in results[name].items()}
+        accelerator.log({f"{name}/{split}": value for split, value in top1[name].items()})
     finish_trackers(accelerator)
-    accelerator.print(f"\nTop-1 accuracy of {args.model} trained with method {args.method}, {folder.name} epoch")
-    accelerator.print(f"{'split':<12} {'images':>8} {'top-1':>8}")
-    for split, result in results.items():
-        accelerator.print(f"{split:<12} {result['examples']:>8} {result['top1']:>8.2%}")
-    accelerator.print(f"\nThe model: timm.create_model('local-dir:{folder}', pretrained=True)")
-    if accelerator.is_main_process:
-        (Path(args.output) / "results.json").write_text(json.dumps(top1, indent=2) + "\n")
-        if args.push_to_hub:
-            checkpoints.push(args.push_to_hub, folder, resolved(args), top1)
-    return top1
+    accelerator.print(f"\nTop-1 accuracy of {args.model} trained with method {args.method}:")
+    accelerator.print("the last epoch" + (", and the epoch that is best on validation" if "best" in results else ""))
+    accelerator.print(f"{'split':<12} {'images':>8}" + "".join(f" {name:>8}" for name in results))
+    for split, result in results["last"].items():
+        cells = "".join(f" {values[split]:>8.2%}" for values in top1.values())
+        accelerator.print(f"{split:<12} {result['examples']:>8}{cells}")
+    for name in results:
+        accelerator.print(f"{name}: timm.create_model('local-dir:{output / name}', pretrained=True)")
+    with checkpoints.fail_together(accelerator), checkpoints.writing(output):
+        if accelerator.is_main_process:
+            (output / "results.json").write_text(json.dumps(top1, indent=2) + "\n")
+            if args.push_to_hub:
+                checkpoints.push(args.push_to_hub, output / "last", resolved(args), top1["last"])
+    return top1["last"]
+
+
+def load_model(job, folder):
+    """Load the weights of a model that ``save_model`` has saved.
+
+    Raises:
+        InputError: it is not there.
+    """
+    with checkpoints.fail_together(job.accelerator):
+        if job.accelerator.is_main_process and not (folder / "model.safetensors").exists():
+            raise InputError(f"{folder} was removed since this run saved it: start anew with --overwrite")
+    weights = load_file(folder / "model.safetensors") if job.accelerator.is_main_process else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=job.accelerator.num_processes > 1)
+    set_model_state_dict(job.model, weights, options=options)
 
 
 def finish_trackers(accelerator):
@@ -492,12 +566,26 @@ def dry_run(job: Job) -> dict:
     if accelerator.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
     weights = sum(p.numel() for p in job.model.parameters())
-    steps, accumulation, m = job.batches.steps, job.batches.accumulation, job.batches.m
+    steps, processes = job.batches.steps, count(accelerator.num_processes, "process", "processes")
+    accumulation = count(job.batches.accumulation, "loader batch", "loader batches")
     accelerator.print(
         f"dry run of {args.model} ({weights / 1e6:.1f} M weights) on {args.dataset}, method {args.method}: the loss is "
-        f"{loss:.3f}\n{args.batch_size} examples per update: {accelerator.num_processes} processes x {accumulation} "
-        f"loader batches x micro-batches of {m}\n{args.epochs} epochs of {steps} updates of {seconds:.2f} s: about "
-        f"{args.epochs * steps * seconds / 3600:.1f} hours\npeak memory of process 0: {peak:.1f} GiB on "
+        f"{loss:.3f}\n{args.batch_size} examples per update: {processes} x {accumulation} x micro-batches of "
+        f"{job.batches.m}\n{count(args.epochs, 'epoch')} of {count(steps, 'update')} of {duration(seconds)}: about "
+        f"{duration(args.epochs * steps * seconds)}, and the evaluations\npeak memory of process 0: {peak:.1f} GiB on "
         f"{accelerator.device}\nnothing was written"
     )
     return {}
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """A number of things, in words."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"

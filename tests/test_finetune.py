@@ -1,6 +1,7 @@
 """Fine-tuning from a checkpoint, and what a run can be asked to do besides: stream, try dry, track, upload."""
 
 import json
+import re
 import shutil
 
 import accelerate.tracking
@@ -18,7 +19,7 @@ from timm.models import save_for_hf
 
 import finetune_cifar
 import train_imagenet
-from common import training
+from common import checkpoints, training
 from common.settings import InputError
 
 SMALL = {"img_size": 32, "crop_pct": 1.0, "epochs": 1, "batch_size": 4, "m": 2, "workers": 0, "lr": 0.01}
@@ -63,6 +64,7 @@ def test_fine_tuning_on_a_local_copy_of_cifar_reports_the_last_epoch_on_test(tmp
     cifar = write_cifar100(tmp_path) / "cifar100"
     results = run(finetune_cifar, tmp_path, dataset=str(cifar), model=str(checkpoint), epochs=3, loss="bce")
     assert list(results) == ["test"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"last": results}
     assert not (tmp_path / "run" / "best").exists()
     last = timm.create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)
     assert last.num_classes == 100
@@ -79,9 +81,21 @@ def test_pretrained_weights_of_timm_are_asked_for(tmp_path, images, monkeypatch)
         return create_model("test_resnet", **kwargs)
 
     monkeypatch.setattr(timm, "create_model", create)
-    run(finetune_cifar, tmp_path, "--dry-run", dataset=str(images), model="resnet18.a1_in1k")
-    run(finetune_cifar, tmp_path, "--dry-run", dataset=str(images), model="hf-hub:somebody/model")
+    for model in ("resnet18.a1_in1k", "hf-hub:somebody/model"):
+        run(finetune_cifar, tmp_path, "--dry-run", dataset=str(images), model=model, img_size=None)
     assert asked == [("resnet18.a1_in1k", True), ("hf-hub:somebody/model", True)]
+
+
+def test_img_size_suffices_for_a_model_that_is_made_for_one_size(tmp_path, images):
+    """Trained at 64 pixels, fine-tuned at 96, opened elsewhere at that."""
+    first = run(train_imagenet, tmp_path, dataset=str(images), model="test_vit", img_size=64)
+    model = str(tmp_path / "run" / "last")
+    output = str(tmp_path / "tuned")
+    assert first and run(finetune_cifar, tmp_path, dataset=str(images), model=model, img_size=96, output=output)
+    for folder, size in (("run", 64), ("tuned", 96)):
+        opened = timm.create_model(f"local-dir:{tmp_path / folder / 'last'}", pretrained=True)
+        assert opened.patch_embed.img_size == (size, size)
+        assert opened.pretrained_cfg["input_size"] == (3, size, size)
 
 
 def damage(folder, file, content):
@@ -144,7 +158,8 @@ def test_stream_of_unknown_length_asks_for_it(tmp_path):
 def test_dry_run_reports_and_writes_nothing(tmp_path, images, capsys):
     assert run(train_imagenet, tmp_path, "--dry-run", dataset=str(images), model="test_resnet") == {}
     printed = capsys.readouterr().out
-    assert "4 examples per update: 1 processes x 1 loader batches x micro-batches of 2" in printed
+    assert "4 examples per update: 1 process x 1 loader batch x micro-batches of 2" in printed
+    assert re.search(r"^1 epoch of 1 update of [\d.]+ seconds: about [\d.]+ seconds, and", printed, re.MULTILINE)
     assert "GiB on cpu" in printed and "nothing was written" in printed
     assert not (tmp_path / "run").exists()
 
@@ -170,7 +185,9 @@ def test_tracker_receives_settings_and_values(tmp_path, images, monkeypatch):
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.TENSORBOARD])
     results = run(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", log_with="tensorboard")
     assert Memory.config["lr"] == 0.01 and Memory.config["method"] == "obf"
-    assert Memory.values["final/validation"] == Memory.values["validation/top1"] == results["validation"]
+    top1 = results["validation"]
+    assert Memory.values["last/validation"] == Memory.values["best/validation"] == top1
+    assert Memory.values["validation/top1"] == top1
     assert {"train/loss", "train/lr", "train/rho"} <= set(Memory.values)
 
 
@@ -208,7 +225,7 @@ def test_upload_holds_model_and_card_with_settings_and_accuracies(tmp_path, imag
     assert "rho: 0.05" in card and "--method obf" in card and "hf-hub:me/model" in card
     config = json.loads((tmp_path / "uploaded" / "config.json").read_text())
     assert config["label_names"] == ["cat", "dog"]
-    weights = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    weights = load_file(tmp_path / "run" / "last" / "model.safetensors")
     assert all(torch.equal(t, weights[n]) for n, t in load_file(tmp_path / "uploaded/model.safetensors").items())
 
 
@@ -225,6 +242,14 @@ def test_upload_that_cannot_work_ends_before_training(tmp_path, images, monkeypa
     with pytest.raises(InputError, match=words):
         run(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", push_to_hub="me/model")
     assert not (tmp_path / "run").exists()
+
+
+def test_upload_that_fails_at_the_end_says_what_was_saved(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(checkpoints, "check_hub", lambda repo: None)
+    monkeypatch.setattr(checkpoints, "push_to_hf_hub", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(InputError, match=r"cannot upload .*run/last to the Hub's me/model, but all is saved"):
+        run(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", push_to_hub="me/model")
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 def test_fsdp_that_saves_what_needs_unpickling_is_refused(monkeypatch):

@@ -95,7 +95,7 @@ def images(tmp_path_factory):
 def opened(accelerator, images, *flags):
     """The batches of a run on a folder, as its flags have them."""
     usual = ["--dataset", str(images), "--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--m", "8"]
-    usual += ["--workers", "0", "--crop-pct", "0.5", "--interpolation", "nearest", "--output", "/nowhere"]
+    usual += ["--workers", "0", "--crop-pct", "0.5", "--interpolation", "nearest", "--output", "nowhere"]
     args = settings.parse(train_imagenet.parser(), [*usual, *flags])
     splits = data.load(args.dataset, validation_share=args.validation_share)
     return loaders.open_splits(args, accelerator, splits, train_imagenet.create_model(args, 2)), splits

@@ -177,7 +177,7 @@ def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsy
     }
     for row in measured:
         results = json.loads((runs[0].parent / row["run"] / "results.json").read_text())
-        assert float(row["accuracy"]) == results["test"]
+        assert float(row["accuracy"]) == results["last"]["test"]
     # Only three runs have a perturbation of their own, too few for a correlation.
     assert {(c["perturbation"], c["epochs"]) for c in found} == {
         (k, e) for k in ("sam", "random") for e in ("last", "mean")

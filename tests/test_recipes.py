@@ -104,7 +104,7 @@ def typed_rows():
         for dataset in ("cifar10", "cifar100"):
             row = read(line, "model", "row", "from", "method", "rho", "gamma", "lr", "loss")
             name = f"{dataset}-{row['model']}-{row.pop('row')}"
-            checkpoint = f"outputs/imagenet/{row['model']}-{row.pop('from')}/best"
+            checkpoint = f"outputs/imagenet/{row['model']}-{row.pop('from')}/last"
             places = {"dataset": f"uoft-cs/{dataset}", "model": checkpoint, "output": f"outputs/cifar/{name}"}
             rows[f"cifar/{name}.yaml"] = row | CIFAR | places
     return rows

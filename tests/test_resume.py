@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from test_data import write_folder
 
 import train_imagenet
-from common import checkpoints
+from common import checkpoints, training
 from common.settings import InputError, clear_errors
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def in_process(recipe, output, *flags):
 
 def assert_same_run(one, other):
     """Bit for bit: weights, metrics, results."""
-    for file in ("metrics.jsonl", "results.json", "best/model.safetensors"):
+    for file in ("metrics.jsonl", "results.json", "best/model.safetensors", "last/model.safetensors"):
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
     for a, b in zip(final_weights(one).values(), final_weights(other).values(), strict=True):
         assert torch.equal(a, b)
@@ -172,12 +172,40 @@ def wait_for(path, process):
         time.sleep(0.005)
 
 
-def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(tmp_path, images):
+def die_while_evaluating(recipe, output):
+    """Be killed in the evaluation of the second epoch."""
+    evaluate, seen = training.evaluate_top1, []
+
+    def die(*args):
+        seen.append(args)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return evaluate(*args)
+
+    training.evaluate_top1 = die
+    train_apart(recipe, output)
+
+
+def test_kill_while_evaluating_costs_no_training(tmp_path, images, monkeypatch):
+    path, output = recipe(tmp_path, images, workers=0, epochs=2, checkpoint_interval=None), tmp_path / "run"
+    assert finished(apart(train_apart, path, tmp_path / "whole"))
+    apart(die_while_evaluating, path, output).join()
+    assert steps_saved(output) == 8
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
+    monkeypatch.setattr(training, "update", None)
+    in_process(path, output, "--resume", "auto")
+    assert_same_run(tmp_path / "whole", output)
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(tmp_path, images, how, code):
     path = recipe(tmp_path, images, epochs=8, checkpoint_interval=None)  # no checkpoint but SIGTERM's and an epoch's
     whole, run = start(path, tmp_path / "whole"), start(path, tmp_path / "run")
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000004", run)
-    os.killpg(run.pid, signal.SIGTERM)  # schedulers send it to loader workers too
-    assert "stopped by SIGTERM after step" in finish(run)
+    os.killpg(run.pid, how)  # schedulers and terminals send it to loader workers too
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == code and "Traceback" not in err, err
+    assert f"stopped by {how.name} after step" in out
     assert steps_saved(tmp_path / "run") < 32
     assert "resuming from" in finish(start(path, tmp_path / "run", "--resume", "auto"))
     finish(whole)
@@ -221,6 +249,83 @@ def test_resuming_a_finished_run_trains_no_more(tmp_path, images):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+def test_another_run_s_checkpoint_brings_its_training_but_not_its_models_and_metrics(tmp_path, images):
+    path, first = short_run(tmp_path, images)
+    other = tmp_path / "other"
+    results = in_process(path, other, "--resume", str(first / "checkpoints" / "step-00000007"))
+    assert results == json.loads((first / "results.json").read_text())["last"]
+    assert (other / "metrics.jsonl").read_text() == (first / "metrics.jsonl").read_text().splitlines(True)[1]
+    assert (other / "best/model.safetensors").read_bytes() == (other / "last/model.safetensors").read_bytes()
+    assert sorted(os.listdir(other / "checkpoints")) == ["step-00000007", "step-00000008"]
+    shutil.rmtree(first)
+    assert in_process(path, other, "--resume", "auto") == results
+    assert len((other / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_run_whose_checkpoints_were_removed_is_not_trained_anew_unasked(tmp_path, images, monkeypatch):
+    path, output = short_run(tmp_path, images, save_interval=1)
+    shutil.rmtree(output / "checkpoints")
+    for missing in ("results.json", "last"):  # finished, or not yet
+        with pytest.raises(InputError, match=r"has .*best, epochs of an earlier run, but no checkpoint .* --overwrite"):
+            in_process(path, output, "--resume", "auto")
+        (shutil.rmtree if (output / missing).is_dir() else os.remove)(output / missing)
+    (output / "results.json").write_text("of an earlier run")
+    monkeypatch.setattr(training, "final_evaluation", lambda job: {})
+    in_process(path, output, "--overwrite")
+    assert not (output / "results.json").exists()
+
+
+def test_finished_run_whose_best_model_was_removed_says_so(tmp_path, images):
+    path, output = short_run(tmp_path, images)
+    lines = [json.loads(line)["validation"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(output / "best")
+    if lines[1] > lines[0]:  # then the last epoch's evaluation, repeated, saves it again
+        assert in_process(path, output, "--resume", "auto")
+    else:
+        with pytest.raises(InputError, match="run/best was removed since this run saved it"):
+            in_process(path, output, "--resume", "auto")
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
+    with training.Watch(Accelerator(cpu=True)):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+ONLY_THE_MAIN_PROCESS_FAILS = """
+import os, shutil, sys
+sys.path.insert(0, os.getcwd())
+import train_imagenet
+from common import checkpoints, settings
+
+def fail(*_):
+    raise settings.InputError("the Hub is down")
+
+full = shutil.disk_usage("/")._replace(free=1000)
+if os.environ["RANK"] == "0" and sys.argv[1] == "disk":
+    shutil.disk_usage = lambda path: full
+checkpoints.check_hub = fail if os.environ["RANK"] == "0" and sys.argv[1] == "hub" else lambda repo: None
+with settings.clear_errors():
+    train_imagenet.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("what, words", [("disk", "the disk is full. It needs"), ("hub", "the Hub is down")])
+def test_all_processes_end_with_the_main_one_s_error(tmp_path, images, what, words):
+    (tmp_path / "script.py").write_text(ONLY_THE_MAIN_PROCESS_FAILS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["--log-dir", str(tmp_path / "logs"), "--redirects", "3", str(tmp_path / "script.py"), what]
+    path = recipe(tmp_path, images, workers=0, push_to_hub="me/model")
+    launch += ["--recipe", str(path), "--output", str(tmp_path / "run")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    errors = [file.read_text() for file in tmp_path.glob("logs/**/stderr.log")]
+    assert len(errors) == 2
+    assert all(words in error and "another process" not in error for error in errors), errors
+
+
 def test_resume_auto_without_a_checkpoint_starts(tmp_path, images):
     assert in_process(recipe(tmp_path, images, workers=0), tmp_path / "run", "--resume", "auto")
 
@@ -249,6 +354,14 @@ def test_checkpoint_of_other_settings_is_refused_and_kept(tmp_path, images, flag
     with pytest.raises(InputError, match=words):
         in_process(path, output, "--resume", "auto", *flags)
     assert steps_saved(output) == 8
+
+
+def test_resumed_run_on_fewer_processes_keeps_the_m_that_nobody_gave(tmp_path, images):
+    path = recipe(tmp_path, images, workers=0, epochs=2, m=None, batch_size=8)
+    finish(start(path, tmp_path / "run", processes=2))
+    with pytest.raises(InputError, match="is of a run with m 4, and this one has 8: resume with --m 4, or start anew"):
+        in_process(path, tmp_path / "run", "--resume", "auto")
+    in_process(path, tmp_path / "run", "--resume", "auto", "--m", "4")
 
 
 def test_checkpoint_of_other_classes_is_refused(tmp_path, images):
@@ -362,3 +475,31 @@ def test_loss_that_stays_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp
         in_process(path, tmp_path / "run")
     assert steps_saved(tmp_path / "run") in (1, 2)
     assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path / "run").values())
+
+
+def test_loss_that_is_nan_in_a_short_run_saves_no_model(tmp_path, images):
+    path = recipe(tmp_path, images, workers=0, epochs=1, lr=1e30, rho_min=None, warmup_epochs=0)
+    with pytest.raises(InputError, match=r"has not been finite since step [23]:"):
+        in_process(path, tmp_path / "run")
+    assert not (tmp_path / "run" / "best").exists() and not (tmp_path / "run" / "last").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("bad", [1, 4])
+def test_nan_loss_of_finite_weights_is_null_in_the_metrics_and_for_a_whole_epoch_an_error(
+    tmp_path, images, monkeypatch, bad
+):
+    update, seen = training.update, []
+
+    def sometimes_nan(*args):
+        seen.append(update(*args))
+        return torch.tensor(float("nan")) if len(seen) <= bad else seen[-1]
+
+    monkeypatch.setattr(training, "update", sometimes_nan)
+    path = recipe(tmp_path, images, workers=0, epochs=1, warmup_epochs=0)
+    if bad == 4:
+        with pytest.raises(InputError, match="has not been finite since step 1:"):
+            in_process(path, tmp_path / "run")
+        return
+    in_process(path, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None

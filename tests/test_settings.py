@@ -1,5 +1,7 @@
 """Recipes and flags: who wins, and what a user reads when they are wrong."""
 
+import os
+
 import pytest
 import yaml
 
@@ -69,7 +71,14 @@ def test_methods_resolve_their_own_settings_and_no_others(tmp_path, method):
         ("lr: [", (), "cannot read the recipe"),
         (None, ("--recipe", "nowhere.yaml"), "cannot read the recipe nowhere.yaml"),
         (None, ("--method", "sharp"), "invalid choice: 'sharp'"),
-        (None, ("--roh", "0.1"), "unknown argument --roh: did you mean --rho"),
+        (None, ("--roh", "0.1"), "unknown argument --roh: did you mean '--rho'"),
+        (None, ("--roh=0.1",), "unknown argument --roh=0.1: did you mean '--rho'"),
+        (None, ("digits",), "unknown argument digits; --help lists them all$"),
+        ({"zzzz": 0.1}, (), "has an unknown key 'zzzz'$"),
+        ("lr: 1\n  epochs: 2\n", (), "^cannot read the recipe [^\n]*$"),
+        ({"lr": 0.1, "min_lr": 0.2}, (), "min_lr is 0.2, above lr, 0.1"),
+        ({"lr": 0.1}, ("--warmup-lr", "0.2"), "warmup_lr is 0.2, above lr, 0.1"),
+        (None, ("--resume", "auto", "--overwrite"), "--resume auto continues the run that --overwrite would replace"),
         ({}, ("--method", "sam", "--gamma", "1"), "gamma contradicts method sam: .* obf, gsam"),
         ({}, ("--method", "obf", "--gsam-alpha", "1"), "gsam_alpha contradicts method obf"),
         ({}, ("--method", "gsam", "--adaptive", "both"), "adaptive contradicts method gsam"),
@@ -117,3 +126,30 @@ def test_an_earlier_run_is_not_replaced_unasked(tmp_path):
         parse(tmp_path)
     assert parse(tmp_path, None, "--overwrite").overwrite
     assert parse(tmp_path, None, "--resume", "auto").resume == "auto"
+
+
+def test_a_run_resumed_from_elsewhere_does_not_replace_another(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="run exists: continue that run with --resume auto"):
+        parse(tmp_path, None, "--resume", str(tmp_path / "other"))
+    assert parse(tmp_path, None, "--resume", str(tmp_path / "other"), "--overwrite")
+    for own in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000003"):
+        assert parse(tmp_path, None, "--resume", str(own))
+        with pytest.raises(InputError, match="drop one of them"):
+            parse(tmp_path, None, "--resume", str(own), "--overwrite")
+
+
+@pytest.mark.parametrize("kind, words", [("file", "file is a file"), ("folder", "folder may not be written")])
+def test_output_where_nothing_can_be_written(tmp_path, monkeypatch, kind, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "folder")  # root may write anywhere
+    with pytest.raises(InputError, match=f"cannot write to .*{words}; choose another --output"):
+        parse(tmp_path, None, "--output", str(tmp_path / kind / "below" / "run"))
+
+
+def test_ctrl_c_is_one_line_and_no_traceback(capsys):
+    with pytest.raises(SystemExit) as ended, settings.clear_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip().startswith("interrupted: what was saved is intact")

@@ -76,7 +76,7 @@ def test_every_point_is_trained_and_tabulated(tmp_path, capsys):
     rows = table(tmp_path)
     assert [(row["method"], row["seed"]) for row in rows] == [("sam", "0"), ("sam", "1"), ("base", "0"), ("base", "1")]
     for row in rows:
-        results = json.loads((Path(row["run"]) / "results.json").read_text())
+        results = json.loads((Path(row["run"]) / "results.json").read_text())["last"]
         assert {key: float(row[key]) for key in results} == results
         saved = yaml.safe_load((Path(row["run"]) / "settings.yaml").read_text())
         assert (saved["method"], saved["seed"]) == (row["method"], int(row["seed"]))

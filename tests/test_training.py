@@ -171,6 +171,8 @@ def batch_settings(**values):
         ({"m": 64, "device_batch_size": 200}, 8, (128, 4, 64)),
         ({"m": 64, "device_batch_size": 32}, 8, (64, 8, 64)),
         ({"m": 3, "batch_size": 60}, 4, (15, 1, 3)),
+        ({"batch_size": 6}, 2, (3, 1, 3)),
+        ({"m": 1, "batch_size": 1018}, 2, (1, 509, 1)),  # tiny, but asked for
     ],
 )
 def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, split):
@@ -183,6 +185,7 @@ def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, s
         ({"m": 48}, 8, "m 48 does not divide batch_size 4096: choose one of 1, 2, 4,"),
         ({}, 3, "4096 in micro-batches of 1 does not split over 3 processes: choose one of 1, 2, 4"),
         ({"m": 64, "batch_size": 384}, 4, "does not split over 4 processes: choose one of 1, 2, 3, 6 processes"),
+        ({"batch_size": 1018}, 2, "in loader batches of 1, .* choose batch_size 1020, or give --m, .* 1, 509$"),
     ],
 )
 def test_batch_that_does_not_split_names_what_does(values, processes, words):
@@ -192,7 +195,7 @@ def test_batch_that_does_not_split_names_what_does(values, processes, words):
 
 @pytest.mark.parametrize("method", settings.METHODS)
 def test_method_selects_objective_and_step(method):
-    args = settings.parse(settings.parser("", ""), ["--method", method, "--output", "/nowhere"])
+    args = settings.parse(settings.parser("", ""), ["--method", method, "--output", "nowhere"])
     model, criterion = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
     optimizer = training.build_optimizer(args, model)
     objective = training.build_objective(args, criterion, optimizer)
@@ -216,7 +219,7 @@ def test_method_selects_objective_and_step(method):
 
 
 def test_schedule_is_linear_after_warm_up_and_rho_follows():
-    flags = "--lr 1 --min-lr 0.2 --warmup-epochs 2 --epochs 6 --rho 0.5 --rho-min 0.1 --output /nowhere --method sam"
+    flags = "--lr 1 --min-lr 0.2 --warmup-epochs 2 --epochs 6 --rho 0.5 --rho-min 0.1 --output nowhere --method sam"
     args = settings.parse(settings.parser("", ""), flags.split())
     model = torch.nn.Linear(2, 3)
     optimizer = training.build_optimizer(args, model)
@@ -271,15 +274,23 @@ def test_digits_run_leaves_a_checkpoint_that_another_process_opens_with_the_same
     ]
     done = run_script(*flags)
     assert done.returncode == 0, done.stderr
+    assert "epoch 1/4:" in done.stderr and "epoch 2/4, best " in done.stderr
     assert "loss=" in done.stderr and "lr=" in done.stderr and "rho=" in done.stderr  # the progress bar
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(saved) == ["last", "best"]
+    results = saved["best"]
+    assert list(saved["last"]) == list(results)
     assert list(results) == ["validation", "test", "recoloured", "rotated", "sketch", "occluded", "noisy"]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["split", "images", "last", "best"] in lines
     for split, top1 in results.items():
-        assert any(line.startswith(split) and f"{top1:.2%}" in line for line in done.stdout.splitlines())
+        assert any(line[:1] == [split] and line[2:] == [f"{saved['last'][split]:.2%}", f"{top1:.2%}"] for line in lines)
     assert results["test"] > 0.5  # four epochs, ten classes
     epochs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in epochs] == [0, 1, 2, 3]
+    assert all(f"loss={line['loss']:.3f}, " in done.stderr for line in epochs)  # at its end, the epoch's mean
     assert results["validation"] == max(line["validation"] for line in epochs)
+    assert saved["last"]["validation"] == epochs[-1]["validation"]
     assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["gamma"] == 1.0
 
     best = tmp_path / "run" / "best"
@@ -303,7 +314,7 @@ def test_every_method_trains_on_a_folder(tmp_path, method, accelerator):
     }
     argv = small_recipe(tmp_path, dataset, epochs=2, opt="adamw", weight_decay=0.1, **options)
     assert set(train_imagenet.main(argv)) == {"validation"}
-    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, accelerator):
@@ -314,6 +325,35 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, acc
         train_imagenet.main(argv)
         weights.append((tmp_path / "run" / "best" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_last_and_best_are_the_epochs_that_they_say(tmp_path, accelerator, monkeypatch):
+    """Epochs 2 and 3 are equally good: the earlier one is the best."""
+    dataset = write_folder(tmp_path / "images")
+    top1 = iter([0.5, 0.9, 0.9, 0.7, 0.11, 0.22])  # of four epochs, then of the saved models
+    monkeypatch.setattr(training, "evaluate_top1", lambda *_: {"top1": next(top1), "examples": 6})
+    returned = train_imagenet.main(small_recipe(tmp_path, dataset, epochs=4, save_interval=1))
+    weights = {file.parent.name: file.read_bytes() for file in (tmp_path / "run").rglob("*/model.safetensors")}
+    assert weights["best"] == weights["0002"] and weights["last"] == weights["0004"]
+    assert len({weights[name] for name in ("0001", "0002", "0003", "0004")}) == 4
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert saved == {"last": {"validation": 0.11}, "best": {"validation": 0.22}}
+    assert returned == saved["last"]
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(0.021, "0.021 seconds"), (40, "40 seconds"), (150, "2.5 minutes"), (9000, "2.5 hours"), (950400, "11 days")],
+)
+def test_duration_is_in_a_sensible_unit(seconds, words):
+    assert training.duration(seconds) == words
+
+
+def test_m_that_was_not_given_is_said_and_written_into_the_settings(tmp_path, accelerator, capsys):
+    dataset = write_folder(tmp_path / "images")
+    train_imagenet.main(small_recipe(tmp_path, dataset, m=None, batch_size=6, device_batch_size=3))
+    assert "m is 3: without --m" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["m"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,7 +377,9 @@ def test_unreadable_image_ends_the_run_with_its_name(tmp_path, workers):
     [
         ({"model": "resnet51"}, "timm has no model 'resnet51'; the nearest are .*resnet50"),
         ({"model_kwargs": {"depth": 3}}, "timm cannot create 'test_resnet' with {'depth': 3}"),
-        ({"opt": "sdg"}, "sdg"),
+        ({"model": "zzzzqqqq"}, "timm has no model 'zzzzqqqq'$"),
+        ({"opt": "sgdd"}, "timm has no optimizer 'sgdd': did you mean 'sgd[pw]?'"),
+        ({"opt": "zzzzqqqq"}, "timm has no optimizer 'zzzzqqqq'$"),
         ({"batch_size": 512, "m": 512}, "batch_size 512 exceeds the 6 training images"),
         ({"rho": -1.0}, "rho is -1.0"),
         ({"gamma": 2.0}, "gamma is 2.0"),

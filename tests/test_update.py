@@ -28,7 +28,7 @@ def network():
 
 def prepared(accelerator, flags, *, m, accumulation, to_input=lambda images: images):
     """A job on a new ``network`` with SGD and the flags of a training script."""
-    usual = f"--opt sgd --lr {LR} --momentum {MOMENTUM} --weight-decay {DECAY} --output /nowhere"
+    usual = f"--opt sgd --lr {LR} --momentum {MOMENTUM} --weight-decay {DECAY} --output nowhere"
     args = settings.parse(settings.parser("", ""), f"{usual} {flags}".split())
     model = network()
     criterion = training.build_criterion(args)

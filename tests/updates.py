@@ -24,7 +24,7 @@ METHODS = ("base", "sam", "obf", "asam", "gsam")
 
 
 def run(accelerator, m, method, accumulation, interleaved):
-    flags = ["--method", method, "--lr", "0.2", "--opt", "sgd", "--momentum", "0.5", "--output", "/nowhere"]
+    flags = ["--method", method, "--lr", "0.2", "--opt", "sgd", "--momentum", "0.5", "--output", "nowhere"]
     args = settings.parse(settings.parser("", ""), [*flags, *([] if method == "base" else ["--rho", "0.1"])])
     torch.manual_seed(0)
     layers = [torch.nn.Linear(6, 33), torch.nn.Tanh(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 5)]
