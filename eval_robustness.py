@@ -1,5 +1,6 @@
 """Evaluate classifiers on ImageNet, ImageNet-Real, -V2, -R and -Sketch, or offline on the digits and five shifts."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
 
@@ -55,6 +56,10 @@ def parse(argv=None):
     for name, place in places:
         if name not in robustness.HUB or not place:
             raise InputError(f"--data {name}={place}: give SET=PLACE, SET one of {', '.join(robustness.HUB)}")
+        if name not in robustness.passes(args.benchmarks):
+            raise InputError(f"--data {name}={place} has no effect without --benchmarks {name}: drop it")
+    settings.check_once("--data", [name for name, _ in places])
+    settings.check_once("--benchmarks", args.benchmarks)
     args.data = dict(places)
     settings.check_ranges(
         args, {key: settings.RANGES[key] for key in ("batch_size", "img_size", "crop_pct", "workers")}
@@ -66,20 +71,66 @@ def open_models(args):
     """Each model with its preprocessing, by the name given.
 
     Raises:
-        InputError: one cannot be loaded, or has not the outputs that the benchmarks need.
+        InputError: one cannot be loaded, is named twice, or has not the outputs that the benchmarks need.
     """
-    models = {}
+    models, places = {}, {}
     for name in args.model:
         model = checkpoints.open_model(name).eval()
+        folder = Path(name.removeprefix("local-dir:")).expanduser()
+        place = folder.resolve() if folder.is_dir() else model.pretrained_cfg.get("hf_hub_id") or name
+        if place in places:
+            raise InputError(f"--model {places[place]} and {name} are the same model: drop one")
+        places[place] = name
+        if args.img_size and model.pretrained_cfg.get("fixed_input_size"):
+            model = checkpoints.open_model(name, img_size=args.img_size).eval()
         for benchmark in args.benchmarks:
             outputs = 10 if benchmark == "digits" else 1000
             if model.num_classes != outputs:
                 raise InputError(
                     f"{name} has {model.num_classes} outputs and {benchmark} needs {outputs}: choose other --benchmarks"
                 )
+            try:
+                robustness.all_outputs(label_names(model), benchmark)
+            except InputError as error:
+                raise InputError(f"{name}: its label_names do not fit {benchmark}: {error}") from error
         wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
-        models[name] = (model, resolve_data_config({key: v for key, v in wanted.items() if v is not None}, model=model))
+        config = resolve_data_config({key: v for key, v in wanted.items() if v is not None}, model=model)
+        check_model(name, model, config)
+        models[name] = (model, config)
+    folders = {}
+    for name in models:
+        other = folders.setdefault(predictions_folder(args, name), name)
+        if other != name:
+            raise InputError(f"--model {other} and {name} would share {predictions_folder(args, name)}: rename one")
     return models
+
+
+def label_names(model):
+    """The names of a model's outputs, from its ``config.json``; None where it has none, as of timm's pretrained."""
+    return model.pretrained_cfg.get("label_names")
+
+
+@torch.no_grad()
+def check_model(name, model, config):
+    """Try a model on a black image.
+
+    Raises:
+        InputError: it does not take images of that size, does not return logits, or they are not finite.
+    """
+    size = tuple(config["input_size"])
+    try:
+        logits = model(torch.zeros(1, *size))
+    except Exception as error:  # each model fails in its own way
+        raise InputError(f"{name} does not take images of {size}: {error}; change --img-size") from error
+    if logits.shape != (1, model.num_classes):
+        raise InputError(f"{name} returns {tuple(logits.shape)} for an image, not {model.num_classes} logits")
+    if not logits.isfinite().all():
+        raise InputError(f"{name}: its logits are not finite, even for a black image: leave it out, or train it anew")
+
+
+def predictions_folder(args, model_name):
+    """Where a model's predictions are kept."""
+    return Path(args.output) / "predictions" / re.sub(r"[^\w.-]+", "_", model_name)
 
 
 def stored(ds) -> bool:
@@ -90,6 +141,8 @@ def stored(ds) -> bool:
 def right_answers(benchmark, batch):
     """The protocols of a benchmark: name, logits' columns (None: all) and each image's right answers among them."""
     labels = [[label] for label in batch["label"]]
+    if benchmark != "real" and -1 in batch["label"]:
+        raise InputError("an image has no label: its file name must end like _n01440764.JPEG, or its folder be a class")
     if benchmark == "real":
         real = robustness.real_labels()
         yield "real", None, [real[robustness.validation_number(path)] for path in batch["path"]]
@@ -101,9 +154,27 @@ def right_answers(benchmark, batch):
         yield benchmark, None, labels
 
 
+def check_answers(name, ds, benchmarks, size=1000):
+    """Look up the right answers of a stored set's images, which a pass would do only as it comes to them.
+
+    Raises:
+        InputError: an image has none.
+    """
+    pictures = robustness.Pictures(name.partition(":")[0], ds, None, size)
+    for rows in ds.iter(size):
+        paths = [image["path"] for image in rows["image"]]
+        labels = [pictures.label(label, path) for label, path in zip(rows["label"], paths)]
+        for benchmark in benchmarks:
+            list(right_answers(benchmark, {"label": labels, "path": paths}))
+
+
 @torch.no_grad()
 def predict(accelerator, model, config, name, ds, benchmarks, args):
-    """One pass over a set's images: by protocol, ``metrics.score``'s columns; and the names of unreadable images."""
+    """One pass over a set's images: by protocol, ``metrics.score``'s columns; and the names of unreadable images.
+
+    Raises:
+        FloatingPointError: logits are not finite.
+    """
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
     transform = create_transform(**{key: config[key] for key in keys}, normalize=False)
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
@@ -111,6 +182,7 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     workers = min(args.workers, len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
     options = loaders.worker_options(accelerator, workers)
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
+    order = robustness.all_outputs(label_names(model), name.partition(":")[0])
     model = accelerator.prepare_model(model, evaluation_mode=True)
     to_input = loaders.to_input(config, torch.float32)
     columns, unreadable = {}, []
@@ -121,6 +193,10 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
             if not batch["key"]:
                 continue
             logits = model(to_input(batch["image"].to(accelerator.device, non_blocking=True)))
+            if not logits.isfinite().all():
+                row = logits.isfinite().all(-1).long().argmin().item()
+                raise FloatingPointError(f"the logits of {batch['path'][row] or 'an image'} are not finite")
+            logits = logits if order is None else logits[:, order]
             for benchmark in benchmarks:
                 for protocol, outputs, answers in right_answers(benchmark, batch):
                     add_scores(columns.setdefault(protocol, {}), logits, outputs, answers, batch["key"])
@@ -141,8 +217,6 @@ def add_scores(columns, logits, outputs, answers, keys):
     kept = [i for i, right in enumerate(answers) if right]
     if not kept:
         return
-    if min(min(answers[i]) for i in kept) < 0:
-        raise InputError("an image has no label: its file name must end like _n01440764.JPEG, or its folder be a class")
     logits = logits[kept] if outputs is None else logits[kept][:, outputs]
     right = torch.zeros(logits.shape, dtype=torch.bool)
     for row, i in enumerate(kept):
@@ -161,22 +235,27 @@ def merge(parts):
 
 
 def finished(folder, name, request):
-    """A pass that an earlier run with the same ``request`` finished: its columns by protocol, else None."""
+    """A pass that an earlier run finished: its columns by protocol, its record, and what its request had otherwise.
+
+    Columns are None if that is anything, and all three if there is no such pass.
+    """
     try:
         record = json.loads((folder / f"{name}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if record["request"] != request:
-        return None
-    tables = {p: datasets.Dataset.from_parquet(str(folder / f"{p}.parquet")) for p in record["protocols"]}
-    return {
-        p: {column: np.asarray(table[column]) for column in table.column_names} for p, table in tables.items()
-    }, record
+        old = record["request"]
+        changed = sorted(key for key in {*old, *request} if old.get(key) != request.get(key))
+        if changed:
+            return None, record, changed
+        tables = {protocol: pq.read_table(folder / f"{protocol}.parquet") for protocol in record["protocols"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None, None
+    columns = {p: {key: np.asarray(values) for key, values in t.to_pydict().items()} for p, t in tables.items()}
+    return columns, record, []
 
 
 def save(folder, name, request, columns, unreadable):
     """Write each protocol's columns as Parquet, and last the record that the pass is finished."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").unlink(missing_ok=True)  # it speaks for the tables, which are about to change
     for protocol, table in columns.items():
         pq.write_table(pa.table(table), folder / f"{protocol}.parquet")
     record = {"request": request, "protocols": list(columns), "unreadable": unreadable}
@@ -198,44 +277,77 @@ def check_unreadable(name, columns, unreadable):
         )
 
 
-def fingerprint(name):
-    """Changes when a local model does."""
-    file = Path(name).expanduser() / "model.safetensors"
-    return [file.stat().st_mtime_ns, file.stat().st_size] if file.exists() else None
+def fingerprint(model):
+    """A hash of a model's layers, weights and label names."""
+    digest = hashlib.sha256(repr((model, label_names(model))).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def request_of(args, accelerator, model_name, weights, config, name, ds, revision):
+    """All that the result of a pass depends on, as JSON has it."""
+    request = {
+        "model": model_name, "weights": weights, "benchmarks": robustness.passes(args.benchmarks)[name],
+        "data": args.data.get(name) or robustness.HUB.get(name, "digits"), "revision": revision,
+        "preprocessing": {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")},
+        "mean": config["mean"], "std": config["std"], "precision": accelerator.mixed_precision,
+        "versions": {module.__name__: module.__version__ for module in (torch, timm)},
+        # A streamed image is known by the loader worker that reads it.
+        "stream": None if stored(ds) else [accelerator.num_processes, args.workers],
+    }  # fmt: skip
+    return json.loads(json.dumps(request))
 
 
 def evaluate_all(args, accelerator, models, sets):
-    """Every model on every pass: columns by model and protocol, and what to say about each pass."""
-    tables, notes = {}, {}
+    """Every model on every pass: columns by model and protocol, and what to say about each pass.
+
+    What was finished before is known to the main process alone, and so are columns and notes.
+
+    Raises:
+        InputError: images cannot be read, have no right answer, or have logits that are not finite.
+    """
+    tables, notes, main = {}, {}, accelerator.is_main_process
+    plan = robustness.passes(args.benchmarks)
+    revisions = {name: robustness.revision(name, sets[name], args.data.get(name)) for name in plan} if main else {}
     for model_name, (model, config) in models.items():
-        folder = Path(args.output) / "predictions" / re.sub(r"[^\w.-]+", "_", model_name)
-        tables[model_name] = {}
-        for name, benchmarks in robustness.passes(args.benchmarks).items():
-            preprocessing = {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")}
-            request = {
-                "model": model_name, "weights": fingerprint(model_name), "benchmarks": benchmarks,
-                "data": args.data.get(name) or robustness.HUB.get(name, "digits"), "preprocessing": preprocessing,
-                "mean": config["mean"], "std": config["std"],
-                "revision": robustness.revision(name, sets[name], args.data.get(name)),
-                # A streamed image is known by the loader worker that reads it.
-                "stream": None if stored(sets[name]) else [accelerator.num_processes, args.workers],
-            }  # fmt: skip
-            request = json.loads(json.dumps(request))
-            done = finished(folder, name, request)
-            if done is None:
-                accelerator.print(f"{model_name} on {name}")
-                columns, unreadable = predict(accelerator, model, config, name, sets[name], benchmarks, args)
+        folder, tables[model_name] = predictions_folder(args, model_name), {}
+        weights = fingerprint(model) if main else None
+        for name, benchmarks in plan.items():
+            columns, unreadable = None, []
+            if main:
+                request = request_of(args, accelerator, model_name, weights, config, name, sets[name], revisions[name])
+                columns, record, changed = finished(folder, name, request)
+                why = f": anew, as these have changed since: {', '.join(changed)}" if changed else ""
+                print(f"{model_name} on {name}{why if columns is None else ': finished before'}")
+            (missing,) = broadcast_object_list([columns is None])
+            if missing:
+                try:
+                    columns, unreadable = predict(accelerator, model, config, name, sets[name], benchmarks, args)
+                except FloatingPointError as error:
+                    raise InputError(f"{model_name} on {name}: {error}: leave the model out") from error
                 check_unreadable(name, columns, unreadable)
-                record = {"request": request, "unreadable": unreadable}
-                if accelerator.is_main_process:
-                    save(folder, name, request, columns, unreadable)
-                accelerator.wait_for_everyone()
-            else:
-                columns, record = done
-                accelerator.print(f"{model_name} on {name}: finished before")
-            tables[model_name] |= columns
-            notes[f"{model_name} on {name}"] = {**record["request"], "unreadable": record["unreadable"]}
+                if main:
+                    record = save(folder, name, request, columns, unreadable)
+            if main:
+                tables[model_name] |= columns
+                notes[f"{model_name} on {name}"] = {**record["request"], "unreadable": record["unreadable"]}
     return tables, notes
+
+
+def announce_replacement(output, models, plan):
+    """Say which results of another command in the same folder the new ones replace."""
+    try:
+        old = json.loads((output / "results.json").read_text())["passes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    others = [key for key in old if key not in {f"{model} on {name}" for model in models for name in plan}]
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        print(
+            f"{output}/results.json and accuracy.png will no longer have {shown}: to keep them in, name them too (what "
+            f"is finished is not evaluated again), or choose another --output"
+        )
 
 
 def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -247,10 +359,16 @@ def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
 def main(argv=None):
     """Run as from the command line; the main process returns measures by model and protocol."""
     args = parse(argv)
+    settings.make_output(args.output)
     accelerator = Accelerator()
     models = open_models(args)
-    names = robustness.passes(args.benchmarks)
-    sets = {name: robustness.open_set(name, args.data.get(name), args.allow_partial) for name in names}
+    plan = robustness.passes(args.benchmarks)
+    sets = {name: robustness.open_set(name, args.data.get(name), args.allow_partial) for name in plan}
+    for name, ds in sets.items():
+        if stored(ds):
+            check_answers(name, ds, plan[name])
+    if accelerator.is_main_process:
+        announce_replacement(Path(args.output), models, plan)
     tables, notes = evaluate_all(args, accelerator, models, sets)
     if not accelerator.is_main_process:
         return None

@@ -4,8 +4,10 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import pkgutil
 import re
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -50,22 +52,65 @@ def real_labels() -> list[list[int]]:
 
 
 def class_index(name: str, benchmark: str) -> int:
-    """The model output (0..999) that a class of ``benchmark`` means, by its name and never by its position.
+    """The class of ImageNet (0..999), or the digit, that a class of ``benchmark`` means, by name, never by position.
 
     Args:
-        name: a WordNet id ("n01440764"), a number ("10"; for "r" one of its own 200), or the Hub's words for it.
+        name: a WordNet id ("n01440764"), a number ("10"; for "r" one of its own 200), or the Hub's words for it; for
+            "digits" a number.
 
     Raises:
-        InputError: it is none of these.
+        InputError: it is none of these, or no class of ImageNet-R's for "r".
     """
-    if name in _WORDNET:
-        return _WORDNET[name]
+    numbers = f"a number below {CLASSES[benchmark]}"
     if re.fullmatch(r"\d+", name) and int(name) < CLASSES[benchmark]:
         return R_INDICES[int(name)] if benchmark == "r" else int(name)
-    if name in _WORDS:
-        return _WORDS[name]
-    numbers = f"a number below {CLASSES[benchmark]}"
-    raise InputError(f"{benchmark}: the class {name!r} is no WordNet id of ImageNet's, no class name and not {numbers}")
+    if benchmark == "digits":
+        raise InputError(f"digits: the class {name!r} is not {numbers}")
+    index = _WORDNET.get(name, _WORDS.get(name))
+    if index is None:
+        raise InputError(
+            f"{benchmark}: the class {name!r} is no WordNet id of ImageNet's, no class name and not {numbers}"
+        )
+    if benchmark == "r" and index not in R_INDICES:
+        raise InputError(f"r: the class {name!r} is none of ImageNet-R's 200: remove it")
+    return index
+
+
+def outputs(classes, benchmark: str, label_names) -> list[int]:
+    """The model's output that each of a set's classes means, by name and never by position.
+
+    Args:
+        classes: names, as ``class_index`` takes them.
+        label_names: the names of the model's outputs, a list, or a dictionary by output as timm allows; None is
+            ImageNet's own order, or the digits'.
+
+    Raises:
+        InputError: a label name means no class, two mean the same, or none means one of ``classes``.
+    """
+    if label_names is None:
+        return [class_index(name, benchmark) for name in classes]
+    named = label_names.items() if isinstance(label_names, dict) else enumerate(label_names)
+    found, space = {}, "digits" if benchmark == "digits" else "imagenet"
+    for output, name in named:
+        index = class_index(str(name), space)
+        if index in found:
+            raise InputError(f"{name!r} and another label name mean the same class")
+        found[index] = int(output)
+    missing = [name for name in classes if class_index(name, benchmark) not in found]
+    if missing:
+        raise InputError(f"no label name means {missing[0]!r}")
+    return [found[class_index(name, benchmark)] for name in classes]
+
+
+def all_outputs(label_names, benchmark: str) -> list[int] | None:
+    """The model's output for each class of ImageNet, or each digit; None where that is the same number throughout.
+
+    Raises:
+        InputError: as ``outputs`` does.
+    """
+    space = "digits" if benchmark == "digits" else "imagenet"
+    order = outputs([str(i) for i in range(CLASSES[space])], space, label_names)
+    return None if order == list(range(len(order))) else order
 
 
 def validation_number(path: str | None) -> int:
@@ -74,10 +119,15 @@ def validation_number(path: str | None) -> int:
     Raises:
         InputError: the name is another.
     """
-    found = re.fullmatch(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.JPEG", Path(path or "").name)
+    found = re.fullmatch(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.JPEG", _file_name(path))
     if not found or not 1 <= int(found[1]) <= 50_000:
         raise InputError(f"real: {path!r} is not named like ILSVRC2012_val_00000001.JPEG, so its labels are not known")
     return int(found[1])
+
+
+def _file_name(path):
+    """Of an image, which may lie in an archive: zip://CLASS/FILE::ARCHIVE."""
+    return Path((path or "").split("::")[0]).name
 
 
 class Pictures(torch.utils.data.IterableDataset):
@@ -91,10 +141,7 @@ class Pictures(torch.utils.data.IterableDataset):
         self.benchmark, self.ds, self.transform, self.batch_size = benchmark, ds, transform, batch_size
         self.process, self.processes = process, processes
         names = getattr(ds.features["label"], "names", None)
-        self.to_index = names and [self._index(name) for name in names]
-
-    def _index(self, name):
-        return int(name) if self.benchmark == "digits" else class_index(str(name), self.benchmark)
+        self.to_index = names and [class_index(name, benchmark) for name in names]
 
     def _rows(self):
         info = torch.utils.data.get_worker_info()
@@ -121,17 +168,22 @@ class Pictures(torch.utils.data.IterableDataset):
                     batch["unreadable"].append((image and image["path"]) or f"image {key}")
                     continue
                 batch["image"].append(picture)
-                batch["label"].append(self._label(label, image["path"]))
+                batch["label"].append(self.label(label, image["path"]))
                 batch["key"].append(key)
                 batch["path"].append(image["path"])
             yield batch
 
-    def _label(self, label, path):
+    def label(self, label, path: str | None) -> int:
+        """The class of ImageNet, or the digit, of an image with the set's ``label``; -1 where it has none.
+
+        Raises:
+            InputError: the label is none of the set's.
+        """
         if label is None:  # a flat folder; the Hub's archive has the class in the file name
-            found = re.search(r"_(n\d{8})\.", Path(path or "").name)
+            found = re.search(r"_(n\d{8})\.", _file_name(path))
             return class_index(found[1], self.benchmark) if found else -1
         if self.to_index is None:
-            return self._index(label)
+            return class_index(str(label), self.benchmark)
         if not 0 <= label < len(self.to_index):  # -1 stands for none, as in test splits
             raise InputError(f"{self.benchmark}: the label of {path or 'an image'} is {label}: choose a labelled split")
         return self.to_index[label]
@@ -142,8 +194,8 @@ def open_set(benchmark: str, where: str | None, allow_partial: bool):
 
     Args:
         benchmark: "imagenet" (which serves "real" too), "v2", "r", "sketch", or "digits:SPLIT".
-        where: a folder in the archive's layout, a folder or file of WebDataset tars, or a dataset of the Hub; None is
-            the Hub's usual one.
+        where: a folder in the archive's layout, or a zip archive of one; a folder or file of WebDataset tars; or a
+            dataset of the Hub, None for its usual one.
         allow_partial: only warn of missing classes.
 
     Raises:
@@ -157,9 +209,9 @@ def open_set(benchmark: str, where: str | None, allow_partial: bool):
     tars = [path] if path.suffix == ".tar" else sorted(path.glob("**/*.tar"))
     if tars and path.exists():
         ds = data.hub("webdataset", where, data_files={"test": [str(tar) for tar in tars]}, streaming=True)["test"]
-    elif path.is_dir() and not any(path.rglob("*.parquet")):
-        ds = _open_folder(path)
-    elif where.endswith(".tar"):
+    elif (path.is_dir() and not any(path.rglob("*.parquet"))) or (path.is_file() and path.suffix == ".zip"):
+        ds = _open_folder(path, benchmark, allow_partial)
+    elif path.suffix in (".tar", ".zip"):
         raise InputError(f"there is no file {where}")
     else:
         splits = data.hub(where, where, streaming=True)
@@ -169,26 +221,67 @@ def open_set(benchmark: str, where: str | None, allow_partial: bool):
     ds = _standard_columns(ds, where)
     names = getattr(ds.features["label"], "names", None)
     if names and len({class_index(name, benchmark) for name in names}) < CLASSES[benchmark]:
-        message = f"{benchmark}: {where} has {len(names)} of {CLASSES[benchmark]} classes"
-        if not allow_partial:
-            raise InputError(f"{message}: complete it, or evaluate what is there with --allow-partial")
-        print(f"warning: {message}")
+        _lacks(f"{benchmark}: {where} has {len(names)} of {CLASSES[benchmark]} classes", allow_partial)
     return ds
 
 
-def _open_folder(path):
-    files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+def _lacks(message, allow_partial):
+    if not allow_partial:
+        raise InputError(f"{message}: complete it, or evaluate what is there with --allow-partial")
+    print(f"warning: {message}")
+
+
+def _walk(path):
+    """The files below a folder, through links too; and its innermost folders, with links to nothing.
+
+    Raises:
+        InputError: a folder cannot be read, or a link leads back to one that holds it.
+    """
+    files, leaves = [], []
+
+    def fail(error):
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    for place, folders, names in os.walk(path, followlinks=True, onerror=fail):
+        for folder in (Path(place, name) for name in folders):
+            if folder.is_symlink() and Path(place).resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"the link {folder} leads back to a folder that holds it: remove it")
+        inside = [Path(place, name) for name in names]
+        files += inside
+        leaves += [file for file in inside if not file.exists()] + ([] if folders else [Path(place)])
+    return sorted(files), sorted(leaves)
+
+
+def _members(archive):
+    """The files of a zip archive, as paths that ``loaders.decode`` opens."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return [f"zip://{info.filename}::{archive}" for info in opened.infolist() if not info.is_dir()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"cannot read the archive {archive}: {error}") from error
+
+
+def _open_folder(path, benchmark, allow_partial):
+    found, leaves = _walk(path) if path.is_dir() else ([path], [])
+    archives = [file for file in found if file.suffix == ".zip"]
+    found = [str(file) for file in found] + [member for archive in archives for member in _members(archive)]
+    files = [file for file in found if _file_name(file).lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
     if not files:
-        raise InputError(f"{path} holds no images and no tar files")
-    classes = sorted({Path(file).parent.name for file in files})
+        raise InputError(f"{path} holds no images and no tar files or zip archives")
+    holding = {*files, *(str(Path(file).parent) for file in [*files, *archives])}
+    empty = [str(leaf) for leaf in leaves if str(leaf) not in holding and not leaf.name.startswith(".")]
+    if empty:
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        _lacks(f"{benchmark}: {len(empty)} class folders hold no images: {shown}", allow_partial)
+    classes = [Path(file.split("::")[0]).parent.name for file in files]
     flat = all(re.match("ILSVRC2012_val_", Path(file).name) and Path(file).parent == path for file in files)
     columns = {"image": [{"bytes": None, "path": file} for file in files]}
     if flat:
         feature = datasets.Value("int64")
         columns["label"] = [None] * len(files)
     else:
-        feature = datasets.ClassLabel(names=classes)
-        columns["label"] = [Path(file).parent.name for file in files]
+        feature = datasets.ClassLabel(names=sorted(set(classes)))
+        columns["label"] = classes
     features = datasets.Features({"image": datasets.Image(decode=False), "label": feature})
     return datasets.Dataset.from_dict(columns, features=features)
 
@@ -223,12 +316,18 @@ def revision(benchmark: str, ds, where: str | None) -> str:
     """Names the images that a pass reads, so that results of others are not taken for theirs.
 
     That is a commit for a dataset of the Hub, and a hash of the files' names, sizes and times for local ones.
+
+    Raises:
+        InputError: the Hub cannot be asked.
     """
     if benchmark.startswith("digits:"):
         return ds._fingerprint
     path = Path(where or HUB[benchmark]).expanduser()
     if not path.exists():
-        return huggingface_hub.HfApi().dataset_info(where or HUB[benchmark]).sha
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        try:
+            return huggingface_hub.HfApi().dataset_info(where or HUB[benchmark]).sha
+        except Exception as error:  # httpx's errors and the Hub's own have no common base
+            raise InputError(f"cannot ask the Hub for the commit of {where or HUB[benchmark]}: {error}") from error
+    files = _walk(path)[0] if path.is_dir() else [path]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return hashlib.sha256(repr(stats).encode()).hexdigest()

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -286,6 +287,30 @@ def check_ranges(args, ranges: dict) -> None:
             at_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
             if value is not None and not low < value < high and not at_end:
                 raise InputError(f"{key} is {value}; it must lie in {interval}")
+
+
+def check_once(flag: str, values: list) -> None:
+    """Check that a flag names nothing twice, which would count twice.
+
+    Raises:
+        InputError: it does.
+    """
+    for value in values:
+        if values.count(value) > 1:
+            raise InputError(f"{flag} names {value} twice: drop one")
+
+
+def make_output(folder: str) -> None:
+    """Make the folder of the results, before long work.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write to --output {folder} ({error.strerror}): choose another") from error
 
 
 def resolved(args) -> dict:

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 COLOUR = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -67,8 +68,10 @@ def write_tars(root, labels, indices, shards=2):
 
 if __name__ == "__main__":
     import eval_robustness
-    from common import checkpoints
+    from common import checkpoints, robustness
 
+    if PartialState().is_main_process is False:
+        robustness.revision = None  # asking is the main process's
     checkpoints.open_model = lambda name: Oracle({"right": (), "wrong": (0, 3, 6)}[name])
     for folder in sorted(Path(sys.argv[1]).glob("v2-*")):
         flags = ["--data", f"v2={folder}", "--allow-partial", "--workers", "1", "--batch-size", "8"]

@@ -26,7 +26,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import measure_forgetting
 import train_imagenet
-from common import flatness, loaders, metrics
+from common import flatness, loaders
 from common.settings import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def test_kendall_is_scipys_also_with_ties_and_its_interval_holds_it():
     rng = np.random.default_rng(0)
     accuracy = rng.integers(0, 6, 40).tolist()
     quantities = {"good": [a + rng.integers(0, 3) for a in accuracy], "noise": rng.integers(0, 5, 40).tolist()}
-    found = metrics.kendall(quantities, accuracy, "noise", seed=0)
+    found = measure_forgetting.kendall(quantities, accuracy, "noise", seed=0)
     for name, values in quantities.items():
         pairs = [(i, j) for i in range(40) for j in range(i)]
         signs = [(np.sign(values[i] - values[j]), np.sign(accuracy[i] - accuracy[j])) for i, j in pairs]

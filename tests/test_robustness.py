@@ -5,19 +5,25 @@ import json
 import math
 import os
 import random
+import shutil
+import struct
 import subprocess
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from oracle import Oracle, jpeg, write_folders, write_tars
 from scipy.stats import norm
 from sklearn.metrics import top_k_accuracy_score
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
+from timm.models import save_for_hf
 
 import eval_robustness
 from common import checkpoints, metrics, robustness
@@ -160,7 +166,7 @@ def test_real_and_imagenet_of_the_hubs_layout_in_one_pass(tmp_path, monkeypatch)
     monkeypatch.setattr(Oracle, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
     results = evaluate(tmp_path, ["imagenet", "real"], f"imagenet={folder}")["right"]
     assert results["imagenet"]["top1"] == 1.0
-    assert results["imagenet"]["examples"] == len(seen) == sum(calls)
+    assert results["imagenet"]["examples"] == len(seen) == sum(calls) - 1  # a black image was tried before
     assert 0.97 <= results["real"]["top1"] <= 1.0  # 17 and 18 may be wrong here
 
 
@@ -455,3 +461,366 @@ def test_hub_errors_come_before_any_model_runs(tmp_path, monkeypatch, error, wor
     monkeypatch.setattr(eval_robustness, "predict", None)
     with pytest.raises(InputError, match=words):
         evaluate(tmp_path, ["v2"])
+
+
+def test_an_image_that_claims_to_be_huge_is_left_out_like_any_other_that_cannot_be_read(tmp_path, capsys):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)}, images=2)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    bomb += struct.pack(">I", 100) + b"IDAT" + bytes(100)
+    (folder / "7" / "7_0.jpeg").write_bytes(bomb)
+    assert evaluate(tmp_path, ["v2"], f"v2={folder}")["right"]["v2"]["examples"] == 1999
+    assert "left out 1 images that cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model", "right", "--benchmarks", "v2", "r", "v2"], "--benchmarks names v2 twice"),
+        (["--model", "right", "--benchmarks", "v2", "--data", "v2=a", "v2=b"], "--data names v2 twice"),
+        (
+            ["--model", "right", "--benchmarks", "v2", "--data", "r=a"],
+            "--data r=a has no effect without --benchmarks r",
+        ),
+        (["--model", "right", "right", "--benchmarks", "v2"], "--model right and right are the same model"),
+    ],
+)
+def test_what_would_count_twice_or_has_no_effect(tmp_path, flags, words):
+    with pytest.raises(InputError, match=words):
+        eval_robustness.main([*flags, "--output", str(tmp_path / "out")])
+
+
+def save_model(folder, names=None, architecture="test_resnet", seed=0, **options):
+    """A model of 1000 classes, or of those called ``names``, in timm's layout, and its folder."""
+    torch.manual_seed(seed)
+    size = {"num_classes": len(names or range(1000))}
+    model = timm.create_model(architecture, **size, **options)
+    config = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    save_for_hf(model, folder, data_config=config, model_config={"label_names": names}, safe_serialization=True)
+    return model.eval(), folder
+
+
+def test_a_model_by_two_spellings_is_one_model(tmp_path, monkeypatch):
+    _, folder = save_model(tmp_path / "best")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for other in ("best/", "./best", f"local-dir:{folder}", "link"):
+        with pytest.raises(InputError, match=f"--model {folder} and {other} are the same model"):
+            evaluate(tmp_path, ["v2"], models=(str(folder), other))
+
+
+def test_a_pretrained_model_with_and_without_its_tag_is_one_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: timm.create_model(name))
+    with pytest.raises(InputError, match="are the same model"):
+        evaluate(tmp_path, ["v2"], models=("test_resnet", "test_resnet.r160_in1k"))
+
+
+def test_models_that_would_share_a_folder_of_predictions(tmp_path):
+    models = ("wrong about 3", "wrong about  3")
+    with pytest.raises(InputError, match=r"would share .*predictions/wrong_about_3: rename one"):
+        evaluate(tmp_path, ["v2"], models=models)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A folder of results that is used again
+
+
+@pytest.fixture
+def predictions(monkeypatch):
+    """The passes that were made, and not found finished."""
+    made, predict = [], eval_robustness.predict
+
+    def record(accelerator, model, config, name, *rest):
+        made.append(name)
+        return predict(accelerator, model, config, name, *rest)
+
+    monkeypatch.setattr(eval_robustness, "predict", record)
+    return made
+
+
+def test_a_model_that_changed_in_place_is_evaluated_anew(tmp_path, predictions, capsys):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(0, 1000, 10)})
+    flags = ["--allow-partial"]
+    for name in (str(tmp_path / "best"), f"local-dir:{tmp_path / 'best'}"):
+        for seed in (0, 1):
+            save_model(tmp_path / "best", seed=seed)
+            evaluate(tmp_path, ["v2"], f"v2={folder}", models=(name,), flags=flags)
+        assert f"{name} on v2: anew, as these have changed since: weights\n" in capsys.readouterr().out
+        evaluate(tmp_path, ["v2"], f"v2={folder}", models=(name,), flags=flags)
+        assert f"{name} on v2: finished before" in capsys.readouterr().out
+    assert predictions == ["v2"] * 4
+    config = json.loads((tmp_path / "best" / "config.json").read_text())
+    config["model_args"] = {"act_layer": "gelu"}  # the weights stay
+    (tmp_path / "best" / "config.json").write_text(json.dumps(config))
+    evaluate(tmp_path, ["v2"], f"v2={folder}", models=(name,), flags=flags)
+    assert predictions == ["v2"] * 5
+
+
+def test_precision_and_versions_belong_to_what_is_finished(tmp_path, predictions, monkeypatch, capsys):
+    folder = write_folders(tmp_path / "v2", {"3": 3})
+    for change in (
+        lambda: monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16"),
+        lambda: monkeypatch.setattr(timm, "__version__", "0"),
+        lambda: monkeypatch.setattr(torch, "__version__", "0"),
+    ):
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])
+        change()
+        AcceleratorState._reset_state(True)
+    evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])
+    assert predictions == ["v2"] * 4
+    printed = capsys.readouterr().out
+    assert "changed since: precision" in printed and "changed since: versions" in printed
+
+
+def test_results_of_another_command_are_not_replaced_without_a_word(tmp_path, capsys):
+    places = [f"{name}={write_folders(tmp_path / name, {WORDNET[1]: 1})}" for name in ("v2", "r")]
+    flags = ["--allow-partial"]
+    evaluate(tmp_path, ["v2"], places[0], flags=flags)
+    evaluate(tmp_path, ["v2"], places[0], flags=flags)
+    assert "will no longer have" not in capsys.readouterr().out
+    evaluate(tmp_path, ["r"], places[1], models=("wrong about 3",), flags=flags)
+    assert "results.json and accuracy.png will no longer have right on v2: to keep" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(saved["passes"]) == {"wrong about 3 on r"} and set(saved["results"]) == {"wrong about 3"}
+    evaluate(tmp_path, ["v2", "r"], *places, models=("right", "wrong about 3"), flags=flags)
+    printed = capsys.readouterr().out
+    assert "will no longer have" not in printed
+    assert "right on v2: finished before" in printed and "wrong about 3 on r: finished before" in printed
+
+
+def test_a_pass_killed_while_it_replaces_another_leaves_neither(tmp_path, monkeypatch):
+    one, two = (write_folders(tmp_path / name, {"3": index}) for name, index in (("one", 3), ("two", 4)))
+    assert evaluate(tmp_path, ["v2"], f"v2={one}", flags=["--allow-partial"])["right"]["v2"]["top1"] == 1
+    write_table = eval_robustness.pq.write_table
+
+    def killed(*args):
+        write_table(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_robustness.pq, "write_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path, ["v2"], f"v2={two}", flags=["--allow-partial"])
+    monkeypatch.setattr(eval_robustness.pq, "write_table", write_table)
+    assert evaluate(tmp_path, ["v2"], f"v2={one}", flags=["--allow-partial"])["right"]["v2"]["top1"] == 1
+
+
+def test_a_sets_revision_is_asked_for_once(tmp_path, monkeypatch):
+    places = [f"{name}={write_folders(tmp_path / name, {WORDNET[1]: 1})}" for name in ("v2", "r")]
+    asked, revision = [], robustness.revision
+    monkeypatch.setattr(robustness, "revision", lambda name, *rest: asked.append(name) or revision(name, *rest))
+    evaluate(tmp_path, ["v2", "r"], *places, models=("right", "wrong about 3"), flags=["--allow-partial"])
+    assert asked == ["v2", "r"]
+
+
+def test_a_hub_that_does_not_answer_is_no_traceback(monkeypatch):
+    def fail(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(robustness.huggingface_hub.HfApi, "dataset_info", fail)
+    with pytest.raises(
+        InputError, match=r"cannot ask the Hub for the commit of clip-benchmark/wds_imagenetv2: no route"
+    ):
+        robustness.revision("v2", None, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models that do not fit
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ("all", "right: its logits are not finite, even for a black image"),
+        ("some", r"right on v2: the logits of .*/7/7_0\.jpeg are not finite: leave"),
+    ],
+)
+def test_logits_that_are_not_finite_are_named(tmp_path, monkeypatch, bad, words):
+    folder, forward = write_folders(tmp_path / "v2", {str(i): i for i in (3, 7)}), Oracle.forward
+
+    def broken(self, x):
+        logits = forward(self, x)
+        return logits.masked_fill((logits.argmax(-1, keepdim=True) == 7) | (bad == "all"), math.nan)
+
+    monkeypatch.setattr(Oracle, "forward", broken)
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])
+
+
+def test_another_size_reaches_a_model_of_fixed_size(tmp_path):
+    _, place = save_model(tmp_path / "vit", architecture="vit_tiny_patch16_224", depth=1, img_size=32)
+    folder = write_folders(tmp_path / "v2", {"3": 3})
+    flags = ["--allow-partial", "--img-size", "64"]
+    evaluate(tmp_path, ["v2"], f"v2={folder}", models=(str(place),), flags=flags)
+    args = eval_robustness.parse(["--model", str(place), "--benchmarks", "v2", "--img-size", "64"])
+    ((model, config),) = eval_robustness.open_models(args).values()
+    assert config["input_size"] == (3, 64, 64)
+    timms = timm.create_model(f"local-dir:{place}", pretrained=True, img_size=64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(x), timms(x))
+
+
+def test_a_size_that_a_model_does_not_take(tmp_path):
+    _, place = save_model(tmp_path / "vit", architecture="vit_tiny_patch16_224", depth=1, img_size=32)
+    with pytest.raises(InputError, match=r"cannot load the model .*vit|does not take images of \(3, 3, 3\)"):
+        evaluate(tmp_path, ["v2"], models=(str(place),), flags=["--img-size", "3"])
+
+
+@pytest.mark.parametrize("place", ["file/out", "file", "/proc/out"])
+def test_an_output_that_cannot_be_written(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(checkpoints, "open_model", lambda *_: pytest.fail("opened a model first"))
+    with pytest.raises(InputError, match=f"cannot write to --output {tmp_path / place} .*: choose another"):
+        evaluate(tmp_path, ["v2"], flags=["--output", str(tmp_path / place)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A model's own order of outputs
+
+
+class Named(Oracle):
+    """An oracle whose outputs are in another order, as ``label_names`` says."""
+
+    def __init__(self, names, order):
+        super().__init__()
+        self.pretrained_cfg = self.pretrained_cfg | {"label_names": names}
+        self.order = order
+
+    def forward(self, x):
+        return super().forward(x)[:, self.order]
+
+
+ORDERS = {
+    "numbers as text": (sorted(map(str, range(1000))), sorted(range(1000), key=str)),
+    "backwards, WordNet ids": (WORDNET[::-1], list(range(999, -1, -1))),
+    "by output": ({str(i): WORDNET[i] for i in range(999, -1, -1)}, list(range(1000))),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_outputs_in_another_order_are_mapped_by_the_models_label_names(tmp_path, monkeypatch, order):
+    monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: Named(*ORDERS[order]))
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(0, 1000, 9)})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.R_INDICES[::9]})
+    (tmp_path / "val").mkdir()
+    for number, index in validation_images(20).items():
+        (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}_{WORDNET[index]}.JPEG").write_bytes(jpeg(index))
+    places = [f"v2={folder}", f"r={r}", f"imagenet={tmp_path / 'val'}"]
+    found = evaluate(tmp_path, ["v2", "r", "imagenet", "real"], *places, flags=["--allow-partial"])["right"]
+    assert {protocol: one["top1"] for protocol, one in found.items()} == dict.fromkeys(
+        ("v2", "r-200", "r-1000", "imagenet", "real"), 1.0
+    )
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["ant", *map(str, range(1, 1000))], "right: its label_names do not fit v2: imagenet: the class 'ant' is no"),
+        (["0", "n01440764", *map(str, range(2, 1000))], "'n01440764' and another label name mean the same class"),
+        (dict(enumerate(map(str, range(999)))), "no label name means '999'"),
+    ],
+)
+def test_label_names_that_are_not_imagenets_are_refused(tmp_path, monkeypatch, names, words):
+    monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: Named(names, range(1000)))
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path, ["v2"], f"v2={tmp_path}")
+
+
+def test_outputs_go_by_name_for_the_digits_too():
+    assert robustness.outputs(["3", "0"], "digits", list("9876543210")) == [6, 9]
+    assert robustness.outputs(["3", "0"], "digits", None) == [3, 0]
+    assert robustness.outputs(["0", WORDNET[2]], "r", WORDNET[::-1]) == [998, 997]  # R's first is the goldfish, 1
+    with pytest.raises(InputError, match="digits: the class 'cat' is not a number below 10"):
+        robustness.all_outputs(["cat", *"123456789"], "digits")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders that are not quite those of the archive
+
+
+def test_linked_class_folders_are_followed(tmp_path):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(998)})
+    write_folders(tmp_path / "elsewhere", {"998": 998, "more": 999})
+    for name, target in (("998", "998"), ("999", "more")):
+        (folder / name).symlink_to(tmp_path / "elsewhere" / target)
+    result = evaluate(tmp_path, ["v2"], f"v2={folder}")["right"]["v2"]
+    assert (result["examples"], result["top1"]) == (1000, 1.0)
+    before = robustness.revision("v2", None, str(folder))
+    (tmp_path / "elsewhere" / "more" / "new.jpeg").write_bytes(jpeg(999))
+    assert robustness.revision("v2", None, str(folder)) != before
+
+
+def test_a_link_in_a_circle_is_named(tmp_path):
+    folder = write_folders(tmp_path / "v2", {"0": 0})
+    (folder / "0" / "up").symlink_to(folder)
+    with pytest.raises(InputError, match=r"the link .*0/up leads back to a folder that holds it: remove it"):
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])
+
+
+def test_empty_class_folders_are_named(tmp_path, capsys):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
+    for name in ("7", "8"):
+        (folder / name / f"{name}_0.jpeg").unlink()
+    (folder / "8" / "notes.txt").write_text("none")
+    shutil.rmtree(folder / "9")
+    (folder / "9").symlink_to(tmp_path / "gone")
+    words = f"v2: 3 class folders hold no images: {folder}/7, {folder}/8, {folder}/9"
+    with pytest.raises(InputError, match=f"{words}: complete it, or evaluate .*--allow-partial"):
+        evaluate(tmp_path, ["v2"], f"v2={folder}")
+    assert evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])["right"]["v2"]["examples"] == 997
+    assert f"warning: {words}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_class_that_is_none_of_imagenet_rs_200_ends_before_the_first_image(tmp_path, monkeypatch, flat):
+    monkeypatch.setattr(eval_robustness, "predict", None)
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.R_INDICES})
+    (r / WORDNET[0]).mkdir()
+    (r / WORDNET[0] / "a.jpeg").write_bytes(jpeg(0))
+    if flat:
+        r = tmp_path / "flat"
+        r.mkdir()
+        (r / f"ILSVRC2012_val_00000001_{WORDNET[0]}.JPEG").write_bytes(jpeg(0))
+    with pytest.raises(InputError, match="r: the class 'n01440764' is none of ImageNet-R's 200: remove it"):
+        evaluate(tmp_path, ["r"], f"r={r}")
+
+
+def test_what_no_image_may_lack_is_looked_up_before_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_robustness, "predict", None)
+    folder = write_folders(tmp_path / "val", {WORDNET[0]: 0})
+    with pytest.raises(InputError, match="is not named like ILSVRC2012_val_00000001"):
+        evaluate(tmp_path, ["real"], f"imagenet={folder}", flags=["--allow-partial"])
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "ILSVRC2012_val_00000001.JPEG").write_bytes(jpeg(0))
+    for benchmark in ("imagenet", "r"):
+        place = f"{benchmark}={tmp_path / 'flat'}"
+        with pytest.raises(InputError, match="an image has no label"):
+            evaluate(tmp_path, [benchmark], place)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_zip_archives_are_read_by_class(tmp_path, inside):
+    seen = validation_images(30)
+    archive = tmp_path / "val" / "images.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as opened:
+        for number, index in seen.items():
+            opened.writestr(f"val/{WORDNET[index]}/ILSVRC2012_val_{number:08d}.JPEG", jpeg(index))
+    place = f"imagenet={archive.parent if inside else archive}"
+    found = evaluate(tmp_path, ["imagenet", "real"], place, flags=["--allow-partial"])["right"]
+    assert (found["imagenet"]["examples"], found["imagenet"]["top1"], found["real"]["top1"]) == (30, 1.0, 1.0)
+    archive.write_bytes(archive.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"cannot read the archive .*images\.zip"):
+        evaluate(tmp_path, ["imagenet"], place, flags=["--allow-partial"])
+
+
+def test_images_of_the_hub_without_bytes_are_opened_where_they_are(tmp_path, monkeypatch):
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("val/n01440764/a.jpeg", jpeg(0))
+    image = {"bytes": None, "path": f"zip://val/n01440764/a.jpeg::{archive}"}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=WORDNET)})
+    ds = datasets.Dataset.from_dict({"image": [image], "label": [0]}, features=features).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"validation": ds})
+    monkeypatch.setattr(robustness, "revision", lambda *_: "")
+    found = evaluate(tmp_path, ["imagenet"])["right"]["imagenet"]
+    assert (found["examples"], found["top1"]) == (1, 1.0)
