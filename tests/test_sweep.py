@@ -218,6 +218,7 @@ def test_a_failed_run_is_said_does_not_stop_the_others_and_is_tried_again(tmp_pa
         assert "Traceback" not in printed.out + printed.err
         assert [row["seed"] for row in table(tmp_path)] == ["0", "6"]
     assert [point["seed"] for point in calls] == ["1", "2", "0", "3", "4", "5", "6", "1", "2", "3", "4", "5"]
+    assert len(study(tmp_path).trials) == 12
     monkeypatch.undo()
     calls = faked(monkeypatch)
     sweep.main(write_sweep(tmp_path, grid))
@@ -228,6 +229,7 @@ def test_a_failed_run_is_said_does_not_stop_the_others_and_is_tried_again(tmp_pa
 def test_a_run_that_failed_in_another_worker_is_not_tried_again_by_this_one(tmp_path, monkeypatch, capsys):
     def fail(point):  # while this worker trains seed 0, another one fails with seed 1
         if point["seed"] == "0":
+            study(tmp_path).enqueue_trial({}, user_attrs={"point": {"seed": 1}})
             other = study(tmp_path).ask()
             other.set_user_attr("error", "too large")
             study(tmp_path).tell(other, state=TrialState.FAIL)
