@@ -272,6 +272,18 @@ def failures(study, earlier: set) -> tuple[dict, Counter]:
     return reasons, times
 
 
+def fail_dead(study, seen: dict):
+    """Fail the trials of dead workers, those too without a heartbeat yet, which Optuna would leave running for ever.
+
+    ``seen`` holds when this worker first saw those.
+    """
+    optuna.storages.fail_stale_trials(study)
+    now = time.monotonic()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if "begun" not in trial.user_attrs and now - seen.setdefault(trial.number, now) > GRACE:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
 def work(study, points, run, idle):
     """Call ``run`` for every point that is left, until none is: those too whose worker has died, after a minute.
 
@@ -279,8 +291,10 @@ def work(study, points, run, idle):
         Why points failed, here or in another worker, by name; a restart tries them once more.
     """
     earlier = {trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,))}
+    seen = {}
 
     def objective(trial):
+        trial.set_user_attr("begun", True)  # by now its heartbeat has begun, too
         point = trial.user_attrs.get("point")
         first = trials(study, TrialState.COMPLETE, *UNFINISHED).get(name_of(point)) if point else None
         if first is None or first.number < trial.number:  # another worker took the last one, or queued it too
@@ -301,7 +315,7 @@ def work(study, points, run, idle):
 
     with tqdm(total=len(points), unit="run", dynamic_ncols=True, file=sys.stdout) as bar:
         while True:
-            optuna.storages.fail_stale_trials(study)
+            fail_dead(study, seen)
             known = trials(study, TrialState.COMPLETE, *UNFINISHED)
             failed, times = failures(study, earlier)  # after known: what fails in between is in both, not in neither
             left = {name_of(point): point for point in points if name_of(point) not in known}

@@ -473,6 +473,19 @@ def test_a_killed_sweep_does_what_is_left(tmp_path, name):
     assert len(table(tmp_path)) == 8
 
 
+def test_a_worker_that_died_before_its_first_heartbeat_holds_nothing_up(tmp_path, monkeypatch):
+    faked(monkeypatch)
+    flags = write_sweep(tmp_path, {"seed": [0]})
+    sweep.main(flags)
+    study(tmp_path).enqueue_trial({}, user_attrs={"point": {"seed": 1}})
+    study(tmp_path).ask()
+    one = start(tmp_path, write_sweep(tmp_path, {"seed": [0, 1]}), grace=1, seconds=0)
+    status, printed = finish(one, seconds=40)
+    one.kill()
+    assert status == [0], printed
+    assert calls(tmp_path, "begin") == ["seed=1"] and len(table(tmp_path)) == 2
+
+
 def test_a_queue_with_a_point_twice_runs_it_once(tmp_path, monkeypatch):
     calls = faked(monkeypatch)
     flags = write_sweep(tmp_path, {"seed": [0, 1]})
