@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import measure_forgetting
 import train_imagenet
-from common import flatness, loaders
+from common import data, flatness, loaders, training
 from common.settings import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -111,14 +112,16 @@ def rows(tmp_path):
     return list(csv.DictReader((tmp_path / "out" / "measurements.csv").open()))
 
 
-def by_hand(epoch, images, kind, link, rho, m, count):
+def by_hand(epoch, images, kind, link, rho, m, count, ascending=None):
     """Forgetting at ``THRESHOLDS`` and the gap, averaged over perturbations made and counted here."""
-    args, run = argparse.Namespace(examples=12, seed=0), argparse.Namespace(dataset=str(images), validation_share=None)
+    args = argparse.Namespace(examples=12, seed=0)
     _, transform = loaders.transforms(
         {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"},
         scale=(1, 1), ratio=(1, 1), hflip=0,
     )  # fmt: skip
-    examples = loaders.Images(measure_forgetting.choose_images(args, run), transform).__getitems__(range(12))
+    examples = loaders.Images(
+        measure_forgetting.choose_images(args, data.load(str(images))["train"]), transform
+    ).__getitems__(range(12))
     y = torch.tensor([example["label"] for example in examples])
     model = timm.create_model(f"local-dir:{epoch}", pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[key]).reshape(3, 1, 1) for key in ("mean", "std"))
@@ -127,13 +130,13 @@ def by_hand(epoch, images, kind, link, rho, m, count):
         clean = link(model(x).double())
     forgotten, gaps = [], []
     for start in range(0, m * count, m):
-        part = slice(start, start + m)
+        part, first = slice(start, start + m), slice(start, start + (ascending or m))
         before = F.cross_entropy(model(x[part]), y[part])
-        ascended = before
+        ascended = F.cross_entropy(model(x[first]), y[first])
         if kind == "obf":
-            logits = model(x[part])
+            logits = model(x[first])
             p = logits.detach().sigmoid()
-            target = F.one_hot(y[part], 2)
+            target = F.one_hot(y[first], 2)
             alpha = 0.5 * (1 - 0.5 / (p * target).sum(-1, keepdim=True)).clamp_min(0) / (1 - 0.5)
             ascended = ((0.5 - alpha * p - (1 - alpha) * target) * logits).sum(-1).mean()
         grads = torch.autograd.grad(ascended, list(model.parameters()))
@@ -294,3 +297,127 @@ def test_a_model_that_torch_cannot_differentiate_twice_is_named(tmp_path, images
     train_imagenet.main(small_recipe(tmp_path, images, **options))
     with pytest.raises(InputError, match=r"cannot measure .*0001.*forward AD"):
         measure([tmp_path / "run"], tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the run itself used
+
+
+def test_own_ascends_on_the_runs_share_of_a_micro_batch_and_sam_on_all_of_it(runs, images, tmp_path):
+    run = altered(runs[1], tmp_path, perturb_fraction=0.5, rho=0.3)
+    flags = ["--m", "4", "--micro-batches", "3", "--thresholds", *map(str, THRESHOLDS), "--rho", "0.3"]
+    measure([run], tmp_path, *flags, "--perturbations", "own", "sam")
+    for row in rows(tmp_path):
+        epoch, ascending = run / "epochs" / f"{int(row['epoch']):04d}", 2 if row["perturbation"] == "own" else 4
+        forgotten, gap = by_hand(epoch, images, "sam", torch.sigmoid, rho=0.3, m=4, count=3, ascending=ascending)
+        assert float(row["forgetting"]) == pytest.approx(forgotten, abs=1e-9)
+        assert float(row["sam_gap"]) == pytest.approx(gap, rel=1e-3, abs=1e-6)
+
+
+def test_rho_that_followed_lr_is_that_of_the_epochs_last_update():
+    own = argparse.Namespace(
+        rho=0.5, rho_min=0.1, lr=0.2, min_lr=0.02, warmup_lr=0.0, sched="poly", epochs=4, warmup_epochs=1, batch_size=3
+    )
+    # 11 images are 3 updates an epoch. Update 2 ends the warm-up with lr 2/3 of 0.2; from then on lr falls in 9 equal
+    # parts from 0.2 to 0.02, of which update 5 has made 2 and update 11 has made 8.
+    lrs = {1: 0.2 * 2 / 3, 2: 0.2 - 0.18 * 2 / 9, 4: 0.2 - 0.18 * 8 / 9}
+    for epoch, lr in lrs.items():
+        expected = 0.1 + 0.4 * (lr - 0.02) / 0.18
+        assert measure_forgetting.rho_at(own, epoch, 11) == pytest.approx(expected)
+    own.rho_min = None
+    assert measure_forgetting.rho_at(own, 1, 11) == 0.5
+
+
+@pytest.mark.parametrize("sched", ["poly", "cosine"])
+def test_measured_rho_is_what_training_used_last_before_it_saved_the_model(images, tmp_path, monkeypatch, sched):
+    used, update = [], training.update
+
+    def recorded(job, batches):
+        used.append(job.optimizer.param_groups[0]["rho"])
+        return update(job, batches)
+
+    monkeypatch.setattr(training, "update", recorded)
+    options = {"epochs": 3, "warmup_epochs": 1, "save_interval": 1, "method": "sam", "rho": 0.3, "rho_min": 0.05}
+    train_imagenet.main(small_recipe(tmp_path, images, sched=sched, **options))
+    output = ["--output", str(tmp_path / "out"), "--workers", "0", "--hessian-examples", "4"]
+    measure_forgetting.main(["--runs", str(tmp_path / "run"), *output, "--perturbations", "own", "sam"])
+    for row in rows(tmp_path):
+        assert float(row["rho"]) == pytest.approx(used[3 * int(row["epoch"]) - 1])
+    assert len({row["rho"] for row in rows(tmp_path)}) == 3
+
+
+def test_a_run_that_does_not_say_its_m_needs_one(runs, tmp_path):
+    with pytest.raises(InputError, match="does not say its m, which its processes made: give --m"):
+        measure([altered(runs[1], tmp_path, m=None)], tmp_path)
+    with pytest.raises(InputError, match="12 images hold no micro-batch of m 13: raise --examples"):
+        measure(runs[1:2], tmp_path, "--m", "13")
+
+
+def test_fewer_perturbations_than_asked_for_are_said(runs, tmp_path, capsys):
+    measure(runs[1:2], tmp_path, "--perturbations", "sam", "--m", "5", "--micro-batches", "2")
+    assert "sam: 2 perturbations" not in capsys.readouterr().out
+    measure(runs[1:2], tmp_path, "--perturbations", "sam", "--m", "5", "--micro-batches", "3")
+    assert f"{runs[1]}, sam: 2 perturbations, as m is 5" in capsys.readouterr().out
+
+
+def test_a_run_trained_otherwise_is_measured_anew(runs, tmp_path, monkeypatch):
+    run = altered(runs[1], tmp_path)
+    measure([run], tmp_path, "--perturbations", "own", "--micro-batches", "1")
+    saved = yaml.safe_load((run / "settings.yaml").read_text())
+    (run / "settings.yaml").write_text(yaml.safe_dump(saved | {"m": 3}))
+    measure([run], tmp_path, "--perturbations", "own", "--micro-batches", "1")
+    assert {row["m"] for row in rows(tmp_path)} == {"3"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be said
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--perturbations", "sam", "sam"], "--perturbations names sam twice"),
+        (["--thresholds", "0.5", "0.50"], "--thresholds names 0.5 twice"),
+    ],
+)
+def test_what_would_count_twice(runs, tmp_path, flags, words):
+    with pytest.raises(InputError, match=words):
+        measure(runs[:1], tmp_path, *flags)
+    with pytest.raises(InputError, match=f"--runs names {runs[0]} twice"):
+        measure([runs[0], runs[0] / "epochs" / ".."], tmp_path)
+
+
+def test_an_output_that_cannot_be_written(runs, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError, match=f"cannot write to --output {tmp_path}/out .*: choose another"):
+        measure(runs, tmp_path)
+
+
+@pytest.mark.parametrize("count", [4, 9, 10])
+@pytest.mark.parametrize("accuracy", ["equal", "ties"])
+def test_few_runs_have_no_interval_and_equal_ones_no_tau_without_a_warning(count, accuracy):
+    accuracies = [0.5] * count if accuracy == "equal" else [i // 2 for i in range(count)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = measure_forgetting.kendall(
+            {"a": list(range(count)), "flatness": [1.0] * count}, accuracies, "flatness", 0
+        )
+    assert math.isnan(found["a"]["tau"]) == (accuracy == "equal")
+    assert math.isnan(found["flatness"]["tau"]) and math.isnan(found["a"]["above_low"])
+    assert math.isnan(found["a"]["low"]) == (count < 10 or accuracy == "equal")
+
+
+def test_what_there_is_not_is_said_and_is_null_in_json(runs, tmp_path, capsys):
+    found = measure(runs, tmp_path, "--perturbations", "sam", "--micro-batches", "1")
+    assert len(found) == 2 * len(measure_forgetting.QUANTITIES)
+    printed = capsys.readouterr().out
+    assert "no interval: of fewer than 10 runs it would mean nothing" in printed and "nan" not in printed
+    text = (tmp_path / "out" / "correlations.json").read_text()
+    saved = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert all(one["low"] is None and one["runs"] == 4 for one in saved["correlations"])
+
+
+def test_a_loss_without_curvature_has_no_largest_eigenvalue():
+    model, batch = torch.nn.Linear(3, 2), (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="no largest eigenvalue of the Hessian"):
+        flatness.largest_eigenvalue(model, lambda logits, _: logits.mean(), [batch], 4)
