@@ -32,7 +32,7 @@ def parser() -> settings.Parser:
     p.add_argument(
         "--benchmarks", nargs="+", choices=BENCHMARKS, default=["digits"], help="sets to evaluate on (digits)"
     )
-    place = "folder, tar files or Hub dataset of imagenet, v2, r or sketch (the Hub's usual one)"
+    place = "folder, tar or zip files, or Hub dataset of imagenet, v2, r or sketch (the Hub's usual one)"
     p.add_argument("--data", nargs="+", metavar="SET=PLACE", default=[], help=place)
     p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes (no)")
     p.add_argument("--img-size", type=int, help="side of the model's input, pixels (each model's own)")

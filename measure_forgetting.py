@@ -46,7 +46,8 @@ def parser() -> settings.Parser:
     g.add_argument(
         "--perturbations", nargs="+", choices=kinds, default=kinds[1:], help="own: the run's (sam obf random)"
     )
-    g.add_argument("--rho", type=float, help="L2 norm of a perturbation, in units of the weights (the run's, then)")
+    rho = "L2 norm of a perturbation, in units of the weights (the run's, in the last update of an epoch)"
+    g.add_argument("--rho", type=float, help=rho)
     g.add_argument("--m", type=int, help="examples that share a perturbation (the run's own)")
     g.add_argument(
         "--gamma", type=float, default=1.0, help="OBF: 1 pushes to uniform, 0 only lowers the target (%(default)s)"
