@@ -77,7 +77,8 @@ def open_models(args):
     for name in args.model:
         model = checkpoints.open_model(name).eval()
         folder = Path(name.removeprefix("local-dir:")).expanduser()
-        place = folder.resolve() if folder.is_dir() else model.pretrained_cfg.get("hf_hub_id") or name
+        pretrained = [model.pretrained_cfg.get(key) for key in ("architecture", "hf_hub_id")]
+        place = folder.resolve() if folder.is_dir() else tuple(pretrained) if all(pretrained) else name
         if place in places:
             raise InputError(f"--model {places[place]} and {name} are the same model: drop one")
         places[place] = name

@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -19,7 +20,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from scipy.stats import kendalltau
+from scipy.stats import bootstrap, kendalltau
 from test_data import write_folder
 from test_forgetting import counted_entropy
 from test_training import small_recipe
@@ -27,8 +28,9 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import measure_forgetting
 import train_imagenet
-from common import data, flatness, loaders, training
+from common import data, flatness, loaders, report, training
 from common.settings import InputError
+from forgetting import forgetting
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = [i / 50 for i in range(1, 50)]
@@ -421,3 +423,133 @@ def test_a_loss_without_curvature_has_no_largest_eigenvalue():
     model, batch = torch.nn.Linear(3, 2), (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match="no largest eigenvalue of the Hessian"):
         flatness.largest_eigenvalue(model, lambda logits, _: logits.mean(), [batch], 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_intervals_are_scipys_and_differences_are_paired():
+    rng = np.random.default_rng(1)
+    accuracy, one = rng.random(12).tolist(), rng.random(12).tolist()
+    quantities = {"one": one, "same": list(one), "flatness": rng.random(12).tolist()}
+    found = measure_forgetting.kendall(quantities, accuracy, "flatness", seed=5)
+    options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 1000, "rng": 5}
+    theirs = bootstrap((one, accuracy), lambda x, y: kendalltau(x, y).statistic, **options).confidence_interval
+    assert (found["one"]["low"], found["one"]["high"]) == pytest.approx((theirs.low, theirs.high))
+    paired = measure_forgetting.kendall(quantities, accuracy, "same", seed=5)["one"]
+    assert paired["above_low"] == paired["above_high"] == 0  # the same runs in each resample
+
+
+def test_a_run_counts_with_its_last_epoch_and_with_the_mean_over_epochs():
+    made = [(1, 2, 9), (4, 1, 1), (3, 8, 1), (2, 9, 13)]  # accuracy, and forgetting after two epochs
+    rows = [
+        {"perturbation": "sam", "run": f"run{a}", "epoch": epoch, "accuracy": a, "forgetting": value,
+         "relevant_change": 0, "lambda_max": -a, "sam_gap": a}
+        for a, *values in made for epoch, value in enumerate(values, 1)
+    ]  # fmt: skip
+    found = {(c["epochs"], c["quantity"]): c["tau"] for c in measure_forgetting.correlations(rows, 0)}
+    accuracy = [a for a, _, _ in made]
+    assert found["last", "forgetting"] == pytest.approx(kendalltau([9, 1, 1, 13], accuracy).statistic)
+    assert found["mean", "forgetting"] == pytest.approx(kendalltau([5.5, 1, 4.5, 11], accuracy).statistic)
+    assert found["mean", "forgetting"] != pytest.approx(kendalltau([9, 1, 8, 13], accuracy).statistic)  # the maximum
+    assert found["last", "-sam_gap"] == pytest.approx(-1)
+    assert found["last", "flatness"] == pytest.approx(1)
+
+
+def test_the_largest_eigenvalue_is_not_that_of_largest_magnitude():
+    model, eye = torch.nn.Linear(3, 3, bias=False).double(), torch.eye(3, dtype=torch.float64)
+
+    def saddle(logits, _):
+        return (logits**2 @ torch.tensor([1.0, -5.0, 2.0], dtype=torch.float64)).mean()
+
+    found = flatness.largest_eigenvalue(model, saddle, [(eye, torch.arange(3))], 3)
+    assert found == pytest.approx(2 * 2 / 3)
+
+
+def test_a_sweeps_table_has_the_mean_over_seeds(capsys):
+    rows = [{"point": {"seed": i}, "results": {"test": value}} for i, value in enumerate((0.5, 0.6))]
+    report.show_sweep(rows, [])
+    assert f"55.00 ± {10 / math.sqrt(2):.2f}" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One model, whose own perturbation differs from every default
+
+
+def measured(**changes):
+    """``measure`` of a linear model; besides, what it needs, and the sizes of what the curvature was taken of."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3).double()
+    x, y = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
+    usual = {"examples": 12, "hessian_examples": 4, "thresholds": [0.2, 0.35, 0.5], "link": "softmax", "rho": None}
+    usual |= {"micro_batches": 2, "seed": 3, "miller_madow": True, "perturbations": ["own"], "m": None}
+    args = argparse.Namespace(**usual | {"gamma": 1.0, "lam": None} | changes)
+    own = argparse.Namespace(
+        method="asam+obf", adaptive="before", rho=0.7, rho_min=None, m=3, perturb_fraction=1.0, gamma=0.5, lam=0.2,
+        link="softmax", loss="ce", smoothing=0.1,
+    )  # fmt: skip
+    run = {"settings": own, "images": 12, "folder": "run"}
+
+    def batches(start, stop, size=5):
+        return list(zip(x[start:stop].split(size), y[start:stop].split(size)))
+
+    return measure_forgetting.measure(args, run, 1, model, batches), model, x, y
+
+
+def test_own_is_the_runs_method_rho_m_gamma_lambda_link_and_adaptive():
+    result, model, x, y = measured()
+    found, expected = result["perturbations"]["own"], []
+    thresholds = torch.tensor([0.2, 0.35, 0.5], dtype=torch.float64)
+    for part in (slice(0, 3), slice(3, 6)):
+        logits = model(x[part])
+        p, target = logits.detach().softmax(-1), F.one_hot(y[part], 3)
+        alpha = 0.5 * ((1 - 0.2 / (p * target).sum(-1, keepdim=True)) / 0.8).clamp_min(0)
+        assert alpha.max() > 0
+        ascended = ((1 / 3 - alpha * p - (1 - alpha) * target) * logits).sum(-1).mean()
+        grads = torch.autograd.grad(ascended, list(model.parameters()))
+        grads = [w.detach().abs() * g for w, g in zip(model.parameters(), grads)]
+        norm = sum(g.square().sum() for g in grads).sqrt()
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for w, g in zip(moved.parameters(), grads):
+                w += 0.7 * g / norm
+            batch = (model(x).softmax(-1), moved(x).softmax(-1), y)
+            criterion = LabelSmoothingCrossEntropy(0.1)
+            gap = criterion(moved(x[part]), y[part]) - criterion(model(x[part]), y[part])
+        info = forgetting([batch], thresholds, miller_madow=True)
+        assert not torch.allclose(info["forgetting"], forgetting([batch], thresholds)["forgetting"])
+        relevant = (info["relevant_perturbed"] - info["relevant"]).mean()
+        expected.append((info["forgetting"].item(), relevant.item(), gap.item()))
+    for key, value in zip(("forgetting", "relevant_change", "sam_gap"), np.mean(expected, 0)):
+        assert abs(value) > 1e-4
+        assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_curvature_is_that_of_the_examples_asked_for():
+    for count in (4, 12):
+        result, model, x, y = measured(hessian_examples=count)
+        batch = [(x[:count], y[:count])]
+        expected = flatness.largest_eigenvalue(model, LabelSmoothingCrossEntropy(0.1), batch, count)
+        assert result["lambda_max"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_noise_depends_on_the_seed_alone():
+    def random(seed, before):
+        draws = measured(perturbations=["random"], seed=seed)[0]["perturbations"]["random"]["sam_gap"]
+        torch.manual_seed(before)
+        return draws
+
+    assert random(3, before=1) == random(3, before=2) == random(3, before=3)
+    assert random(4, before=1) != random(3, before=1)
+
+
+def test_images_are_in_proportion_of_the_classes_and_others_for_another_seed():
+    features = datasets.Features({"image": datasets.Value("int64"), "label": datasets.ClassLabel(names=["a", "b"])})
+    split = datasets.Dataset.from_dict({"image": range(40), "label": [0] * 30 + [1] * 10}, features=features)
+    chosen = {}
+    for seed in (0, 1):
+        images = measure_forgetting.choose_images(argparse.Namespace(examples=20, seed=seed), split)
+        assert np.bincount(images["label"]).tolist() == [15, 5]
+        chosen[seed] = set(images["image"])
+    assert chosen[0] != chosen[1]
