@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import warnings
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from scipy.stats import bootstrap, kendalltau
+from scipy.stats import DegenerateDataWarning, bootstrap, kendalltau
 from sklearn.model_selection import train_test_split
 from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
@@ -304,7 +305,9 @@ def kendall(quantities: dict, accuracy: list, rival: str, seed: int, resamples: 
             continue
         options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": resamples}
         # The same seed resamples the same runs for each quantity, which pairs their differences.
-        resampled = bootstrap((values, accuracy), lambda x, y: kendalltau(x, y).statistic, rng=seed, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DegenerateDataWarning)  # resampled runs of equal values, left out below
+            resampled = bootstrap((values, accuracy), lambda x, y: kendalltau(x, y).statistic, rng=seed, **options)
         draws[name] = resampled.bootstrap_distribution
     found = {}
     for name, tau in taus.items():

@@ -844,9 +844,9 @@ def test_each_shift_of_the_digits_is_read_as_itself():
     seen = set()
     for name, (split,) in passes.items():
         ds = robustness.open_set(name, None, False)
-        first = loaders.decode(ds[3]["image"])
-        assert (np.asarray(first) == np.asarray(everything[split][3]["image"])).all()
-        seen.add(first.tobytes())
+        pixels = np.stack([loaders.decode(image) for image in ds[:9]["image"]])
+        assert (pixels == np.stack([np.asarray(image) for image in everything[split][:9]["image"]])).all()
+        seen.add(pixels.tobytes())
     assert len(seen) == len(passes)
 
 
