@@ -146,13 +146,17 @@ def perturbations(args, run, rho) -> dict[str, argparse.Namespace]:
     """The settings of each perturbation to measure on a run, whose own ``rho`` holds unless one is given.
 
     Raises:
-        InputError: the run does not say its rho or m, and none is given.
+        InputError: the run does not say its rho or m, and none is given; or its own perturbation is its momentum's.
     """
     own, result = run["settings"], {}
     trained = settings.METHODS[own.method] != (None, None)
     for kind in args.perturbations:
         if kind == "own" and not trained:
             continue
+        if kind == "own" and own.method == "momentum":
+            raise InputError(
+                f"the run {run['folder']} has no momentum saved to perturb along: measure sam, obf or random"
+            )
         changes = {"rho": rho if args.rho is None else args.rho, "m": args.m or own.m}
         if changes["rho"] is None:
             raise InputError(f"the run {run['folder']} has no rho, as it was trained with method base: give --rho")
@@ -226,7 +230,7 @@ def measure(args, run, epoch: int, model, batches) -> dict:
         adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
         optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)
         objective = training.build_objective(own, criterion, optimizer)
-        part = max(1, round(own.perturb_fraction * own.m))  # as in training
+        part = training.ascending(own, own.m)
         torch.manual_seed(args.seed)
         each = []
         warnings.filterwarnings("ignore", "the block left no gradient")  # these blocks only look

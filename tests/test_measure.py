@@ -269,6 +269,12 @@ def test_base_needs_a_rho(runs, tmp_path):
         measure_forgetting.main(["--runs", str(runs[0]), "--output", str(tmp_path)])
 
 
+def test_a_runs_own_momentum_is_not_saved(runs, tmp_path):
+    other = altered(runs[1], tmp_path, method="momentum", perturb_fraction=None)
+    with pytest.raises(InputError, match="no momentum saved to perturb along: measure sam"):
+        measure([other], tmp_path, "--perturbations", "own")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
