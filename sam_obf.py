@@ -25,7 +25,6 @@ pass through a graph made in the block, or before it, fails with "modified by an
 """
 
 import contextlib
-import functools
 import itertools
 import math
 import numbers
@@ -332,7 +331,7 @@ class SAM(torch.optim.Optimizer):
         if self._inside:
             raise RuntimeError("perturbed() is nested in itself: leave the first block before entering the next")
         _check_rho(*self.param_groups)
-        modules = _modules(self.model)
+        modules = list(self.model.modules())
         undo, moved = [], []
         self._inside = self.ascending = True
         try:
@@ -361,15 +360,15 @@ class SAM(torch.optim.Optimizer):
                     )
         finally:
             with torch.no_grad():
-                for restore in undo:
-                    restore()
+                for tensors, copies in undo:
+                    torch._foreach_copy_(tensors, copies)
                 for buffers, name, buffer, copy in moved:
                     buffers[name] = buffer.copy_(copy)
             torch.clear_autocast_cache()
             self._inside = self.ascending = False
 
     def _ascend(self, run, modules):
-        """Take g, the gradient that ``run`` leaves, as chunks of (parameters, local gradients, rho, own, sharding)."""
+        """Take g, the gradient that ``run`` leaves, as chunks of (parameters, local gradients, rho, sharding)."""
         held = itertools.chain(*(m._parameters.values() for m in modules), *(g["params"] for g in self.param_groups))
         every = {id(p): p for p in held if p is not None}.values()
         with self._gradients_aside(every):
@@ -426,44 +425,20 @@ class SAM(torch.optim.Optimizer):
     def _perturb(self, chunks, inverse_norm, undo):
         """Add the perturbation to the weights; what undoes it is in ``undo`` before each change."""
         finite = inverse_norm.is_cpu and inverse_norm > 0  # reading it from another device would wait for the device
-        for i, (params, grads, rho, own, _) in enumerate(chunks):
+        for i, (params, grads, rho, _) in enumerate(chunks):
             if not finite:
                 grads = [g.nan_to_num_(0.0, 0.0, 0.0) for g in grads]  # a step of 0 does not erase inf and nan
+            params = _local(params)
             wide = grads if grads[0].dtype == _wide(grads[0]) else [g.to(_wide(g)) for g in grads]
-            length = rho * inverse_norm.to(wide[0])
-            if own and not self.gsam_alpha:
-                torch._foreach_mul_(grads, length)
-            else:
-                wide = torch._foreach_mul(wide, length)
-            if own:  # the perturbed weights are written where g was, and nothing has to be copied, to or fro
-                torch._foreach_add_(wide, params)
-                undo.append(functools.partial(_exchange, params, [p.data for p in params]))
-                _exchange(params, wide)
-            else:
-                params = _local(params)
-                copies = [torch.empty_like(p) for p in params]
-                torch._foreach_copy_(copies, params)
-                undo.append(functools.partial(torch._foreach_copy_, params, copies))
-                torch._foreach_add_(params, wide)
+            step = torch._foreach_mul(wide, rho * inverse_norm.to(wide[0]))
+            # The memory of g, which nobody needs any more, keeps the weights.
+            spent = not self.gsam_alpha and grads[0].dtype == params[0].dtype
+            copies = grads if spent else [torch.empty_like(p) for p in params]
+            torch._foreach_copy_(copies, params)
+            undo.append((params, copies))
+            torch._foreach_add_(params, step)
             if not self.gsam_alpha:
                 chunks[i] = None  # frees g: one parameter-sized buffer is left beside the weights
-
-
-def _exchange(params, tensors):
-    """Let the parameters hold other memory; autograd is told, or a graph of before would use it without a word."""
-    for p, tensor in zip(params, tensors):
-        p.data = tensor
-    torch.autograd.graph.increment_version(params)
-
-
-def _modules(model):
-    """What ``model.modules()`` gives, in two thirds of the time."""
-    seen, found = {model}, [model]
-    for module in found:
-        new = dict.fromkeys(m for m in module._modules.values() if m is not None and m not in seen)
-        seen.update(new)
-        found += new
-    return found
 
 
 def _check_kinds(base_optimizer, model, unknown):
@@ -514,35 +489,17 @@ def _chunks(param_groups):
         if grad.layout != torch.strided:
             raise RuntimeError(f"SAM cannot follow {grad.layout} gradients: use sparse=False")
         sharding = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
-        if id(grad) in seen:
+        if grad._base is not None or id(grad) in seen:  # DDP's next backward pass would write into a view of its bucket
             grad = grad.clone()
         seen.add(id(grad))
-        key = (rho, _own(p, grad), sharding, p.device, p.dtype, grad.dtype)
+        key = (rho, sharding, p.device, p.dtype, grad.dtype)
         if sizes.get(key, 2**18) >= 2**18:
-            latest[key], sizes[key] = ([], [], *key[:3]), 0
+            latest[key], sizes[key] = ([], [], rho, sharding), 0
             chunks.append(latest[key])
         latest[key][0].append(p)
         latest[key][1].append(grad.to_local() if sharding else grad)
         sizes[key] += p.numel()
     return chunks
-
-
-def _own(p, grad):
-    """Whether the two may exchange memory: on a CPU, alike, and nothing else looks at either's.
-
-    On a GPU, CUDA graphs know addresses. Elsewhere, views of the weights, DDP's buckets, FSDP2's shards do.
-    """
-    count = torch._C._storage_Use_Count
-    return (
-        p.is_cpu
-        and type(p) is torch.nn.Parameter
-        and type(grad) is torch.Tensor
-        and grad.dtype in (torch.float32, torch.float64)
-        and p.dtype == grad.dtype
-        and p.stride() == grad.stride()
-        # Two: the tensor, and the object made here to ask.
-        and count(p.untyped_storage()._cdata) == count(grad.untyped_storage()._cdata) == 2
-    )
 
 
 def _total(chunks, terms):
