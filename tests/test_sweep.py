@@ -269,8 +269,12 @@ def test_a_run_does_not_keep_the_memory_of_one_that_failed(tmp_path, monkeypatch
         raise MemoryError
 
     faked(monkeypatch, fail)
-    with pytest.raises(InputError, match="3 of 3 runs failed"):
-        sweep.main(write_sweep(tmp_path, {"seed": [0, 1, 2]}))
+    gc.disable()  # else Python may collect it by itself, at a time of its own
+    try:
+        with pytest.raises(InputError, match="3 of 3 runs failed"):
+            sweep.main(write_sweep(tmp_path, {"seed": [0, 1, 2]}))
+    finally:
+        gc.enable()
     assert alive == [False] * 3
 
 
@@ -282,14 +286,14 @@ def test_sigterm_leaves_the_run_to_the_next_worker_at_once(tmp_path, monkeypatch
     calls = faked(monkeypatch, stop)
     for number in range(1, 1 + sweep.DEATHS):
         with pytest.raises(SystemExit) as stopped:
-            sweep.main(write_sweep(tmp_path, {"seed": [0, 1]}))
+            sweep.main(write_sweep(tmp_path, {"seed": [0]}))
         assert stopped.value.code == code and len(calls) == number
-        assert re.search(r"stopped in seed=[01]; the same command goes on\n", capsys.readouterr().out)
+        assert re.search(r"stopped in seed=0; the same command goes on\n", capsys.readouterr().out)
     assert [trial.state for trial in study(tmp_path).trials].count(TrialState.FAIL) == sweep.DEATHS
     monkeypatch.undo()
     calls = faked(monkeypatch)
-    sweep.main(write_sweep(tmp_path, {"seed": [0, 1]}))
-    assert sorted(point["seed"] for point in calls) == ["0", "1"]
+    sweep.main(write_sweep(tmp_path, {"seed": [0]}))
+    assert [point["seed"] for point in calls] == ["0"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
