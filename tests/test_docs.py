@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import flags
+import pytest
 
 from common import settings
-import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
