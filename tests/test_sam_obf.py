@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sam_obf
 from sam_obf import SAM, OutputBiasForgetting, momentum_perturbation, proportional_rho, random_perturbation
 
 K = 5  # classes
@@ -936,34 +935,45 @@ def test_clipping_after_the_blocks(variant, scaled):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# On a CPU, weights and g exchange memory for the time of a block, unless something else looks at either
-
-
-def in_place(monkeypatch):
-    monkeypatch.setattr(sam_obf, "_own", lambda p, grad: False)
+# The memory of g keeps the weights during a block
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_exchanging_memory_is_the_same_as_moving_the_weights_in_place(variant, dtype, monkeypatch):
-    start, data, results = Awkward().to(dtype), batches(4, dtype=dtype), []
-    for way in ("exchange", "in place"):
-        model, seen = copy.deepcopy(start), []
-        if way == "in place":
-            in_place(monkeypatch)
-        optimizer = SAM(BASES["adamw"](model.parameters()), model, rho=0.3, **VARIANTS[variant])
-        addresses = [p.data_ptr() for p in model.parameters()]
-        for x, y in data:
-            with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
-                moved = [p.data_ptr() != a for p, a in zip(model.parameters(), addresses)]
-                seen += weights(model)
-                F.cross_entropy(model(x), y).backward()
-            seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+def test_weights_stay_where_they_are_in_memory(variant, dtype):
+    """CUDA graphs, views and DDP's buckets know addresses."""
+    model = Awkward().to(dtype)
+    optimizer = SAM(BASES["adamw"](model.parameters()), model, rho=0.3, **VARIANTS[variant])
+    addresses, start = [p.data_ptr() for p in model.parameters()], weights(model)
+    for x, y in batches(2, dtype=dtype):
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
             assert [p.data_ptr() for p in model.parameters()] == addresses
-            assert any(moved) == (way == "exchange" and dtype != torch.bfloat16)
-            optimizer.step()
+            assert any(not torch.equal(p, q) for p, q in zip(weights(model), start))
+            F.cross_entropy(model(x), y).backward()
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+        assert_same(weights(model), start)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_that_are_views_of_one_buffer_may_be_written_again(variant):
+    """As DDP's are with gradient_as_bucket_view: the second pass writes where the first has written."""
+    results = []
+    for flat in (False, True):
+        torch.manual_seed(0)
+        model = network()
+        buffer = torch.zeros(sum(p.numel() for p in model.parameters())).double()
+
+        def backward(x, y, flat=flat, model=model, buffer=buffer):
+            grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+            views = buffer.split([p.numel() for p in model.parameters()])
+            for p, g, view in zip(model.parameters(), grads, views):
+                p.grad = view.view_as(p).copy_(g) if flat else g.clone()
+
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
+        for x, y in batches(3):
             optimizer.zero_grad()
-        results.append(seen + weights(model))
+            optimizer.step(lambda: backward(x, y) or torch.zeros(()))
+        results.append(weights(model))
     assert_same(*results)
 
 
@@ -984,20 +994,16 @@ class Views(torch.nn.Module):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_views_of_the_weights_see_the_perturbation(variant, monkeypatch):
-    start, (x, y), results = Views(), batches(1, dtype=torch.float32)[0], []
-    for way in ("exchange", "in place"):
-        model = copy.deepcopy(start)
-        model.transposed = model.first.weight.detach().t()
-        if way == "in place":
-            in_place(monkeypatch)
-        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
-        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
-            assert torch.equal(model.transposed, model.first.weight.t())
-            F.cross_entropy(model(x), y).backward()
+def test_views_of_the_weights_see_the_perturbation(variant):
+    model, (x, y) = Views(), batches(1, dtype=torch.float32)[0]
+    start = weights(model)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
         assert torch.equal(model.transposed, model.first.weight.t())
-        results.append([p.grad for p in model.parameters()])
-    assert_same(*results)
+        assert not torch.equal(model.first.weight, start[0])
+        F.cross_entropy(model(x), y).backward()
+    assert torch.equal(model.transposed, model.first.weight.t())
+    assert_same(weights(model), start)
 
 
 @pytest.mark.parametrize("adaptive", [None, "before", "after", "both"])
@@ -1020,11 +1026,8 @@ def test_one_gradient_tensor_for_two_parameters(adaptive):
     assert_close(moved[1], [p + e for p, e in zip(start, eps)])
 
 
-@pytest.mark.parametrize("way", ["exchange", "in place"])
 @pytest.mark.parametrize("made, used", [("before", "inside"), ("before", "after"), ("inside", "after")])
-def test_a_graph_made_at_other_weights_raises(made, used, way, monkeypatch):
-    if way == "in place":
-        in_place(monkeypatch)
+def test_a_graph_made_at_other_weights_raises(made, used):
     model, (x, y) = network(), batches(1)[0]
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
     loss = lambda: F.cross_entropy(model(x), y)  # noqa: E731
@@ -1038,7 +1041,7 @@ def test_a_graph_made_at_other_weights_raises(made, used, way, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", ["plain", "asam-both", "gsam"])
-def test_compiled_models_exchange_memory_without_compiling_again(variant, backend):
+def test_compiled_models_are_perturbed_without_compiling_again(variant, backend):
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs a compiler")
     eager = network(dtype=torch.float32)
@@ -1049,9 +1052,7 @@ def test_compiled_models_exchange_memory_without_compiling_again(variant, backen
     optimizers = [SAM(BASES["sgd"](m.parameters()), m, rho=0.5, **VARIANTS[variant]) for m in (compiled, eager)]
     for x, y in batches(4, dtype=torch.float32):
         for forward, optimizer in zip((compiled, eager), optimizers):
-            start = [p.data_ptr() for p in forward.parameters()]
             with optimizer.perturbed(lambda: F.cross_entropy(forward(x), y)):
-                assert all(p.data_ptr() != a for p, a in zip(forward.parameters(), start))
                 F.cross_entropy(forward(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
