@@ -32,7 +32,7 @@ def parser() -> settings.Parser:
     p.add_argument(
         "--benchmarks", nargs="+", choices=BENCHMARKS, default=["digits"], help="sets to evaluate on (digits)"
     )
-    place = "folder, tar files or Hub dataset of imagenet, v2, r or sketch (the Hub's usual one)"
+    place = "folder, tar or zip files, or Hub dataset of imagenet, v2, r or sketch (the Hub's usual one)"
     p.add_argument("--data", nargs="+", metavar="SET=PLACE", default=[], help=place)
     p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes (no)")
     p.add_argument("--img-size", type=int, help="side of the model's input, pixels (each model's own)")
@@ -77,7 +77,8 @@ def open_models(args):
     for name in args.model:
         model = checkpoints.open_model(name).eval()
         folder = Path(name.removeprefix("local-dir:")).expanduser()
-        place = folder.resolve() if folder.is_dir() else model.pretrained_cfg.get("hf_hub_id") or name
+        pretrained = [model.pretrained_cfg.get(key) for key in ("architecture", "hf_hub_id")]
+        place = folder.resolve() if folder.is_dir() else tuple(pretrained) if all(pretrained) else name
         if place in places:
             raise InputError(f"--model {places[place]} and {name} are the same model: drop one")
         places[place] = name

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import itertools
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from scipy.stats import bootstrap, kendalltau
+from scipy.stats import DegenerateDataWarning, bootstrap, kendalltau
 from sklearn.model_selection import train_test_split
 from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
@@ -27,6 +28,7 @@ from forgetting import forgetting
 from sam_obf import SAM
 
 MIN_RUNS = 4  # for a rank correlation
+MIN_RUNS_INTERVAL = 10  # for its bootstrap interval
 # What is compared with test accuracy; flat models have a small largest eigenvalue, and a small gap.
 QUANTITIES = {
     "forgetting": lambda row: row["forgetting"],
@@ -45,7 +47,8 @@ def parser() -> settings.Parser:
     g.add_argument(
         "--perturbations", nargs="+", choices=kinds, default=kinds[1:], help="own: the run's (sam obf random)"
     )
-    g.add_argument("--rho", type=float, help="L2 norm of a perturbation, in units of the weights (the run's own)")
+    rho = "L2 norm of a perturbation, in units of the weights (the run's, in the last update of an epoch)"
+    g.add_argument("--rho", type=float, help=rho)
     g.add_argument("--m", type=int, help="examples that share a perturbation (the run's own)")
     g.add_argument(
         "--gamma", type=float, default=1.0, help="OBF: 1 pushes to uniform, 0 only lowers the target (%(default)s)"
@@ -83,6 +86,9 @@ def parse(argv=None):
     own = {"thresholds": "(0, 1)", **dict.fromkeys(("micro_batches", "examples", "hessian_examples"), "[1, inf)")}
     shared = ("rho", "m", "gamma", "lam", "batch_size", "workers", "seed")
     settings.check_ranges(args, own | {key: settings.RANGES[key] for key in shared})
+    settings.check_once("--runs", [Path(folder).expanduser().resolve() for folder in args.runs])
+    for key in ("perturbations", "thresholds"):
+        settings.check_once(f"--{key}", getattr(args, key))
     return args
 
 
@@ -126,30 +132,45 @@ def check_alike(runs):
                 )
 
 
-def perturbations(args, run) -> dict[str, argparse.Namespace]:
-    """The settings of each perturbation to measure on a run.
+def rho_at(own, epoch: int, images: int):
+    """The rho of a run's last update in ``epoch``, from 1, on so many training images; None if it had no rho."""
+    if own.rho_min is None:
+        return own.rho
+    steps = images // own.batch_size
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], own.lr)
+    training.build_schedule(own, optimizer, steps)(epoch * steps - 1)
+    return optimizer.param_groups[0]["rho"]
+
+
+def perturbations(args, run, rho) -> dict[str, argparse.Namespace]:
+    """The settings of each perturbation to measure on a run, whose own ``rho`` holds unless one is given.
 
     Raises:
-        InputError: the run was trained without a perturbation, and no rho is given.
+        InputError: the run does not say its rho or m, and none is given; or its own perturbation is its momentum's.
     """
     own, result = run["settings"], {}
     trained = settings.METHODS[own.method] != (None, None)
     for kind in args.perturbations:
         if kind == "own" and not trained:
             continue
-        m = args.m or own.m or min(own.device_batch_size, own.batch_size)
-        changes = {"rho": own.rho if args.rho is None else args.rho, "m": min(m, args.examples)}
+        if kind == "own" and own.method == "momentum":
+            raise InputError(
+                f"the run {run['folder']} has no momentum saved to perturb along: measure sam, obf or random"
+            )
+        changes = {"rho": rho if args.rho is None else args.rho, "m": args.m or own.m}
         if changes["rho"] is None:
             raise InputError(f"the run {run['folder']} has no rho, as it was trained with method base: give --rho")
+        if changes["m"] is None:
+            raise InputError(f"the run {run['folder']} does not say its m, which its processes made: give --m")
         if kind != "own":
             changes |= {"method": kind, "gamma": args.gamma, "lam": args.lam, "link": own.link or "sigmoid"}
+            changes["perturb_fraction"] = 1.0
         result[kind] = argparse.Namespace(**vars(own) | changes)
     return result
 
 
-def choose_images(args, run):
-    """Training images to measure on, undecoded, with all classes in the proportions of the dataset."""
-    split = data.load(run.dataset, validation_share=run.validation_share)["train"]
+def choose_images(args, split):
+    """Training images to measure on, undecoded, with all classes in the proportions of the split."""
     labels = np.asarray(split["label"])
     classes = len(split.features["label"].names)
     if args.examples < classes:
@@ -195,8 +216,8 @@ def predict(model, batches, link):
     return logits.sigmoid() if link == "sigmoid" else logits.softmax(-1)
 
 
-def measure(args, run, model, batches) -> dict:
-    """All that is measured on one model, in bits and units of the loss."""
+def measure(args, run, epoch: int, model, batches) -> dict:
+    """All that is measured on one model, as saved after ``epoch``, in bits and units of the loss."""
     model.eval().requires_grad_()
     criterion, size = training.build_criterion(run["settings"]), args.examples
     flat = min(args.hessian_examples or size, size)
@@ -205,17 +226,18 @@ def measure(args, run, model, batches) -> dict:
     labels = torch.cat([y for _, y in everything])
     clean = predict(model, everything, args.link)
     result = {"lambda_max": flatness.largest_eigenvalue(model, criterion, batches(0, flat), flat), "perturbations": {}}
-    for kind, own in perturbations(args, run).items():
+    for kind, own in perturbations(args, run, rho_at(run["settings"], epoch, run["images"])).items():
         adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
         optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)
         objective = training.build_objective(own, criterion, optimizer)
+        part = training.ascending(own, own.m)
         torch.manual_seed(args.seed)
         each = []
         warnings.filterwarnings("ignore", "the block left no gradient")  # these blocks only look
         for x, y in itertools.islice(batches(0, size // own.m * own.m, own.m), args.micro_batches):
             with torch.no_grad():
                 before = criterion(model(x), y)
-            with optimizer.perturbed(lambda: objective(model, x, y)), torch.no_grad():
+            with optimizer.perturbed(lambda: objective(model, x[:part], y[:part])), torch.no_grad():
                 gap = criterion(model(x), y) - before
                 perturbed = predict(model, everything, args.link)
             info = forgetting([(clean, perturbed, labels)], thresholds, miller_madow=args.miller_madow)
@@ -232,18 +254,20 @@ def measure_all(args, accelerator, runs, split):
     """Measure every saved epoch of every run, on all processes together; finished measurements are read from disk."""
     tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
     kept = {key: value for key, value in vars(args).items() if key not in ("runs", "output", "workers", "batch_size")}
+    versions = {module.__name__: module.__version__ for module in (torch, timm)}
     cache = {}
     with accelerator.split_between_processes(tasks) as own:
         for run, epoch in tqdm(own, unit="model", disable=not accelerator.is_main_process, dynamic_ncols=True):
             weights = (epoch / "model.safetensors").stat()
             request = {"model": str(epoch), "weights": [weights.st_size, weights.st_mtime_ns], **kept}
+            request |= {"run": vars(run["settings"]), "images": run["images"], "versions": versions}
             file = record_file(args, epoch)
             if file.exists() and json.loads(file.read_text())["request"] == request:
                 continue
             model = checkpoints.open_model(str(epoch)).to(accelerator.device)
             batches = open_batches(args, accelerator, split, model, cache)
             try:
-                measured = measure(args, run, model, batches)
+                measured = measure(args, run, int(epoch.name), model, batches)
             except (ValueError, NotImplementedError) as error:  # the latter where torch lacks a second derivative
                 raise InputError(f"cannot measure {epoch}: {error}") from error
             draft = file.with_suffix(".draft")
@@ -277,24 +301,35 @@ def kendall(quantities: dict, accuracy: list, rival: str, seed: int, resamples: 
     Returns:
         For each: ``tau``; ``p_value`` of no association (two-sided); ``low`` and ``high``, its 95 % bootstrap interval
         (percentiles over resampled runs); ``above_rival``, by how much tau exceeds that of the quantity ``rival``, with
-        ``above_low`` and ``above_high`` likewise.
+        ``above_low`` and ``above_high`` likewise. NaN where there is none: tau of equal values, the intervals of fewer
+        than ``MIN_RUNS_INTERVAL`` runs.
     """
     taus, draws = {}, {}
     for name, values in quantities.items():
         taus[name] = kendalltau(values, accuracy)
+        draws[name] = np.array([])
+        if len(accuracy) < MIN_RUNS_INTERVAL:
+            continue
         options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": resamples}
         # The same seed resamples the same runs for each quantity, which pairs their differences.
-        resampled = bootstrap((values, accuracy), lambda x, y: kendalltau(x, y).statistic, rng=seed, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DegenerateDataWarning)  # resampled runs of equal values, left out below
+            resampled = bootstrap((values, accuracy), lambda x, y: kendalltau(x, y).statistic, rng=seed, **options)
         draws[name] = resampled.bootstrap_distribution
     found = {}
     for name, tau in taus.items():
-        low, high = np.nanpercentile(draws[name], [2.5, 97.5])
-        above_low, above_high = np.nanpercentile(draws[name] - draws[rival], [2.5, 97.5])
+        low, high = _interval(draws[name])
+        above_low, above_high = _interval(draws[name] - draws[rival])
         found[name] = {
             "tau": tau.statistic, "p_value": tau.pvalue, "low": low, "high": high,
             "above_rival": tau.statistic - taus[rival].statistic, "above_low": above_low, "above_high": above_high,
         }  # fmt: skip
     return {name: {key: float(value) for key, value in values.items()} for name, values in found.items()}
+
+
+def _interval(draws):
+    draws = draws[np.isfinite(draws)]  # runs of equal values have no tau
+    return np.percentile(draws, [2.5, 97.5]) if len(draws) else (math.nan, math.nan)
 
 
 def correlations(rows: list[dict], seed: int) -> list[dict]:
@@ -323,13 +358,23 @@ def correlations(rows: list[dict], seed: int) -> list[dict]:
 def main(argv=None):
     """Run as from the command line; the main process returns the rank correlations."""
     args = parse(argv)
+    settings.make_output(args.output)
     accelerator = Accelerator()
     set_fused_attn(False)  # it has no second derivatives
     runs = [read_run(Path(folder).expanduser()) for folder in args.runs]
     check_alike(runs)
+    for run in runs:  # before the images are looked for
+        perturbations(args, run, run["settings"].rho)
+    shared = runs[0]["settings"]
+    train = data.load(shared.dataset, validation_share=shared.validation_share)["train"]
+    split = choose_images(args, train)
     for run in runs:
-        perturbations(args, run)
-    split = choose_images(args, runs[0]["settings"])
+        run["images"] = (run["settings"].streaming and run["settings"].train_num_samples) or len(train)
+        for kind, own in perturbations(args, run, run["settings"].rho).items():
+            if own.m > args.examples:
+                raise InputError(f"{args.examples} images hold no micro-batch of m {own.m}: raise --examples")
+            if args.examples // own.m < args.micro_batches:
+                accelerator.print(f"{run['folder']}, {kind}: {args.examples // own.m} perturbations, as m is {own.m}")
     measured = measure_all(args, accelerator, runs, split)
     if not accelerator.is_main_process:
         return None
@@ -340,11 +385,15 @@ def main(argv=None):
         writer.writerows(rows)
     found = correlations(rows, args.seed)
     versions = {module.__name__: module.__version__ for module in (torch, timm, datasets)}
-    saved = {"correlations": found, "settings": vars(args), "versions": versions}
-    (output / "correlations.json").write_text(json.dumps(saved, indent=2) + "\n")
+    # JSON has no NaN.
+    plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in one.items()} for one in found]
+    saved = {"correlations": plain, "settings": vars(args), "versions": versions}
+    (output / "correlations.json").write_text(json.dumps(saved, indent=2, allow_nan=False) + "\n")
     report.show_correlations(found)
     if not found:
         print(f"no rank correlation: it needs at least {MIN_RUNS} runs with the same perturbation")
+    if any(one["runs"] < MIN_RUNS_INTERVAL for one in found):
+        print(f"no interval: of fewer than {MIN_RUNS_INTERVAL} runs it would mean nothing")
     report.draw_forgetting(measured, rows, args.thresholds, output)
     print(f"\nwritten: {output}/measurements.csv, correlations.json and {len(list(output.glob('*.png')))} pictures")
     return found

@@ -532,14 +532,16 @@ def _own(p, grad):
 
     On a GPU, CUDA graphs know addresses. Elsewhere, views of the weights, DDP's buckets, FSDP2's shards do.
     """
+    count = torch._C._storage_Use_Count
     return (
         p.is_cpu
         and type(p) is torch.nn.Parameter
         and type(grad) is torch.Tensor
-        and p.dtype == grad.dtype == _wide(grad)
+        and grad.dtype in (torch.float32, torch.float64)
+        and p.dtype == grad.dtype
         and p.stride() == grad.stride()
         # Two: the tensor, and the object made here to ask.
-        and all(torch._C._storage_Use_Count(t.untyped_storage()._cdata) == 2 for t in (p, grad))
+        and count(p.untyped_storage()._cdata) == count(grad.untyped_storage()._cdata) == 2
     )
 
 

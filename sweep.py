@@ -247,14 +247,18 @@ def trials(study, *states):
     return found
 
 
-def failures(study, earlier: set) -> dict:
-    """Why points failed, by name, other than in the trials ``earlier``: an error, or every worker that took it died."""
-    reasons, deaths, points = {}, Counter(), {}
+def failures(study, earlier: set) -> tuple[dict, Counter]:
+    """Why points failed, by name, other than in the trials ``earlier``; and how often each has failed in all.
+
+    A point fails with an error, or because all workers that took it died.
+    """
+    reasons, deaths, times, points = {}, Counter(), Counter(), {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
         if "point" not in trial.user_attrs:
             continue
         name = name_of(trial.user_attrs["point"])
         points[name] = trial.user_attrs["point"]
+        times[name] += 1
         if "error" in trial.user_attrs:
             deaths[name] = 0
             if trial.number not in earlier:
@@ -265,7 +269,19 @@ def failures(study, earlier: set) -> dict:
         reasons[name] = f"{DEATHS} workers died at it without a word; is there enough memory?"
         attributes = {"point": points[name], "error": reasons[name]}
         study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attributes))
-    return reasons
+    return reasons, times
+
+
+def fail_dead(study, seen: dict):
+    """Fail the trials of dead workers, those too without a heartbeat yet, which Optuna would leave running for ever.
+
+    ``seen`` holds when this worker first saw those.
+    """
+    optuna.storages.fail_stale_trials(study)
+    now = time.monotonic()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if "begun" not in trial.user_attrs and now - seen.setdefault(trial.number, now) > GRACE:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def work(study, points, run, idle):
@@ -275,8 +291,10 @@ def work(study, points, run, idle):
         Why points failed, here or in another worker, by name; a restart tries them once more.
     """
     earlier = {trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,))}
+    seen = {}
 
     def objective(trial):
+        trial.set_user_attr("begun", True)  # by now its heartbeat has begun, too
         point = trial.user_attrs.get("point")
         first = trials(study, TrialState.COMPLETE, *UNFINISHED).get(name_of(point)) if point else None
         if first is None or first.number < trial.number:  # another worker took the last one, or queued it too
@@ -297,17 +315,18 @@ def work(study, points, run, idle):
 
     with tqdm(total=len(points), unit="run", dynamic_ncols=True, file=sys.stdout) as bar:
         while True:
-            optuna.storages.fail_stale_trials(study)
+            fail_dead(study, seen)
             known = trials(study, TrialState.COMPLETE, *UNFINISHED)
-            failed = failures(study, earlier)  # after the line above: what fails in between is in both, not in neither
+            failed, times = failures(study, earlier)  # after known: what fails in between is in both, not in neither
             left = {name_of(point): point for point in points if name_of(point) not in known}
-            queued = [point for name, point in left.items() if name not in failed]
-            for point in queued:
-                study.enqueue_trial({}, user_attrs={"point": point})
+            names = [name for name in left if name not in failed]
             states = [trial.state for trial in known.values()]
             bar.n = states.count(TrialState.COMPLETE)
             bar.refresh()
-            if queued or TrialState.WAITING in states:
+            if names:  # one at a time: reading a long queue takes longer than a short run
+                first = min(names, key=times.__getitem__)  # what failed before comes last: it may end this worker too
+                study.enqueue_trial({}, user_attrs={"point": left[first]})
+            if names or TrialState.WAITING in states:
                 study.optimize(objective, n_trials=1, catch=(Failed,))
             elif TrialState.RUNNING in states:
                 idle()

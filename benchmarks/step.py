@@ -156,6 +156,43 @@ def make_step(name, model, x, y, base, options, amp):
     return step
 
 
+def host_times(model, device, rounds):
+    """The host's share of a block: microseconds per tensor, by contestant, one for each round.
+
+    Every weight has one element and both passes are empty but for the gradients that they set, which are timed by
+    themselves and subtracted; the base optimizer stands still. What is left is Python and dispatch.
+    """
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data = torch.ones(1, device=device)
+    params = list(model.parameters())
+
+    class Still(torch.optim.SGD):
+        def step(self):
+            pass
+
+    def passes():
+        for p in params:
+            p.grad = torch.ones(1, device=device)
+
+    def seconds(function):
+        for p in params:
+            p.grad = None
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    optimizers = {name: SAM(Still(params, lr=0.0), model, RHO, **options) for name, options in OURS.items()}
+    times = {name: [] for name in OURS}
+    for _ in range(rounds):
+        for name, optimizer in optimizers.items():
+            empty = seconds(passes) + seconds(passes)
+            times[name].append(1e6 * (seconds(lambda: optimizer.step(passes)) - empty) / len(params))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    return times
+
+
 def count_memory(make, device):
     """Make a contestant and run two steps; return its step function and its live bytes in the second step.
 
@@ -216,11 +253,14 @@ def measure(model_name, names, args, device):
             if i >= args.warmup:
                 times[name].append(time.perf_counter() - start)
 
+    host = host_times(model, device, max(args.rounds, 31))
     rows = []
     for name in names:
         extra = {key: memory[name][key] - memory["limit"][key] for key in memory[name]}
         row = {"model": model_name, "contestant": name, "examples": batch_size, "seconds": times[name]}
         row["to_limit"] = [a / b for a, b in zip(times[name], times["limit"])]
+        if name in host:
+            row["host"] = host[name]
         if name == "SAM 1/4":
             row["to_plain"] = [a / b for a, b in zip(times[name], times["plain"])]
         if PEER_OF.get(name) in names:
@@ -266,6 +306,8 @@ def print_table(rows, max_ratio_to_limit):
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    shares = ", ".join(f"{row['contestant']} {statistics.median(row['host']):.1f}" for row in rows if "host" in row)
+    print(f"the host's share of a block, Python and dispatch, microseconds per tensor: {shares}")
     to_plain = next(row["to_plain"] for row in rows if "to_plain" in row)
     target = verdict(to_plain, MAX_RATIO_TO_PLAIN) if rows[0]["model"].startswith("vit") else ""
     print(f"SAM with a quarter of the examples in the ascent pass, ratio to a plain step: {spread(to_plain)}  {target}")

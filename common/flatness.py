@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import ArpackError, eigsh
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # a package that curvlinops imports still uses torch.jit.script
@@ -28,9 +28,18 @@ def largest_eigenvalue(model, criterion, batches, size: int) -> float:
     """The largest eigenvalue of the Hessian of the mean loss over ``size`` examples, by Lanczos' method.
 
     ``batches`` yields inputs and labels, the same each time; ``criterion`` averages over a batch.
+
+    Raises:
+        ValueError: Lanczos' method finds none, as where the loss has no second derivative.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     options = {"num_data": size, "check_deterministic": False}
     hessian = HessianLinearOperator(model, _MeanLoss(criterion), params, batches, **options).to_scipy()
     start = np.random.default_rng(0).standard_normal(hessian.shape[0]).astype(hessian.dtype)
-    return float(eigsh(hessian, k=1, which="LA", tol=1e-5, v0=start, return_eigenvectors=False)[0])
+    try:
+        largest = float(eigsh(hessian, k=1, which="LA", tol=1e-5, v0=start, return_eigenvectors=False)[0])
+    except ArpackError as error:
+        raise ValueError(f"no largest eigenvalue of the Hessian: {error}") from error
+    if not np.isfinite(largest):
+        raise ValueError("the largest eigenvalue of the Hessian is not finite")
+    return largest

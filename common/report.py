@@ -56,12 +56,13 @@ def draw(results, path):
 
 
 def show_correlations(found):
-    """Print Kendall's tau of every quantity with accuracy."""
+    """Print Kendall's tau of every quantity with accuracy; "-" is what there is not."""
     lines = [["perturbation", "epochs", "quantity", "runs", "tau", "95 %", "p", "above flatness", "95 %"]]
     for c in found:
         names = [c["perturbation"], c["epochs"], c["quantity"], str(c["runs"])]
         tau = [f"{c['tau']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}", f"{c['p_value']:.2g}"]
-        lines.append([*names, *tau, f"{c['above_rival']:+.2f}", f"{c['above_low']:+.2f} to {c['above_high']:+.2f}"])
+        above = [f"{c['above_rival']:+.2f}", f"{c['above_low']:+.2f} to {c['above_high']:+.2f}"]
+        lines.append([*names, *("-" if "nan" in cell else cell for cell in tau + above)])
     if found:
         print("\nKendall's tau with test accuracy (bootstrap intervals over runs):\n")
         table(lines, False)

@@ -98,8 +98,8 @@ def check_model(args, model, batches: Batches) -> None:
     Raises:
         InputError: the model does not take them, or does not return logits (examples, classes).
     """
-    ascending = max(1, round((args.perturb_fraction or 1) * batches.m))  # examples of the ascent pass
-    examples, num_classes, input_size = min(2, ascending), len(batches.label_names), batches.config["input_size"]
+    examples, num_classes = min(2, ascending(args, batches.m)), len(batches.label_names)
+    input_size = batches.config["input_size"]
     images = torch.zeros(examples, *input_size, dtype=next(model.parameters()).dtype)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
@@ -133,6 +133,11 @@ def build_criterion(args):
     if args.loss == "bce":
         return BinaryCrossEntropy(args.smoothing, sum_classes=True)
     return LabelSmoothingCrossEntropy(args.smoothing)
+
+
+def ascending(args, examples: int) -> int:
+    """How many of a micro-batch's examples the ascent pass sees."""
+    return max(1, round((args.perturb_fraction or 1) * examples))
 
 
 def build_objective(args, criterion, optimizer):
@@ -231,7 +236,7 @@ def forward_backward(job: Job, batch: dict, objective: Callable | None, sync: bo
         images = job.batches.to_input(images)
 
         def ascent():
-            part = max(1, round((job.args.perturb_fraction or 1) * len(images)))
+            part = ascending(job.args, len(images))
             with _alone(job):
                 return objective(job.model, images[:part], labels[:part])
 

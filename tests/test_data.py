@@ -20,6 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_transform
 
+import train_imagenet
 from common import data, loaders, robustness
 from common import digits as digits_module
 from common.settings import InputError
@@ -536,6 +537,32 @@ def test_flat_test_images_have_no_labels_and_are_left_out_in_one_line(tmp_path, 
         data.load(str(root))
 
 
+SMALL = [
+    "--model",
+    "test_resnet",
+    "--img-size",
+    "32",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "4",
+    "--m",
+    "2",
+    "--workers",
+    "0",
+]
+
+
+def test_a_run_without_other_splits_reports_validation_alone(tmp_path):
+    """It chooses its best epoch there, as with a test split; a dry run writes nothing, in the caches neither."""
+    root, before = write_folder(tmp_path / "images", splits=("",), images=8), cached()
+    flags = ["--dataset", str(root), "--validation-share", "0.25", "--output", str(tmp_path / "run"), *SMALL]
+    train_imagenet.main([*flags, "--dry-run"])
+    assert not (tmp_path / "run").exists() and cached() == before
+    assert set(train_imagenet.main(flags)) == {"validation"}
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
+
+
 def test_images_of_a_stream_may_lie_in_an_archive(tmp_path):
     """``datasets`` streams those of the Hub as a path, "zip://..." or "hf://...", without bytes."""
     root = write_folder(tmp_path / "images")
@@ -625,6 +652,7 @@ def test_whatever_pil_raises_names_the_image(tmp_path, kind, error):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PIL's, of images that are large or truncated
 @pytest.mark.parametrize("kind", ["tiff", "bmp", "dds", "jpeg2000", "webp", "gif", "png"])
 def test_a_damaged_file_is_read_or_named(kind):
     rng = np.random.default_rng(0)

@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -18,7 +20,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from scipy.stats import kendalltau
+from scipy.stats import bootstrap, kendalltau
 from test_data import write_folder
 from test_forgetting import counted_entropy
 from test_training import small_recipe
@@ -26,8 +28,9 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import measure_forgetting
 import train_imagenet
-from common import flatness, loaders
+from common import data, flatness, loaders, report, training
 from common.settings import InputError
+from forgetting import forgetting
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = [i / 50 for i in range(1, 50)]
@@ -111,14 +114,16 @@ def rows(tmp_path):
     return list(csv.DictReader((tmp_path / "out" / "measurements.csv").open()))
 
 
-def by_hand(epoch, images, kind, link, rho, m, count):
+def by_hand(epoch, images, kind, link, rho, m, count, ascending=None):
     """Forgetting at ``THRESHOLDS`` and the gap, averaged over perturbations made and counted here."""
-    args, run = argparse.Namespace(examples=12, seed=0), argparse.Namespace(dataset=str(images), validation_share=None)
+    args = argparse.Namespace(examples=12, seed=0)
     _, transform = loaders.transforms(
         {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"},
         scale=(1, 1), ratio=(1, 1), hflip=0,
     )  # fmt: skip
-    examples = loaders.Images(measure_forgetting.choose_images(args, run), transform).__getitems__(range(12))
+    examples = loaders.Images(
+        measure_forgetting.choose_images(args, data.load(str(images))["train"]), transform
+    ).__getitems__(range(12))
     y = torch.tensor([example["label"] for example in examples])
     model = timm.create_model(f"local-dir:{epoch}", pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[key]).reshape(3, 1, 1) for key in ("mean", "std"))
@@ -127,13 +132,13 @@ def by_hand(epoch, images, kind, link, rho, m, count):
         clean = link(model(x).double())
     forgotten, gaps = [], []
     for start in range(0, m * count, m):
-        part = slice(start, start + m)
+        part, first = slice(start, start + m), slice(start, start + (ascending or m))
         before = F.cross_entropy(model(x[part]), y[part])
-        ascended = before
+        ascended = F.cross_entropy(model(x[first]), y[first])
         if kind == "obf":
-            logits = model(x[part])
+            logits = model(x[first])
             p = logits.detach().sigmoid()
-            target = F.one_hot(y[part], 2)
+            target = F.one_hot(y[first], 2)
             alpha = 0.5 * (1 - 0.5 / (p * target).sum(-1, keepdim=True)).clamp_min(0) / (1 - 0.5)
             ascended = ((0.5 - alpha * p - (1 - alpha) * target) * logits).sum(-1).mean()
         grads = torch.autograd.grad(ascended, list(model.parameters()))
@@ -264,6 +269,12 @@ def test_base_needs_a_rho(runs, tmp_path):
         measure_forgetting.main(["--runs", str(runs[0]), "--output", str(tmp_path)])
 
 
+def test_a_runs_own_momentum_is_not_saved(runs, tmp_path):
+    other = altered(runs[1], tmp_path, method="momentum", perturb_fraction=None)
+    with pytest.raises(InputError, match="no momentum saved to perturb along: measure sam"):
+        measure([other], tmp_path, "--perturbations", "own")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -294,3 +305,257 @@ def test_a_model_that_torch_cannot_differentiate_twice_is_named(tmp_path, images
     train_imagenet.main(small_recipe(tmp_path, images, **options))
     with pytest.raises(InputError, match=r"cannot measure .*0001.*forward AD"):
         measure([tmp_path / "run"], tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the run itself used
+
+
+def test_own_ascends_on_the_runs_share_of_a_micro_batch_and_sam_on_all_of_it(runs, images, tmp_path):
+    run = altered(runs[1], tmp_path, perturb_fraction=0.5, rho=0.3)
+    flags = ["--m", "4", "--micro-batches", "3", "--thresholds", *map(str, THRESHOLDS), "--rho", "0.3"]
+    measure([run], tmp_path, *flags, "--perturbations", "own", "sam")
+    for row in rows(tmp_path):
+        epoch, ascending = run / "epochs" / f"{int(row['epoch']):04d}", 2 if row["perturbation"] == "own" else 4
+        forgotten, gap = by_hand(epoch, images, "sam", torch.sigmoid, rho=0.3, m=4, count=3, ascending=ascending)
+        assert float(row["forgetting"]) == pytest.approx(forgotten, abs=1e-9)
+        assert float(row["sam_gap"]) == pytest.approx(gap, rel=1e-3, abs=1e-6)
+
+
+def test_rho_that_followed_lr_is_that_of_the_epochs_last_update():
+    own = argparse.Namespace(
+        rho=0.5, rho_min=0.1, lr=0.2, min_lr=0.02, warmup_lr=0.0, sched="poly", epochs=4, warmup_epochs=1, batch_size=3
+    )
+    # 11 images are 3 updates an epoch. Update 2 ends the warm-up with lr 2/3 of 0.2; from then on lr falls in 9 equal
+    # parts from 0.2 to 0.02, of which update 5 has made 2 and update 11 has made 8.
+    lrs = {1: 0.2 * 2 / 3, 2: 0.2 - 0.18 * 2 / 9, 4: 0.2 - 0.18 * 8 / 9}
+    for epoch, lr in lrs.items():
+        expected = 0.1 + 0.4 * (lr - 0.02) / 0.18
+        assert measure_forgetting.rho_at(own, epoch, 11) == pytest.approx(expected)
+    own.rho_min = None
+    assert measure_forgetting.rho_at(own, 1, 11) == 0.5
+
+
+@pytest.mark.parametrize("sched", ["poly", "cosine"])
+def test_measured_rho_is_what_training_used_last_before_it_saved_the_model(images, tmp_path, monkeypatch, sched):
+    used, update = [], training.update
+
+    def recorded(job, batches):
+        used.append(job.optimizer.param_groups[0]["rho"])
+        return update(job, batches)
+
+    monkeypatch.setattr(training, "update", recorded)
+    options = {"epochs": 3, "warmup_epochs": 1, "save_interval": 1, "method": "sam", "rho": 0.3, "rho_min": 0.05}
+    train_imagenet.main(small_recipe(tmp_path, images, sched=sched, **options))
+    output = ["--output", str(tmp_path / "out"), "--workers", "0", "--hessian-examples", "4"]
+    measure_forgetting.main(["--runs", str(tmp_path / "run"), *output, "--perturbations", "own", "sam"])
+    for row in rows(tmp_path):
+        assert float(row["rho"]) == pytest.approx(used[3 * int(row["epoch"]) - 1])
+    assert len({row["rho"] for row in rows(tmp_path)}) > 1
+
+
+def test_a_run_that_does_not_say_its_m_needs_one(runs, tmp_path):
+    with pytest.raises(InputError, match="does not say its m, which its processes made: give --m"):
+        measure([altered(runs[1], tmp_path, m=None)], tmp_path)
+    with pytest.raises(InputError, match="12 images hold no micro-batch of m 13: raise --examples"):
+        measure(runs[1:2], tmp_path, "--m", "13")
+
+
+def test_fewer_perturbations_than_asked_for_are_said(runs, tmp_path, capsys):
+    measure(runs[1:2], tmp_path, "--perturbations", "sam", "--m", "5", "--micro-batches", "2")
+    assert "sam: 2 perturbations" not in capsys.readouterr().out
+    measure(runs[1:2], tmp_path, "--perturbations", "sam", "--m", "5", "--micro-batches", "3")
+    assert f"{runs[1]}, sam: 2 perturbations, as m is 5" in capsys.readouterr().out
+
+
+def test_a_run_trained_otherwise_is_measured_anew(runs, tmp_path, monkeypatch):
+    run = altered(runs[1], tmp_path)
+    measure([run], tmp_path, "--perturbations", "own", "--micro-batches", "1")
+    saved = yaml.safe_load((run / "settings.yaml").read_text())
+    (run / "settings.yaml").write_text(yaml.safe_dump(saved | {"m": 3}))
+    measure([run], tmp_path, "--perturbations", "own", "--micro-batches", "1")
+    assert {row["m"] for row in rows(tmp_path)} == {"3"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be said
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--perturbations", "sam", "sam"], "--perturbations names sam twice"),
+        (["--thresholds", "0.5", "0.50"], "--thresholds names 0.5 twice"),
+    ],
+)
+def test_what_would_count_twice(runs, tmp_path, flags, words):
+    with pytest.raises(InputError, match=words):
+        measure(runs[:1], tmp_path, *flags)
+    with pytest.raises(InputError, match=f"--runs names {runs[0]} twice"):
+        measure([runs[0], runs[0] / "epochs" / ".."], tmp_path)
+
+
+def test_an_output_that_cannot_be_written(runs, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError, match=f"cannot write to --output {tmp_path}/out .*: choose another"):
+        measure(runs, tmp_path)
+
+
+@pytest.mark.parametrize("count", [4, 9, 10])
+@pytest.mark.parametrize("accuracy", ["equal", "ties"])
+def test_few_runs_have_no_interval_and_equal_ones_no_tau_without_a_warning(count, accuracy):
+    accuracies = [0.5] * count if accuracy == "equal" else [i // 2 for i in range(count)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = measure_forgetting.kendall(
+            {"a": list(range(count)), "flatness": [1.0] * count}, accuracies, "flatness", 0
+        )
+    assert math.isnan(found["a"]["tau"]) == (accuracy == "equal")
+    assert math.isnan(found["flatness"]["tau"]) and math.isnan(found["a"]["above_low"])
+    assert math.isnan(found["a"]["low"]) == (count < 10 or accuracy == "equal")
+
+
+def test_what_there_is_not_is_said_and_is_null_in_json(runs, tmp_path, capsys):
+    found = measure(runs, tmp_path, "--perturbations", "sam", "--micro-batches", "1")
+    assert len(found) == 2 * len(measure_forgetting.QUANTITIES)
+    printed = capsys.readouterr().out
+    assert "no interval: of fewer than 10 runs it would mean nothing" in printed and "nan" not in printed
+    text = (tmp_path / "out" / "correlations.json").read_text()
+    saved = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert all(one["low"] is None and one["runs"] == 4 for one in saved["correlations"])
+
+
+def test_a_loss_without_curvature_has_no_largest_eigenvalue():
+    model, batch = torch.nn.Linear(3, 2), (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="no largest eigenvalue of the Hessian"):
+        flatness.largest_eigenvalue(model, lambda logits, _: logits.mean(), [batch], 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_intervals_are_scipys_and_differences_are_paired():
+    rng = np.random.default_rng(1)
+    accuracy, one = rng.random(12).tolist(), rng.random(12).tolist()
+    quantities = {"one": one, "same": list(one), "flatness": rng.random(12).tolist()}
+    found = measure_forgetting.kendall(quantities, accuracy, "flatness", seed=5)
+    options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 1000, "rng": 5}
+    theirs = bootstrap((one, accuracy), lambda x, y: kendalltau(x, y).statistic, **options).confidence_interval
+    assert (found["one"]["low"], found["one"]["high"]) == pytest.approx((theirs.low, theirs.high))
+    paired = measure_forgetting.kendall(quantities, accuracy, "same", seed=5)["one"]
+    assert paired["above_low"] == paired["above_high"] == 0  # the same runs in each resample
+
+
+def test_a_run_counts_with_its_last_epoch_and_with_the_mean_over_epochs():
+    made = [(1, 9, 0), (2, 0, 8), (3, 6, 6), (4, 7, 4)]  # accuracy, and forgetting after two epochs
+    rows = [
+        {"perturbation": "sam", "run": f"run{a}", "epoch": epoch, "accuracy": a, "forgetting": value,
+         "relevant_change": 0, "lambda_max": -a, "sam_gap": a}
+        for a, *values in made for epoch, value in enumerate(values, 1)
+    ]  # fmt: skip
+    found = {(c["epochs"], c["quantity"]): c["tau"] for c in measure_forgetting.correlations(rows, 0)}
+    accuracy = [a for a, _, _ in made]
+    assert found["last", "forgetting"] == pytest.approx(kendalltau([0, 8, 6, 4], accuracy).statistic)
+    assert found["mean", "forgetting"] == pytest.approx(kendalltau([4.5, 4, 6, 5.5], accuracy).statistic)
+    assert found["mean", "forgetting"] != pytest.approx(kendalltau([9, 8, 6, 7], accuracy).statistic)  # the maximum
+    assert found["last", "-sam_gap"] == pytest.approx(-1)
+    assert found["last", "flatness"] == pytest.approx(1)
+
+
+def test_the_largest_eigenvalue_is_not_that_of_largest_magnitude():
+    model, eye = torch.nn.Linear(3, 3, bias=False).double(), torch.eye(3, dtype=torch.float64)
+
+    def saddle(logits, _):
+        return (logits**2 @ torch.tensor([1.0, -5.0, 2.0], dtype=torch.float64)).mean()
+
+    found = flatness.largest_eigenvalue(model, saddle, [(eye, torch.arange(3))], 3)
+    assert found == pytest.approx(2 * 2 / 3)
+
+
+def test_a_sweeps_table_has_the_mean_over_seeds(capsys):
+    rows = [{"point": {"seed": i}, "results": {"test": value}} for i, value in enumerate((0.5, 0.6))]
+    report.show_sweep(rows, [])
+    assert f"55.00 ± {10 / math.sqrt(2):.2f}" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One model, whose own perturbation differs from every default
+
+
+def measured(**changes):
+    """``measure`` of a linear model; besides, what it needs, and the sizes of what the curvature was taken of."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3).double()
+    x, y = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
+    usual = {"examples": 12, "hessian_examples": 4, "thresholds": [0.2, 0.35, 0.5], "link": "softmax", "rho": None}
+    usual |= {"micro_batches": 2, "seed": 3, "miller_madow": True, "perturbations": ["own"], "m": None}
+    args = argparse.Namespace(**usual | {"gamma": 1.0, "lam": None} | changes)
+    own = argparse.Namespace(
+        method="asam+obf", adaptive="before", rho=0.7, rho_min=None, m=3, perturb_fraction=1.0, gamma=0.5, lam=0.2,
+        link="softmax", loss="ce", smoothing=0.1,
+    )  # fmt: skip
+    run = {"settings": own, "images": 12, "folder": "run"}
+
+    def batches(start, stop, size=5):
+        return list(zip(x[start:stop].split(size), y[start:stop].split(size)))
+
+    return measure_forgetting.measure(args, run, 1, model, batches), model, x, y
+
+
+def test_own_is_the_runs_method_rho_m_gamma_lambda_link_and_adaptive():
+    result, model, x, y = measured()
+    found, expected = result["perturbations"]["own"], []
+    thresholds = torch.tensor([0.2, 0.35, 0.5], dtype=torch.float64)
+    for part in (slice(0, 3), slice(3, 6)):
+        logits = model(x[part])
+        p, target = logits.detach().softmax(-1), F.one_hot(y[part], 3)
+        alpha = 0.5 * ((1 - 0.2 / (p * target).sum(-1, keepdim=True)) / 0.8).clamp_min(0)
+        assert alpha.max() > 0
+        ascended = ((1 / 3 - alpha * p - (1 - alpha) * target) * logits).sum(-1).mean()
+        grads = torch.autograd.grad(ascended, list(model.parameters()))
+        grads = [w.detach().abs() * g for w, g in zip(model.parameters(), grads)]
+        norm = sum(g.square().sum() for g in grads).sqrt()
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for w, g in zip(moved.parameters(), grads):
+                w += 0.7 * g / norm
+            batch = (model(x).softmax(-1), moved(x).softmax(-1), y)
+            criterion = LabelSmoothingCrossEntropy(0.1)
+            gap = criterion(moved(x[part]), y[part]) - criterion(model(x[part]), y[part])
+        info = forgetting([batch], thresholds, miller_madow=True)
+        assert not torch.allclose(info["forgetting"], forgetting([batch], thresholds)["forgetting"])
+        relevant = (info["relevant_perturbed"] - info["relevant"]).mean()
+        expected.append((info["forgetting"].item(), relevant.item(), gap.item()))
+    for key, value in zip(("forgetting", "relevant_change", "sam_gap"), np.mean(expected, 0)):
+        assert abs(value) > 1e-4
+        assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_curvature_is_that_of_the_examples_asked_for():
+    for count in (4, 12):
+        result, model, x, y = measured(hessian_examples=count)
+        batch = [(x[:count], y[:count])]
+        expected = flatness.largest_eigenvalue(model, LabelSmoothingCrossEntropy(0.1), batch, count)
+        assert result["lambda_max"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_noise_depends_on_the_seed_alone():
+    def random(seed, before):
+        draws = measured(perturbations=["random"], seed=seed)[0]["perturbations"]["random"]["sam_gap"]
+        torch.manual_seed(before)
+        return draws
+
+    assert random(3, before=1) == random(3, before=2) == random(3, before=3)
+    assert random(4, before=1) != random(3, before=1)
+
+
+def test_images_are_in_proportion_of_the_classes_and_others_for_another_seed():
+    features = datasets.Features({"image": datasets.Value("int64"), "label": datasets.ClassLabel(names=["a", "b"])})
+    split = datasets.Dataset.from_dict({"image": range(40), "label": [0] * 30 + [1] * 10}, features=features)
+    chosen = {}
+    for seed in (0, 1):
+        images = measure_forgetting.choose_images(argparse.Namespace(examples=20, seed=seed), split)
+        assert np.bincount(images["label"]).tolist() == [15, 5]
+        chosen[seed] = set(images["image"])
+    assert chosen[0] != chosen[1]

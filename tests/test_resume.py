@@ -197,10 +197,20 @@ def test_kill_while_evaluating_costs_no_training(tmp_path, images, monkeypatch):
     assert_same_run(tmp_path / "whole", output)
 
 
+@pytest.fixture(scope="module")
+def whole_run_with_workers(tmp_path_factory, images):
+    folder = tmp_path_factory.mktemp("workers")
+    path = recipe(folder, images, epochs=8, checkpoint_interval=None)  # no checkpoint but a signal's and an epoch's
+    finish(start(path, folder / "whole"))
+    return path, folder / "whole"
+
+
 @pytest.mark.parametrize("how, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(tmp_path, images, how, code):
-    path = recipe(tmp_path, images, epochs=8, checkpoint_interval=None)  # no checkpoint but SIGTERM's and an epoch's
-    whole, run = start(path, tmp_path / "whole"), start(path, tmp_path / "run")
+def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(
+    tmp_path, whole_run_with_workers, how, code
+):
+    path, whole = whole_run_with_workers
+    run = start(path, tmp_path / "run")
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000004", run)
     os.killpg(run.pid, how)  # schedulers and terminals send it to loader workers too
     out, err = run.communicate(timeout=120)
@@ -208,8 +218,7 @@ def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(tmp_
     assert f"stopped by {how.name} after step" in out
     assert steps_saved(tmp_path / "run") < 32
     assert "resuming from" in finish(start(path, tmp_path / "run", "--resume", "auto"))
-    finish(whole)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")

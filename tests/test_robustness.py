@@ -26,7 +26,8 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
 from timm.models import save_for_hf
 
 import eval_robustness
-from common import checkpoints, metrics, robustness
+from common import checkpoints, loaders, metrics, robustness
+from common.digits import SHIFTS, digits
 from common.settings import InputError
 
 WORDNET = ImageNetInfo("imagenet-1k").label_names()
@@ -232,7 +233,7 @@ def test_wilson_interval_equals_its_formula():
 def test_calibration_error_equals_a_loop_over_bins():
     rng = np.random.default_rng(0)
     confidence = rng.random(500)
-    right = rng.random(500) < confidence**2
+    right = rng.random(500) < 1 - confidence  # too sure in some bins, not sure enough in others
     expected = 0.0
     for low in range(15):
         inside = (confidence * 15 >= low) & (confidence * 15 < low + 1)
@@ -240,6 +241,13 @@ def test_calibration_error_equals_a_loop_over_bins():
             expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
     columns = {"top1": right, "top5": right, "nll": confidence, "confidence": confidence}
     assert metrics.classification(columns)["ece"] == pytest.approx(expected)
+
+
+def test_the_likelihood_is_that_of_all_right_answers_together():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    p = logits.softmax(-1)[0]
+    nll = metrics.score(logits, torch.tensor([[True, False, True]]))["nll"]
+    assert nll.item() == pytest.approx(-math.log(p[0] + p[2]))
 
 
 def test_constant_logits_are_no_better_than_chance():
@@ -824,3 +832,38 @@ def test_images_of_the_hub_without_bytes_are_opened_where_they_are(tmp_path, mon
     monkeypatch.setattr(robustness, "revision", lambda *_: "")
     found = evaluate(tmp_path, ["imagenet"])["right"]["imagenet"]
     assert (found["examples"], found["top1"]) == (1, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What reaches a model
+
+
+def test_each_shift_of_the_digits_is_read_as_itself():
+    passes, everything = robustness.passes(["digits"]), digits()
+    assert list(passes) == [f"digits:{split}" for split in ("test", *SHIFTS)]
+    seen = set()
+    for name, (split,) in passes.items():
+        ds = robustness.open_set(name, None, False)
+        pixels = np.stack([loaders.decode(image) for image in ds[:9]["image"]])
+        assert (pixels == np.stack([np.asarray(image) for image in everything[split][:9]["image"]])).all()
+        seen.add(pixels.tobytes())
+    assert len(seen) == len(passes)
+
+
+def test_models_evaluate_as_they_are_not_as_they_train(tmp_path):
+    _, folder = save_model(tmp_path / "best")
+    args = eval_robustness.parse(["--model", str(folder), "--benchmarks", "v2"])
+    ((model, _),) = eval_robustness.open_models(args).values()
+    assert not any(module.training for module in model.modules())
+
+
+def test_size_crop_and_interpolation_of_the_command_line_reach_the_images(tmp_path, monkeypatch):
+    folder, given = write_folders(tmp_path / "v2", {"3": 3}), []
+    monkeypatch.setattr(
+        eval_robustness, "create_transform", lambda **options: given.append(options) or create_transform(**options)
+    )
+    flags = ["--img-size", "24", "--crop-pct", "0.7", "--interpolation", "lanczos", "--allow-partial"]
+    evaluate(tmp_path, ["v2"], f"v2={folder}", flags=flags)
+    (options,) = given
+    assert options["input_size"] == (3, 24, 24)
+    assert (options["crop_pct"], options["interpolation"]) == (0.7, "lanczos")

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import shutil
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sam_obf
 from sam_obf import SAM, OutputBiasForgetting, momentum_perturbation, proportional_rho, random_perturbation
 
 K = 5  # classes
@@ -931,6 +933,175 @@ def test_clipping_after_the_blocks(variant, scaled):
     moved = [a - b for a, b in zip(start, weights(model))]
     assert_close(moved, [g * limit / length for g in expected], 1e-5)
     torch.testing.assert_close(sum((m**2).sum() for m in moved).sqrt().item(), limit, rtol=1e-5, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a CPU, weights and g exchange memory for the time of a block, unless something else looks at either
+
+
+def in_place(monkeypatch):
+    monkeypatch.setattr(sam_obf, "_own", lambda p, grad: False)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_exchanging_memory_is_the_same_as_moving_the_weights_in_place(variant, dtype, monkeypatch):
+    start, data, results = Awkward().to(dtype), batches(4, dtype=dtype), []
+    for way in ("exchange", "in place"):
+        model, seen = copy.deepcopy(start), []
+        if way == "in place":
+            in_place(monkeypatch)
+        optimizer = SAM(BASES["adamw"](model.parameters()), model, rho=0.3, **VARIANTS[variant])
+        addresses = [p.data_ptr() for p in model.parameters()]
+        for x, y in data:
+            with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+                moved = [p.data_ptr() != a for p, a in zip(model.parameters(), addresses)]
+                seen += weights(model)
+                F.cross_entropy(model(x), y).backward()
+            seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            assert [p.data_ptr() for p in model.parameters()] == addresses
+            assert any(moved) == (way == "exchange" and dtype != torch.bfloat16)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(seen + weights(model))
+    assert_same(*results)
+
+
+class Views(torch.nn.Module):
+    """A weight whose transpose is kept, two parameters in one memory, and two gradients in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(6, 8, bias=False), torch.nn.Linear(8, K, bias=False)
+        self.transposed = self.first.weight.detach().t()
+        flat = torch.randn(16)
+        self.p, self.q = torch.nn.Parameter(flat[:8]), torch.nn.Parameter(flat[8:])
+
+    def forward(self, x):
+        one = self.first.weight
+        straight = x @ self.transposed  # follows the weight, though autograd does not know
+        return self.last(torch.tanh(F.linear(x, one) + straight + self.p + self.q))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_views_of_the_weights_see_the_perturbation(variant, monkeypatch):
+    start, (x, y), results = Views(), batches(1, dtype=torch.float32)[0], []
+    for way in ("exchange", "in place"):
+        model = copy.deepcopy(start)
+        model.transposed = model.first.weight.detach().t()
+        if way == "in place":
+            in_place(monkeypatch)
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+            assert torch.equal(model.transposed, model.first.weight.t())
+            F.cross_entropy(model(x), y).backward()
+        assert torch.equal(model.transposed, model.first.weight.t())
+        results.append([p.grad for p in model.parameters()])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("adaptive", [None, "before", "after", "both"])
+def test_one_gradient_tensor_for_two_parameters(adaptive):
+    """As a closure of step() may set them."""
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(4).double()) for _ in range(2)])
+    optimizer, moved = SAM(torch.optim.SGD(model.parameters(), lr=1.0), model, rho=0.3, adaptive=adaptive), []
+    start, g = weights(model), torch.randn(4).double()
+
+    def closure():
+        moved.append(weights(model))
+        model[0].grad = model[1].grad = g.clone()
+        return g.sum()
+
+    optimizer.step(closure)
+    scale = [p.abs() for p in start]
+    weighted = [g * s if adaptive in ("before", "both") else g for s in scale]
+    norm = sum(w.square().sum() for w in weighted).sqrt()
+    eps = [0.3 * (w * s if adaptive in ("after", "both") else w) / norm for w, s in zip(weighted, scale)]
+    assert_close(moved[1], [p + e for p, e in zip(start, eps)])
+
+
+@pytest.mark.parametrize("way", ["exchange", "in place"])
+@pytest.mark.parametrize("made, used", [("before", "inside"), ("before", "after"), ("inside", "after")])
+def test_a_graph_made_at_other_weights_raises(made, used, way, monkeypatch):
+    if way == "in place":
+        in_place(monkeypatch)
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    loss = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    graph = loss() if made == "before" else None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with optimizer.perturbed(loss):
+            graph = graph or loss()
+            (graph if used == "inside" else loss()).backward()
+        graph.backward()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["plain", "asam-both", "gsam"])
+def test_compiled_models_exchange_memory_without_compiling_again(variant, backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a compiler")
+    eager = network(dtype=torch.float32)
+    model = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend=backend)
+    optimizers = [SAM(BASES["sgd"](m.parameters()), m, rho=0.5, **VARIANTS[variant]) for m in (compiled, eager)]
+    for x, y in batches(4, dtype=torch.float32):
+        for forward, optimizer in zip((compiled, eager), optimizers):
+            start = [p.data_ptr() for p in forward.parameters()]
+            with optimizer.perturbed(lambda: F.cross_entropy(forward(x), y)):
+                assert all(p.data_ptr() != a for p, a in zip(forward.parameters(), start))
+                F.cross_entropy(forward(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_close(weights(model), weights(eager), 1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_changes_between_blocks_is_seen():
+    """Nothing that a block finds out may outlive it: modules, groups, frozen parameters, missing gradients, rho."""
+    model = network()
+    model.append(torch.nn.Linear(K, K).double())
+    optimizer = SAM(torch.optim.SGD(model[0].parameters(), lr=0.0), model, rho=0.3)
+
+    def check(rhos, used):
+        (x, y), params = batches(1)[0], list(model.parameters())
+        g = torch.autograd.grad(F.cross_entropy(used(x), y), params, allow_unused=True, materialize_grads=True)
+        g = [gi if rho else torch.zeros_like(gi) for gi, rho in zip(g, rhos)]
+        _, eps = brute_force_gradient(model, x, y, None, rhos, g=g)
+        start = weights(model)
+        with optimizer.perturbed(lambda: F.cross_entropy(used(x), y)):
+            assert_close([b - a for a, b in zip(start, weights(model))], eps)
+            F.cross_entropy(used(x), y).backward()
+        assert_same(weights(model), start)
+        optimizer.zero_grad()
+
+    check([0.3] * 2 + [0.0] * 4, model)
+    optimizer.add_param_group({"params": [*model[2].parameters(), *model[3].parameters()]})
+    check([0.3] * 6, model)
+    check([0.3] * 4 + [0.0] * 2, model[:3])  # the last layer has no gradient this time
+    optimizer.param_groups[1]["rho"] = 0.1
+    check([0.3] * 2 + [0.1] * 4, model)
+    model[1] = torch.nn.Sequential(torch.nn.BatchNorm1d(8, affine=False).double(), torch.nn.Tanh())
+    check([0.3] * 2 + [0.1] * 4, model)
+    assert model[1][0].num_batches_tracked == 3  # check() itself makes two more forward passes
+    model[1] = torch.nn.Tanh()
+    model[0].weight.data = torch.randn(8, 6).double()
+    check([0.3] * 2 + [0.1] * 4, model)
+    model.to(torch.float32)
+    x, y = batches(1, dtype=torch.float32)[0]
+    start = weights(model)
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        assert all(p.dtype == torch.float32 and not torch.equal(p, s) for p, s in zip(model.parameters(), start))
+        F.cross_entropy(model(x), y).backward()
+    assert_same(weights(model), start)
+    for p in model[2].parameters():
+        p.requires_grad_(False)
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        moved = [not torch.equal(p, s) for p, s in zip(model.parameters(), start)]
+        F.cross_entropy(model(x), y).backward()
+    assert moved == [True] * 2 + [False] * 2 + [True] * 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import gc
 import json
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from common.settings import InputError
 ROOT = Path(__file__).parent.parent
 GRID = {"method": ["sam", "obf"], "lr": [0.01, 0.02], "seed": [0, 1]}
 FORK = multiprocessing.get_context("fork")  # workers that need not import torch anew
+gc.freeze()  # what is collected after a failed run is not what torch's import left
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +220,7 @@ def test_a_failed_run_is_said_does_not_stop_the_others_and_is_tried_again(tmp_pa
         assert "Traceback" not in printed.out + printed.err
         assert [row["seed"] for row in table(tmp_path)] == ["0", "6"]
     assert [point["seed"] for point in calls] == ["1", "2", "0", "3", "4", "5", "6", "1", "2", "3", "4", "5"]
+    assert len(study(tmp_path).trials) == 12
     monkeypatch.undo()
     calls = faked(monkeypatch)
     sweep.main(write_sweep(tmp_path, grid))
@@ -228,6 +231,7 @@ def test_a_failed_run_is_said_does_not_stop_the_others_and_is_tried_again(tmp_pa
 def test_a_run_that_failed_in_another_worker_is_not_tried_again_by_this_one(tmp_path, monkeypatch, capsys):
     def fail(point):  # while this worker trains seed 0, another one fails with seed 1
         if point["seed"] == "0":
+            study(tmp_path).enqueue_trial({}, user_attrs={"point": {"seed": 1}})
             other = study(tmp_path).ask()
             other.set_user_attr("error", "too large")
             study(tmp_path).tell(other, state=TrialState.FAIL)
@@ -387,7 +391,7 @@ def start(tmp_path, flags, grace=3, seconds=0.4):
             with (tmp_path / "calls.txt").open("a") as file:
                 file.write(f"{what} {name}\n")
             time.sleep(pause)
-        return {"validation": 0.5}
+        return {"validation": 0.5, "test": 0.5}
 
     def run():
         sweep.GRACE, train_imagenet.main = grace, train
@@ -469,6 +473,19 @@ def test_a_killed_sweep_does_what_is_left(tmp_path, name):
     again = calls(tmp_path, "begin")[len(begun) :]
     assert sorted(again + done) == sorted(set(again + done)) and len(again + done) == 8
     assert len(table(tmp_path)) == 8
+
+
+def test_a_worker_that_died_before_its_first_heartbeat_holds_nothing_up(tmp_path, monkeypatch):
+    faked(monkeypatch)
+    flags = write_sweep(tmp_path, {"seed": [0]})
+    sweep.main(flags)
+    study(tmp_path).enqueue_trial({}, user_attrs={"point": {"seed": 1}})
+    study(tmp_path).ask()
+    one = start(tmp_path, write_sweep(tmp_path, {"seed": [0, 1]}), grace=1, seconds=0)
+    status, printed = finish(one, seconds=40)
+    one.kill()
+    assert status == [0], printed
+    assert calls(tmp_path, "begin") == ["seed=1"] and len(table(tmp_path)) == 2
 
 
 def test_a_queue_with_a_point_twice_runs_it_once(tmp_path, monkeypatch):

@@ -1,0 +1,86 @@
+"""Two gloo processes: ZeroRedundancyOptimizer equals plain DDP, and an exchange of memory spares DDP's buckets.
+
+Run by torchrun, it makes the comparisons itself.
+"""
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import sam_obf
+from sam_obf import SAM, momentum_perturbation
+
+
+@pytest.mark.parametrize("what", ["zero", "buckets"])
+def test_two_processes(what):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, what]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5)).double()
+
+
+def train(ddp, base, alone=True, **variant):
+    optimizer = SAM(base, ddp, rho=0.3, **variant)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    noise = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(5):
+        x, y = torch.randn(12, 6, generator=noise).double(), torch.randint(0, 5, (12,), generator=noise)
+
+        def ascent(x=x, y=y):
+            with ddp.no_sync() if alone else contextlib.nullcontext():
+                return F.cross_entropy(ddp(x), y)
+
+        with optimizer.perturbed(ascent):
+            F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return list(ddp.parameters())
+
+
+def zero():
+    for kind, options in ((torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.02})):
+        one, two = DistributedDataParallel(network()), DistributedDataParallel(network())
+        sharded = ZeroRedundancyOptimizer(two.parameters(), kind, **options)
+        expected = train(one, kind(one.parameters(), **options))
+        assert_same(train(two, sharded), expected)
+        assert len(sharded.optim.state) < len(expected)
+        with pytest.raises(ValueError, match="use FSDP2 or plain DDP"):
+            momentum_perturbation(sharded)
+
+
+def buckets():
+    """Without no_sync(), g may lie in DDP's bucket, which the second pass writes to."""
+    own = sam_obf._own
+    for view, alone in itertools.product((False, True), repeat=2):
+        for variant in ({}, {"gsam_alpha": 0.4})[: 1 + alone]:
+            results = []
+            for sam_obf._own in (own, lambda p, grad: False):
+                ddp = DistributedDataParallel(network(), gradient_as_bucket_view=view)
+                results.append(train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), alone, **variant))
+            assert_same(*results)
+
+
+def assert_same(a, b):
+    assert all(torch.equal(left, right) for left, right in zip(a, b, strict=True))
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    {"zero": zero, "buckets": buckets}[sys.argv[1]]()
+    dist.destroy_process_group()
