@@ -457,7 +457,7 @@ def _exchange(params, tensors):
 
 
 def _modules(model):
-    """``model.modules()``, which takes five times as long."""
+    """What ``model.modules()`` gives, in two thirds of the time."""
     seen, found = {model}, [model]
     for module in found:
         new = dict.fromkeys(m for m in module._modules.values() if m is not None and m not in seen)

@@ -172,6 +172,15 @@ def wait_for(path, process):
         time.sleep(0.005)
 
 
+def test_run_that_accumulates_resumes_at_the_same_image(tmp_path, images):
+    path, whole = short_run(tmp_path, images, device_batch_size=2, checkpoint_hist=9)
+    shutil.copytree(whole, tmp_path / "resumed")
+    for late in range(3, 9):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step-{late:08d}")
+    in_process(path, tmp_path / "resumed", "--resume", "auto")
+    assert_same_run(whole, tmp_path / "resumed")
+
+
 def die_while_evaluating(recipe, output):
     """Be killed in the evaluation of the second epoch."""
     evaluate, seen = training.evaluate_top1, []
@@ -356,6 +365,9 @@ def short_run(tmp_path, images, **changes):
         (("--model", "test_resnet", "--model-kwargs", "--img-size", "32"), "is of a run with .*img_size 160.* 32"),
         (("--rho", "0.3"), "is of a run with rho 0.1, and this one has 0.3: resume with the same settings"),
         (("--seed", "5"), "seed"),
+        (("--lr", "0.06"), "is of a run with lr 0.05, and this one has 0.06"),
+        (("--batch-size", "8"), "is of a run with batch_size 4, and this one has 8"),
+        (("--epochs", "3"), "is of a run with epochs 2, and this one has 3"),
     ],
 )
 def test_checkpoint_of_other_settings_is_refused_and_kept(tmp_path, images, flags, words):
