@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 from accelerate.state import PartialState
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from sklearn.model_selection import train_test_split
 
 from common.digits import digits
 from common.settings import InputError
@@ -218,6 +217,8 @@ def _split_folders(folder):
 
 
 def _hold_out(splits, name, share, streaming):
+    from sklearn.model_selection import train_test_split  # here, since it takes a second
+
     if streaming or {"validation", "test"} <= set(splits):
         reason = "a stream cannot be divided" if streaming else "there are validation and test already"
         raise InputError(f"{name!r}: validation_share {share} does not apply, as {reason}: drop it")

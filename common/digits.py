@@ -3,7 +3,6 @@
 import datasets
 import numpy as np
 from PIL import Image, ImageFilter
-from sklearn.datasets import load_digits
 
 SHIFTS = ("recoloured", "rotated", "sketch", "occluded", "noisy")
 # Ten hues of like brightness, one for each digit: the spurious feature of the training images.
@@ -22,6 +21,8 @@ def digits(seed: int = 0) -> datasets.DatasetDict:
     recoloured (always another class's tint), rotated (up to 30 degrees and 2 pixels), sketch (an edge map), occluded (a
     grey square) and noisy. They are the same for the same seed.
     """
+    from sklearn.datasets import load_digits  # here, since it takes a second that only the digits are worth
+
     rng = np.random.RandomState(seed)  # its stream is frozen across NumPy's versions
     raw = load_digits()
     order = rng.permutation(len(raw.target))

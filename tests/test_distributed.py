@@ -7,27 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
-from updates import METHODS
+from updates import METHODS, MICRO_BATCH, every_method
 
 TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What updates.py writes, by name of the launch."""
+    """What updates.py finds, by kind of launch."""
     folder = tmp_path_factory.mktemp("updates")
-    launches = {"one, m 2": (1, 2, []), "one, m 4": (1, 4, ["interleaved"])}
-    launches |= {"ddp": (2, 2, []), "fsdp2": (2, 2, ["fsdp2"])}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, str(TESTS / "updates.py"), str(folder)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(TESTS.parent)}
-    found = {}
-    for name, (processes, m, flags) in launches.items():
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        script = [str(TESTS / "updates.py"), str(m), str(folder / name), *flags]
-        command = [sys.executable, *(launch if processes > 1 else []), *script]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        found[name] = load_file(folder / name)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = {name: load_file(folder / name) for name in ("ddp", "fsdp2")}
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    found["one, m 2"] = every_method(accelerator, MICRO_BATCH)
+    found["one, m 4"] = every_method(accelerator, 2 * MICRO_BATCH, interleaved=True)
     return found
 
 

@@ -13,7 +13,13 @@ ROOT = Path(__file__).parent.parent
 NEEDS = {"hf_trainer": "transformers", "lightning_module": "lightning"}
 
 
-@pytest.mark.parametrize("example", sorted(path.stem for path in (ROOT / "examples").glob("*.py")))
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(path.stem, marks=[] if path.stem == "plain_loop" else pytest.mark.slow)
+        for path in sorted((ROOT / "examples").glob("*.py"))
+    ],
+)
 def test_example_trains(tmp_path, example):
     if example in NEEDS and find_spec(NEEDS[example]) is None:
         pytest.skip(f"needs {NEEDS[example]}: pip install -r examples/requirements.txt")

@@ -1,14 +1,16 @@
 """Ten updates of a small float64 model by several methods, on however many processes; test_distributed.py runs it.
 
-    updates.py MICRO_BATCH OUTPUT [fsdp2 | interleaved]
+    updates.py OUTPUT
 
-Process 0 writes the weights, and the number of collectives of one more update, into OUTPUT, a safetensors file. The
-optimizer is SGD, since AdamW's update is the same for a sum as for a mean. Each of two processes has two micro-batches
-in a loader batch; "interleaved" gives one process, in a micro-batch, what two have at the same time.
+Process 0 writes the weights, and the number of collectives of one more update, into OUTPUT/ddp and OUTPUT/fsdp2,
+safetensors files. The optimizer is SGD, since AdamW's update is the same for a sum as for a mean. Each of two processes
+has two micro-batches in a loader batch; ``interleaved`` gives one process, in a micro-batch, what two have at once.
 """
 
+import gc
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
@@ -20,6 +22,7 @@ from common import settings, training
 
 LOADED, STEPS = 8, 10  # examples that all processes load at once; updates
 CLIP = 0.5  # shortens most gradients
+MICRO_BATCH = 2  # examples
 METHODS = ("base", "sam", "obf", "asam", "gsam")
 
 
@@ -55,22 +58,31 @@ def run(accelerator, m, method, accumulation, interleaved):
     )
     with profile() as profiler:
         training.update(job, batches)
-    calls = sum(event.count for event in profiler.key_averages() if event.key.startswith("c10d::"))
+    calls = sum(event.name().startswith("c10d::") for event in profiler.profiler.kineto_results.events())
     accelerator.free_memory()
     return weights | {"collectives": torch.tensor(calls), "sharded": torch.tensor(sharded)}
 
 
-if __name__ == "__main__":
-    accelerator = training.build_accelerator(Namespace(log_with=None, output=None))
-    if "fsdp2" in sys.argv:  # the launcher's setting works on GPUs only
-        shard_everything = {"auto_wrap_policy": "size_based_wrap", "min_num_params": 100, "fsdp_version": 2}
-        plugin = FullyShardedDataParallelPlugin(state_dict_type="FULL_STATE_DICT", **shard_everything)
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = plugin
+def every_method(accelerator, m, interleaved=False):
+    gc.freeze()  # what is imported is no garbage, and Accelerate looks for some after each method
     tensors = {}
     for method in METHODS:
         for accumulation in (1, 2):
-            result = run(accelerator, int(sys.argv[1]), method, accumulation, "interleaved" in sys.argv)
+            result = run(accelerator, m, method, accumulation, interleaved)
             tensors |= {f"{method} {accumulation} {name}": value for name, value in result.items()}
+    return tensors
+
+
+if __name__ == "__main__":
+    output = Path(sys.argv[1])
+    accelerator = training.build_accelerator(Namespace(log_with=None, output=None))
+    ddp = every_method(accelerator, MICRO_BATCH)
+    # The launcher's setting works on GPUs only.
+    shard_everything = {"auto_wrap_policy": "size_based_wrap", "min_num_params": 100, "fsdp_version": 2}
+    plugin = FullyShardedDataParallelPlugin(state_dict_type="FULL_STATE_DICT", **shard_everything)
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    fsdp2 = every_method(accelerator, MICRO_BATCH)
     if accelerator.is_main_process:
-        save_file(tensors, sys.argv[2])
+        save_file(ddp, output / "ddp")
+        save_file(fsdp2, output / "fsdp2")
