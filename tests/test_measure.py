@@ -110,6 +110,12 @@ def measure(runs, tmp_path, *flags):
     return measure_forgetting.main(["--runs", *map(str, runs), "--rho", "0.05", *output, *flags])
 
 
+@pytest.fixture
+def curvature_aside(monkeypatch):
+    """Lanczos' method takes most of the time of a measurement; here it is about something else."""
+    monkeypatch.setattr(measure_forgetting, "flatness", argparse.Namespace(largest_eigenvalue=lambda *_: 1.0))
+
+
 def rows(tmp_path):
     return list(csv.DictReader((tmp_path / "out" / "measurements.csv").open()))
 
@@ -158,6 +164,7 @@ def by_hand(epoch, images, kind, link, rho, m, count, ascending=None):
     return np.mean(forgotten), np.mean(gaps)
 
 
+@pytest.mark.usefixtures("curvature_aside")
 @pytest.mark.parametrize("kind, link", [("sam", "softmax"), ("obf", "sigmoid")])
 def test_forgetting_and_gap_are_those_of_perturbing_by_hand(runs, images, tmp_path, kind, link):
     function = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}[link]
@@ -173,6 +180,7 @@ def test_forgetting_and_gap_are_those_of_perturbing_by_hand(runs, images, tmp_pa
         assert float(row["sam_gap"]) == pytest.approx(gap, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsys):
     found = measure(runs, tmp_path, "--perturbations", "own", "sam", "random", "--micro-batches", "2")
     measured = rows(tmp_path)
@@ -200,6 +208,7 @@ def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsy
     assert "Kendall's tau" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_same(runs, tmp_path):
     flags = ["--perturbations", "sam", "--micro-batches", "1"]
     measure(runs, tmp_path / "one", *flags)
@@ -215,6 +224,7 @@ def test_two_processes_measure_the_same(runs, tmp_path):
             assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.usefixtures("curvature_aside")
 def test_finished_measurements_are_not_made_again(runs, tmp_path, monkeypatch):
     measure(runs[:1], tmp_path, "--micro-batches", "1")
     before = (tmp_path / "out" / "measurements.csv").read_text()
@@ -225,6 +235,7 @@ def test_finished_measurements_are_not_made_again(runs, tmp_path, monkeypatch):
         measure(runs[:1], tmp_path, "--micro-batches", "2")
 
 
+@pytest.mark.usefixtures("curvature_aside")
 def test_too_few_runs_are_measured_but_not_correlated(runs, tmp_path, capsys):
     assert measure(runs[:3], tmp_path, "--perturbations", "sam", "--micro-batches", "1") == []
     assert len(rows(tmp_path)) == 6
@@ -311,6 +322,7 @@ def test_a_model_that_torch_cannot_differentiate_twice_is_named(tmp_path, images
 # What the run itself used
 
 
+@pytest.mark.usefixtures("curvature_aside")
 def test_own_ascends_on_the_runs_share_of_a_micro_batch_and_sam_on_all_of_it(runs, images, tmp_path):
     run = altered(runs[1], tmp_path, perturb_fraction=0.5, rho=0.3)
     flags = ["--m", "4", "--micro-batches", "3", "--thresholds", *map(str, THRESHOLDS), "--rho", "0.3"]
@@ -340,9 +352,9 @@ def test_rho_that_followed_lr_is_that_of_the_epochs_last_update():
 def test_measured_rho_is_what_training_used_last_before_it_saved_the_model(images, tmp_path, monkeypatch, sched):
     used, update = [], training.update
 
-    def recorded(job, batches):
+    def recorded(job, batches, perturb):
         used.append(job.optimizer.param_groups[0]["rho"])
-        return update(job, batches)
+        return update(job, batches, perturb)
 
     monkeypatch.setattr(training, "update", recorded)
     options = {"epochs": 3, "warmup_epochs": 1, "save_interval": 1, "method": "sam", "rho": 0.3, "rho_min": 0.05}
@@ -361,6 +373,7 @@ def test_a_run_that_does_not_say_its_m_needs_one(runs, tmp_path):
         measure(runs[1:2], tmp_path, "--m", "13")
 
 
+@pytest.mark.usefixtures("curvature_aside")
 def test_fewer_perturbations_than_asked_for_are_said(runs, tmp_path, capsys):
     measure(runs[1:2], tmp_path, "--perturbations", "sam", "--m", "5", "--micro-batches", "2")
     assert "sam: 2 perturbations" not in capsys.readouterr().out
@@ -368,6 +381,7 @@ def test_fewer_perturbations_than_asked_for_are_said(runs, tmp_path, capsys):
     assert f"{runs[1]}, sam: 2 perturbations, as m is 5" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("curvature_aside")
 def test_a_run_trained_otherwise_is_measured_anew(runs, tmp_path, monkeypatch):
     run = altered(runs[1], tmp_path)
     measure([run], tmp_path, "--perturbations", "own", "--micro-batches", "1")
@@ -415,6 +429,7 @@ def test_few_runs_have_no_interval_and_equal_ones_no_tau_without_a_warning(count
     assert math.isnan(found["a"]["low"]) == (count < 10 or accuracy == "equal")
 
 
+@pytest.mark.usefixtures("curvature_aside")
 def test_what_there_is_not_is_said_and_is_null_in_json(runs, tmp_path, capsys):
     found = measure(runs, tmp_path, "--perturbations", "sam", "--micro-batches", "1")
     assert len(found) == 2 * len(measure_forgetting.QUANTITIES)

@@ -112,6 +112,7 @@ def finished(process):
     return process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_killed_ten_times_and_resumed_equals_the_uninterrupted_run(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=8)
     assert finished(apart(train_apart, path, tmp_path / "whole"))
@@ -214,6 +215,7 @@ def whole_run_with_workers(tmp_path_factory, images):
     return path, folder / "whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(
     tmp_path, whole_run_with_workers, how, code
@@ -238,6 +240,7 @@ def whole_run_of_two(tmp_path_factory, images):
     return path, final_weights(folder / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_two_processes_killed_or_terminated_resume_to_the_same_weights(tmp_path, whole_run_of_two, how):
     path, weights = whole_run_of_two
@@ -330,6 +333,7 @@ with settings.clear_errors():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, words", [("disk", "the disk is full. It needs"), ("hub", "the Hub is down")])
 def test_all_processes_end_with_the_main_one_s_error(tmp_path, images, what, words):
     (tmp_path / "script.py").write_text(ONLY_THE_MAIN_PROCESS_FAILS)
@@ -377,6 +381,7 @@ def test_checkpoint_of_other_settings_is_refused_and_kept(tmp_path, images, flag
     assert steps_saved(output) == 8
 
 
+@pytest.mark.slow
 def test_resumed_run_on_fewer_processes_keeps_the_m_that_nobody_gave(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=2, m=None, batch_size=8)
     finish(start(path, tmp_path / "run", processes=2))
@@ -512,8 +517,8 @@ def test_nan_loss_of_finite_weights_is_null_in_the_metrics_and_for_a_whole_epoch
 ):
     update, seen = training.update, []
 
-    def sometimes_nan(*args):
-        seen.append(update(*args))
+    def sometimes_nan(*args, **kwargs):
+        seen.append(update(*args, **kwargs))
         return torch.tensor(float("nan")) if len(seen) <= bad else seen[-1]
 
     monkeypatch.setattr(training, "update", sometimes_nan)

@@ -321,6 +321,7 @@ def test_every_image_is_read_once_whatever_the_split(tmp_path, size, processes, 
         assert len(set(keys)) == size
 
 
+@pytest.mark.slow
 def test_two_processes_count_as_one(tmp_path):
     for size in (1, 7, 64, 65):
         folder = write_folders(tmp_path / f"v2-{size}", {str(i): i for i in range(size)})

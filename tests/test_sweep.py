@@ -336,6 +336,7 @@ def together(tmp_path, train, flags):
     return [one.exitcode for one in processes], printed
 
 
+@pytest.mark.slow
 def test_processes_that_fail_at_the_same_place_go_on_with_the_next_run(tmp_path):
     def train(rank, name):
         if name == "seed=1":
@@ -354,6 +355,7 @@ def test_processes_that_fail_at_the_same_place_go_on_with_the_next_run(tmp_path)
     assert [(row["seed"], row["test"]) for row in table(tmp_path)] == [("0", "0.5"), ("4", "0.5")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_fails_alone_ends_its_worker_and_a_restart_does_the_rest(tmp_path, failing):
     def train(rank, name):

@@ -261,6 +261,7 @@ print(right / 697)
 """
 
 
+@pytest.mark.slow
 def test_digits_run_leaves_a_checkpoint_that_another_process_opens_with_the_same_accuracy(tmp_path):
     flags = [
         "--recipe",
@@ -360,6 +361,7 @@ def test_m_that_was_not_given_is_said_and_written_into_the_settings(tmp_path, ac
 # Bad input: the message is the last word, and there is no traceback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_ends_the_run_with_its_name(tmp_path, workers):
     dataset = write_folder(tmp_path / "images")

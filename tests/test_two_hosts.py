@@ -13,6 +13,7 @@ import torch
 from test_data import write_folder
 from test_resume import final_weights, recipe, steps_saved, wait_for
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # for documentation, RFC 5737: nobody's
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "wire"}

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sam_obf import SAM, momentum_perturbation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["zero", "buckets"])
 def test_two_processes(what):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, what]
