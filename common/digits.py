@@ -1,5 +1,7 @@
 """scikit-learn's handwritten digits as a small image dataset with a spurious colour and five shifts."""
 
+import functools
+
 import datasets
 import numpy as np
 from PIL import Image, ImageFilter
@@ -14,6 +16,7 @@ TINTS = np.array(
 )  # fmt: skip
 
 
+@functools.cache
 def digits(seed: int = 0) -> datasets.DatasetDict:
     """scikit-learn's 1797 handwritten digits as 32 x 32 RGB: train 900, validation 200, test 697, five shifts of test.
 

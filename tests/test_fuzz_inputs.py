@@ -121,6 +121,7 @@ def images(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("images"), images=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, **fuzz)
 @given(st.lists(changes, min_size=1, max_size=3))
 @example([("crop_pct", 1e-9)])
@@ -198,6 +199,7 @@ def read_all(loaded):
                 assert example["image"].dtype == torch.uint8 and 0 <= example["label"] < 2
 
 
+@pytest.mark.slow
 @settings(max_examples=200, **fuzz)
 @given(tables(), st.booleans(), st.sampled_from([None, None, 0.5]))
 def test_dataset_columns(tmp_path_factory, table, streaming, share):
@@ -224,6 +226,7 @@ files = st.dictionaries(st.tuples(parts, endings).map("".join), contents, min_si
 folders = st.dictionaries(parts, files, min_size=2, max_size=2)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, **fuzz)
 @given(parts, folders, st.sampled_from(["val", "test", "extra"]), st.booleans())
 def test_file_names(tmp_path_factory, top, classes, other, streaming):

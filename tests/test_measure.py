@@ -348,6 +348,7 @@ def test_rho_that_followed_lr_is_that_of_the_epochs_last_update():
     assert measure_forgetting.rho_at(own, 1, 11) == 0.5
 
 
+@pytest.mark.usefixtures("curvature_aside")
 @pytest.mark.parametrize("sched", ["poly", "cosine"])
 def test_measured_rho_is_what_training_used_last_before_it_saved_the_model(images, tmp_path, monkeypatch, sched):
     used, update = [], training.update

@@ -20,6 +20,7 @@ OPTIMIZERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_update_of_a_model_is_that_by_hand(name):
     torch.manual_seed(0)
