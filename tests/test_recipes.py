@@ -127,13 +127,8 @@ def test_there_is_a_recipe_for_every_row_and_no_other():
 @pytest.mark.parametrize("name", ROWS)
 def test_recipe_resolves_to_the_row_of_the_paper(name):
     resolved = settings.resolved(parse(name))
-    unused = {
-        "base": ("link", "perturb_fraction"),
-        "sam": ("link",),
-        "random": ("link", "perturb_fraction"),
-        "gsam": ("link",),
-    }
-    unused["asam"] = ("link",)
+    unused = dict.fromkeys(("base", "random"), ("link", "perturb_fraction"))
+    unused |= dict.fromkeys(("sam", "gsam", "asam"), ("link",))
     expected = ROWS[name] | dict.fromkeys(unused.get(resolved["method"], ()))
     assert {key: resolved[key] for key in expected} == expected
 

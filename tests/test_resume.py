@@ -146,6 +146,7 @@ def die_while_writing(file, recipe, output):
     train_apart(recipe, output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl", "progress.json"])
 def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, images, file):
     path, output = recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "run"
@@ -158,6 +159,7 @@ def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, imag
     assert_same_run(tmp_path / "whole", output)
 
 
+@pytest.mark.slow
 def test_killed_stream_resumes_where_it_was(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=2, streaming=True, train_num_samples=16)
     assert finished(apart(train_apart, path, tmp_path / "whole"))
@@ -196,6 +198,7 @@ def die_while_evaluating(recipe, output):
     train_apart(recipe, output)
 
 
+@pytest.mark.slow
 def test_kill_while_evaluating_costs_no_training(tmp_path, images, monkeypatch):
     path, output = recipe(tmp_path, images, workers=0, epochs=2, checkpoint_interval=None), tmp_path / "run"
     assert finished(apart(train_apart, path, tmp_path / "whole"))
