@@ -1,5 +1,6 @@
 """What a whole run of a training script does with its epochs, its processes and its transforms."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 from test_data import write_folder
 from test_training import small_recipe
+
+import train_imagenet
+from common import training
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,3 +44,100 @@ def test_batch_norm_is_the_mean_over_processes_before_it_is_evaluated(processes,
     assert not torch.allclose(*own)
     for process in (one, two):
         torch.testing.assert_close(process[f"evaluated {epoch}"], (own[0] + own[1]) / 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run in this process, whose accuracies on validation are made up
+
+
+SCRIPTED = [0.2, 0.5, 0.5, 0.4]  # top-1 on validation after each epoch
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory):
+    """A finished run of four epochs with ``SCRIPTED`` accuracies, and what its final evaluation looked at."""
+    folder = tmp_path_factory.mktemp("scripted")
+    images = write_folder(folder / "images", splits=("train", "val", "test"), images=4)
+    told, finally_seen = iter(SCRIPTED), []
+
+    def evaluate_top1(job, loader):
+        weights = {name: value.clone() for name, value in job.accelerator.unwrap_model(job.model).state_dict().items()}
+        accuracy = next(told, None)
+        if accuracy is None:
+            finally_seen.append(weights)
+            for p in job.model.parameters():  # whatever is in memory now, what is saved counts
+                p.data.add_(1.0)
+            return {"top1": 0.25, "examples": 8}
+        return {"top1": accuracy, "examples": 8}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "evaluate_top1", evaluate_top1)
+        flags = [
+            *small_recipe(folder, images),
+            "--epochs",
+            "4",
+            "--save-interval",
+            "2",
+            "--head-bias",
+            "-3",
+            "--lr",
+            "0.1",
+        ]
+        train_imagenet.main([*flags, "--method", "base"])
+    return folder / "run", finally_seen
+
+
+def saved(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_epochs_are_kept_by_their_number_from_one(scripted):
+    run, _ = scripted
+    assert sorted(path.name for path in (run / "epochs").iterdir()) == ["0002", "0004"]
+
+
+def test_last_is_the_last_epoch_and_best_the_first_of_the_best(scripted):
+    run, _ = scripted
+    assert same(saved(run / "last"), saved(run / "epochs" / "0004"))
+    assert same(saved(run / "best"), saved(run / "epochs" / "0002"))  # not the third, as good, nor the fourth, worse
+    assert not same(saved(run / "best"), saved(run / "last"))
+
+
+def test_the_final_evaluation_is_of_the_models_that_were_saved(scripted):
+    run, seen = scripted
+    expected = [saved(run / "last")] * 2 + [saved(run / "best")] * 2  # on validation and test
+    assert len(seen) == 4
+    # Each split is evaluated after the one before has spoilt the weights in memory: only the first of a model is whole.
+    assert same(seen[0], expected[0]) and same(seen[2], expected[2])
+
+
+def test_metrics_have_one_line_for_each_epoch_with_its_accuracy(scripted):
+    run, _ = scripted
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["validation"]) for line in lines] == list(enumerate(SCRIPTED))
+
+
+def test_without_validation_images_last_is_saved_and_there_is_no_best(tmp_path):
+    images = write_folder(tmp_path / "images", splits=("train", "test"), images=4)
+    train_imagenet.main(small_recipe(tmp_path, images, epochs=2, save_interval=1))
+    assert same(saved(tmp_path / "run" / "last"), saved(tmp_path / "run" / "epochs" / "0002"))
+    assert not same(saved(tmp_path / "run" / "last"), saved(tmp_path / "run" / "epochs" / "0001"))
+    assert not (tmp_path / "run" / "best").exists()
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == {"last"}
+
+
+def test_head_bias_is_that_of_the_first_weights(tmp_path, monkeypatch):
+    images, seen = write_folder(tmp_path / "images"), []
+    own = training.train_epoch
+
+    def train_epoch(job, *others):
+        seen.append(job.model.get_classifier().bias.detach().clone())
+        own(job, *others)
+
+    monkeypatch.setattr(training, "train_epoch", train_epoch)
+    train_imagenet.main(small_recipe(tmp_path, images, head_bias=-3.5))
+    assert torch.equal(seen[0], torch.full((2,), -3.5))
