@@ -256,8 +256,16 @@ def hub(path: str, name: str, **options):
             f"there is no folder {name!r} here, and the Hub cannot be reached to look there: {error}"
         ) from error
     except Exception as error:  # the readers of tar, zip, JSON, ... that datasets picks each raise their own
-        cause = error.__cause__ or error  # a DatasetGenerationError itself says nothing
-        raise InputError(f"cannot load {name!r}: {str(cause).strip() or type(cause).__name__}") from error
+        raise InputError(f"cannot load {name!r}: {explained(error)}") from error
+
+
+def explained(error: Exception) -> str:
+    """What an error of ``datasets`` says, and what to do where it does not say it."""
+    cause = error.__cause__ or error  # a DatasetGenerationError itself says nothing
+    text = str(cause).strip() or type(cause).__name__
+    if "Invalid string class label" in text:  # an archive's own folder, which datasets 5 takes for the class
+        text += "; class folders inside an archive are not understood: unpack it"
+    return text
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from datasets.utils.file_utils import xopen
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
+from common.data import explained
 from common.settings import InputError
 
 IMAGES_PER_WORKER = 1000  # to evaluate: reading fewer takes less time than starting a worker
@@ -310,7 +311,8 @@ def reading(batches):
     try:
         yield from batches
     except Exception as error:
-        raise InputError(f"cannot read on from the stream: {error!r}; training goes on with --resume auto") from error
+        reason = f"cannot read on from the stream: {type(error).__name__}: {explained(error)}"
+        raise InputError(f"{reason}; training goes on with --resume auto") from error
 
 
 def _examples(images, labels, keys, transform, seed):

@@ -676,3 +676,15 @@ def test_a_fault_of_a_transform_is_not_taken_for_one_of_the_image():
 
     with pytest.raises(TypeError, match="a fault of the program"):
         next(iter(stream(transform=transform)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_folders_inside_an_archive_are_to_be_unpacked(tmp_path, streaming):
+    """datasets 5 takes the folder that the archive lies in for the class of all its images."""
+    write_folder(tmp_path / "images")
+    (tmp_path / "copy" / "data").mkdir(parents=True)
+    for split, name in (("train", "train"), ("val", "validation")):
+        shutil.make_archive(str(tmp_path / "copy" / "data" / name), "zip", tmp_path / "images" / split)
+    with pytest.raises(InputError, match=r"class folders inside an archive are not understood: unpack it"):
+        splits = data.load(str(tmp_path / "copy"), streaming=streaming)
+        next(iter(loaders.Stream(splits["train"], None, 2)))
