@@ -3,10 +3,14 @@
 The autograd engine needs a device, so the closure of ``step()`` sets the gradients by hand.
 """
 
+import contextlib
+from argparse import Namespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from common import loaders, settings, training
 from sam_obf import SAM, OutputBiasForgetting, momentum_perturbation
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,6 +88,73 @@ def test_a_step_with_momentums_perturbation_reads_no_value_on_the_host(base, opt
         step()  # without momentum yet
         step()
         assert_on_cuda(model, dtype)
+
+
+class Prepared:
+    """What Accelerate makes of an optimizer, as far as an update needs it."""
+
+    step_was_skipped = False
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+
+def whole_update(flags, monkeypatch, to_input=None):
+    """Two updates of the training loop, all but the engine's backward passes, and what watches their loss."""
+
+    def backward(loss):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) + (0 if p.grad is None else p.grad)
+
+    usual = ["--clip-grad", "1", "--shrink-perturb", "0.1", "--rho-min", "0.01", "--output", "nowhere"]
+    args = settings.parse(settings.parser("", ""), [*flags, *usual])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5, device="cuda"))
+    criterion = training.build_criterion(args)
+    optimizer = training.build_optimizer(args, model)
+    objective = training.build_objective(args, criterion, optimizer)
+    alone = {"no_sync": lambda _: contextlib.nullcontext(), "backward": backward, "scaler": None}
+    clip = torch.nn.utils.clip_grad_norm_
+    device = torch.device("cuda")
+    accelerator = Namespace(**alone, is_fsdp2=False, num_processes=1, device=device, clip_grad_norm_=clip)
+    config = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
+    to_input = to_input or loaders.to_input(config, torch.float32)
+    batches = Namespace(to_input=to_input, m=4, accumulation=2, steps=10)
+    schedule = training.build_schedule(args, optimizer, batches.steps)
+    job = training.Job(
+        args, accelerator, model, None, criterion, objective, Prepared(optimizer), schedule=schedule, batches=batches
+    )
+    images = torch.zeros(8, 3, 4, 4, dtype=torch.uint8, device="cuda")
+    labels = torch.zeros(8, dtype=torch.long, device="cuda")
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    watch = training.Watch(accelerator)
+    watch.interval = 100
+    for i in range(2):
+        schedule(i)
+        loss = training.update(job, iter([{"image": images, "label": labels}] * 2))
+        assert watch.look(loss, i, now=False) is None
+    assert all(p.device.type == "cuda" for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "obf", "--perturb-fraction", "0.5"],
+        ["--method", "asam", "--opt", "adamw"],
+        ["--method", "gsam", "--loss", "bce"],
+        ["--method", "random"],
+        ["--method", "momentum"],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_an_update_of_the_training_loop_reads_no_value_on_the_host(flags, monkeypatch):
+    with FakeTensorMode():
+        whole_update(flags, monkeypatch)
+
+
+def test_a_read_in_an_update_shows_here(monkeypatch):
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        whole_update(["--method", "obf"], monkeypatch, lambda x: x.float() if x.any() else x.float() + 1)
 
 
 def test_a_read_by_the_host_shows_here():
