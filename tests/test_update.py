@@ -205,3 +205,33 @@ def test_every_third_update_of_a_run_perturbs_wherever_it_resumes(accelerator, m
 def test_momentum_needs_an_optimizer_that_has_it(accelerator):
     with pytest.raises(settings.InputError, match="method momentum does not go with opt momentum"):
         prepared(accelerator, "--method momentum --opt momentum --momentum 0", m=4, accumulation=1)
+
+
+def test_schedules_equal_their_closed_forms():
+    """Warm-up is linear from warmup_lr to lr; then lr falls to min_lr linearly, as half a cosine, or not."""
+    lr, low, first, warmup, total, steps = 0.8, 0.2, 0.1, 2, 6, 10
+    fall = {
+        "poly": lambda part: lr + (low - lr) * part,
+        "cosine": lambda part: low + (lr - low) * (1 + math.cos(math.pi * part)) / 2,
+        "constant": lambda part: lr,
+    }
+    for sched, after in fall.items():
+        flags = (
+            f"--lr {lr} --min-lr {low} --warmup-lr {first} --warmup-epochs {warmup} --epochs {total} --sched {sched}"
+        )
+        args = settings.parse(settings.parser("", ""), [*flags.split(), "--method", "base", "--output", "nowhere"])
+        optimizer = training.build_optimizer(args, network())
+        schedule = training.build_schedule(args, optimizer, steps)
+        for update in (0, 1, 13, 19, 20, 21, 33, 59):
+            schedule(update)
+            part = (update - warmup * steps) / ((total - warmup) * steps)
+            expected = first + (lr - first) * update / (warmup * steps) if part < 0 else after(part)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9), (sched, update)
+
+
+def test_the_base_optimizer_gets_its_own_settings():
+    flags = ["--opt", "adamw", "--opt-kwargs", "betas=(0.5,0.6)", "eps=0.125", "--method", "sam", "--output", "nowhere"]
+    args = settings.parse(settings.parser("", ""), flags)
+    optimizer = training.build_optimizer(args, network())
+    assert type(optimizer.base_optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.6) and optimizer.param_groups[0]["eps"] == 0.125
