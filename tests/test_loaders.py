@@ -1,5 +1,7 @@
 """From images to batches: what each transform does to pixels, and that seed, epoch, index and process all count."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -164,3 +166,23 @@ def test_no_image_is_left_out_of_every_epoch():
         assert len(indices) == len(set(indices)) == 4
         seen |= set(indices)
     assert seen == set(range(7))
+
+
+def streamed(seed=0, epoch=0, process=0, batches=8):
+    """The first images that one of four processes reads: names of their pixels, in order."""
+    split = data.load("digits", streaming=True)["train"]
+    stream = loaders.Stream(split, lambda image: torch.tensor(np.asarray(image)), 28, training=True, seed=seed,
+                            process=process, processes=4)  # fmt: skip
+    stream.epoch = epoch
+    rows = itertools.islice(stream, batches)
+    return [hash(pixels.numpy().tobytes()) for batch in rows for pixels in batch["image"]]
+
+
+def test_a_streams_order_depends_on_seed_epoch_process_and_lap():
+    first = streamed()
+    assert first == streamed()
+    for other in (streamed(seed=1), streamed(epoch=1), streamed(process=1)):
+        assert sum(a == b for a, b in zip(first, other)) < 0.1 * len(first)
+    lap = 900 // 4
+    twice = streamed(batches=-(-2 * lap // 28))
+    assert sum(a == b for a, b in zip(twice[:lap], twice[lap:])) < 0.1 * lap

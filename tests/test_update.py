@@ -216,10 +216,9 @@ def test_schedules_equal_their_closed_forms():
         "constant": lambda part: lr,
     }
     for sched, after in fall.items():
-        flags = (
-            f"--lr {lr} --min-lr {low} --warmup-lr {first} --warmup-epochs {warmup} --epochs {total} --sched {sched}"
-        )
-        args = settings.parse(settings.parser("", ""), [*flags.split(), "--method", "base", "--output", "nowhere"])
+        flags = f"--lr {lr} --min-lr {low} --warmup-lr {first} --warmup-epochs {warmup} --epochs {total}".split()
+        flags += ["--sched", sched, "--method", "base", "--output", "nowhere"]
+        args = settings.parse(settings.parser("", ""), flags)
         optimizer = training.build_optimizer(args, network())
         schedule = training.build_schedule(args, optimizer, steps)
         for update in (0, 1, 13, 19, 20, 21, 33, 59):
