@@ -186,3 +186,18 @@ def test_a_streams_order_depends_on_seed_epoch_process_and_lap():
     lap = 900 // 4
     twice = streamed(batches=-(-2 * lap // 28))
     assert sum(a == b for a, b in zip(twice[:lap], twice[lap:])) < 0.1 * lap
+
+
+def test_a_stream_augments_each_image_of_each_process_and_epoch_in_its_own_way(tmp_path):
+    for path in write_folder(tmp_path, images=8).rglob("*.png"):
+        ramp().save(path)
+    split = data.load(str(tmp_path), streaming=True)["train"]
+    crop, _ = loaders.transforms(CONFIG, scale=(0.05, 1.0), ratio=(0.75, 1.3), hflip=0.5)
+
+    def crops(epoch, process):
+        stream = loaders.Stream(split, crop, 4, training=True, process=process, processes=2)
+        stream.epoch = epoch
+        return next(iter(stream))["image"].flatten(1)
+
+    seen = torch.cat([crops(0, 0), crops(0, 1), crops(1, 0)])
+    assert len(seen.unique(dim=0)) == 12
