@@ -327,7 +327,10 @@ def work(study, points, run, idle):
                 first = min(names, key=times.__getitem__)  # what failed before comes last: it may end this worker too
                 study.enqueue_trial({}, user_attrs={"point": left[first]})
             if names or TrialState.WAITING in states:
-                study.optimize(objective, n_trials=1, catch=(Failed,))
+                try:
+                    study.optimize(objective, n_trials=1, catch=(Failed,))
+                except AssertionError as error:  # Optuna's own, over a storage that was lost as it took the result
+                    raise error.__context__ if isinstance(error.__context__, STORAGE_ERRORS) else error from None
             elif TrialState.RUNNING in states:
                 idle()
             else:

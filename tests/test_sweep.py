@@ -578,3 +578,13 @@ def test_a_storage_of_another_version_is_named(tmp_path, monkeypatch):
         connection.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
     with pytest.raises(InputError, match=r"cannot use the storage.*another --storage"):
         sweep.main(flags)
+
+
+def test_a_storage_lost_as_it_takes_a_result_is_the_error_and_not_optunas_own(monkeypatch):
+    def lost(**_):
+        raise optuna.exceptions.StorageInternalError("the server went away")
+
+    monkeypatch.setattr("optuna.study._optimize._tell_with_warning", lost)
+    study = optuna.create_study(direction="maximize")
+    with pytest.raises(optuna.exceptions.StorageInternalError, match="the server went away"):
+        sweep.work(study, [{"seed": 0}], lambda point: {"validation": 0.5}, lambda: None)
