@@ -42,11 +42,15 @@ class Failed(InputError):
 
 
 class Storage(optuna.storages.RDBStorage):
-    """Optuna's storage; a heartbeat that does not reach the server is made up for by the next one."""
+    """Optuna's storage; a heartbeat that does not reach the server is made up for by the next one.
+
+    A trial that has had one says "begun": without any, Optuna never takes it for dead.
+    """
 
     def record_heartbeat(self, trial_id):
         with contextlib.suppress(*STORAGE_ERRORS):
             super().record_heartbeat(trial_id)
+            self.set_trial_user_attr(trial_id, "begun", True)
 
 
 def parser() -> settings.Parser:
@@ -294,7 +298,6 @@ def work(study, points, run, idle):
     seen = {}
 
     def objective(trial):
-        trial.set_user_attr("begun", True)  # by now its heartbeat has begun, too
         point = trial.user_attrs.get("point")
         first = trials(study, TrialState.COMPLETE, *UNFINISHED).get(name_of(point)) if point else None
         if first is None or first.number < trial.number:  # another worker took the last one, or queued it too

@@ -20,7 +20,7 @@ from common import settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LAUNCHERS = {"--config_file", "--num_processes", "--nproc_per_node", "--standalone", "--dynamo_backend"}
+LAUNCHERS = {"--config_file", "--num_processes", "--nproc_per_node", "--standalone", "--dynamo_backend", "--dist"}
 OUR_SCRIPTS = {f"{script.__name__}.py": script for script in flags.SCRIPTS}
 
 
