@@ -1,5 +1,6 @@
 """Evaluate classifiers on ImageNet, ImageNet-Real, -V2, -R and -Sketch, or offline on the digits and five shifts."""
 
+import argparse
 import hashlib
 import json
 import re
@@ -40,6 +41,7 @@ def parser() -> settings.Parser:
     p.add_argument("--interpolation", choices=settings.INTERPOLATIONS, help="of the resize (each model's own)")
     p.add_argument("--batch-size", type=int, default=256, help="images of a process at once (%(default)s)")
     p.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
+    p.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help=settings.CHANNELS_LAST_HELP)
     p.add_argument("--output", default="outputs/robustness", help="folder of the results (%(default)s)")
     p.add_argument("--markdown", action="store_true", help="print Markdown tables (no)")
     return p
@@ -97,7 +99,7 @@ def open_models(args):
         wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
         config = resolve_data_config({key: v for key, v in wanted.items() if v is not None}, model=model)
         check_model(name, model, config)
-        models[name] = (model, config)
+        models[name] = (model.to(memory_format=loaders.memory_format(args.channels_last, model)), config)
     folders = {}
     for name in models:
         other = folders.setdefault(predictions_folder(args, name), name)
@@ -185,7 +187,7 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
     order = robustness.all_outputs(label_names(model), name.partition(":")[0])
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    to_input = loaders.to_input(config, torch.float32)
+    to_input = loaders.to_input(config, torch.float32, loaders.memory_format(args.channels_last, model))
     columns, unreadable = {}, []
     shown = {"desc": name, "unit": "image", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
     with tqdm(total=len(ds) if stored(ds) else None, **shown) as bar:
@@ -314,6 +316,8 @@ def evaluate_all(args, accelerator, models, sets):
     for model_name, (model, config) in models.items():
         folder, tables[model_name] = predictions_folder(args, model_name), {}
         weights = fingerprint(model) if main else None
+        layout = loaders.format_name(loaders.memory_format(args.channels_last, model))
+        accelerator.print(f"memory format of {model_name}: {layout}")
         for name, benchmarks in plan.items():
             columns, unreadable = None, []
             if main:

@@ -71,6 +71,7 @@ def parser() -> settings.Parser:
     g.add_argument("--hessian-examples", type=int, help="how many of them for lambda_max (all)")
     g.add_argument("--batch-size", type=int, default=256, help="images at once (%(default)s)")
     g.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
+    g.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help=settings.CHANNELS_LAST_HELP)
     g.add_argument("--seed", type=int, default=0, help="of the choice of images, and the bootstrap (%(default)s)")
     p.add_argument("--output", default="outputs/forgetting", help="folder of the results (%(default)s)")
     return p
@@ -193,7 +194,8 @@ def open_batches(args, accelerator, split, model, cache):
         parts = list(DataLoader(loaders.Images(split, transform), args.batch_size, **options))
         cache[key] = [torch.cat([part[name] for part in parts]) for name in ("image", "label")]
     images, labels = cache[key]
-    to_input, device = loaders.to_input(config, torch.float32), accelerator.device
+    layout, device = loaders.memory_format(args.channels_last, model), accelerator.device
+    to_input = loaders.to_input(config, torch.float32, layout)
 
     def batches(start, stop, size=args.batch_size):
         """Normalised images and labels, on the device, of the examples from ``start`` up to ``stop``."""
@@ -253,9 +255,10 @@ def measure(args, run, epoch: int, model, batches) -> dict:
 def measure_all(args, accelerator, runs, split):
     """Measure every saved epoch of every run, on all processes together; finished measurements are read from disk."""
     tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
-    kept = {key: value for key, value in vars(args).items() if key not in ("runs", "output", "workers", "batch_size")}
+    changes_nothing = ("runs", "output", "workers", "batch_size", "channels_last")
+    kept = {key: value for key, value in vars(args).items() if key not in changes_nothing}
     versions = {module.__name__: module.__version__ for module in (torch, timm)}
-    cache = {}
+    cache, said = {}, set()
     with accelerator.split_between_processes(tasks) as own:
         for run, epoch in tqdm(own, unit="model", disable=not accelerator.is_main_process, dynamic_ncols=True):
             weights = (epoch / "model.safetensors").stat()
@@ -264,7 +267,13 @@ def measure_all(args, accelerator, runs, split):
             file = record_file(args, epoch)
             if file.exists() and json.loads(file.read_text())["request"] == request:
                 continue
-            model = checkpoints.open_model(str(epoch)).to(accelerator.device)
+            model = checkpoints.open_model(str(epoch))
+            layout = loaders.memory_format(args.channels_last, model)
+            line = f"memory format of {run['settings'].model}: {loaders.format_name(layout)}"
+            if line not in said:
+                accelerator.print(line)
+                said.add(line)
+            model = model.to(accelerator.device, memory_format=layout)
             batches = open_batches(args, accelerator, split, model, cache)
             try:
                 measured = measure(args, run, int(epoch.name), model, batches)

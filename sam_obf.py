@@ -518,7 +518,11 @@ def _subtract_orthogonal(chunks, weight):
     """Replace gp in ``.grad`` by gp - weight (g - <g, gp> gp / ||gp||^2), for chunks with g."""
 
     def dot(left, right):
-        products = [torch.dot(a.reshape(-1).to(_wide(a)), b.reshape(-1).to(_wide(b))) for a, b in zip(left, right)]
+        products = []
+        for a, b in zip(left, right):
+            order = sorted(range(a.dim()), key=a.stride, reverse=True)  # of memory: channels_last needs no copy, either
+            a, b = (t.permute(order).reshape(-1) for t in (a, b))
+            products.append(torch.dot(a.to(_wide(a)), b.to(_wide(b))))
         return sum((product.to(weight) for product in products), start=torch.zeros_like(weight))
 
     pairs = []

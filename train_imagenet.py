@@ -42,6 +42,7 @@ def main(argv=None):
     training.check_model(args, model, batches)
     training.set_head_bias(args, model)
     timm_config = checkpoints.timm_config(args, model, batches)
+    model = model.to(memory_format=batches.memory_format)
     criterion = training.build_criterion(args)
     optimizer = training.build_optimizer(args, model)
     objective = training.build_objective(args, criterion, optimizer)

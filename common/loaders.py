@@ -36,6 +36,7 @@ class Batches:
     m: int  # examples of a micro-batch
     evaluation: dict  # by split: a prepared loader of its images in order
     to_input: Callable  # from a batch's images to the model's input
+    memory_format: torch.memory_format  # of that input, and for the model's weights
     config: dict  # timm's data config: size, crop, interpolation, mean, standard deviation
     label_names: list
 
@@ -48,11 +49,16 @@ class Batches:
 def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batches:
     """The batches of a run on ``splits``, as ``model``'s own data config and the settings have them.
 
-    An ``args.m`` that was not given becomes what a process loads at once: from then on it is a setting of the run.
+    An ``args.m`` that was not given becomes what a process loads at once, and ``args.channels_last`` what suits the
+    model: from then on they are settings of the run.
 
     Raises:
-        InputError: the batch does not split over the processes, or exceeds the training images.
+        InputError: the batch does not split over the processes, or exceeds the training images; or ``channels_last``
+            does not go with the model.
     """
+    layout = memory_format(args.channels_last, model, accelerator.is_fsdp2)
+    args.channels_last = layout is torch.channels_last
+    accelerator.print(f"memory format: {format_name(layout)}{', as FSDP2 needs' if accelerator.is_fsdp2 else ''}")
     loaded, accumulation, m = split_batch(args, accelerator.num_processes)
     if args.m is None:
         args.m = m
@@ -75,7 +81,8 @@ def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batch
         accumulation=accumulation,
         m=m,
         evaluation=evaluation,
-        to_input=to_input(config, next(model.parameters()).dtype),
+        to_input=to_input(config, next(model.parameters()).dtype, layout),
+        memory_format=layout,
         config=config,
         label_names=splits["train"].features["label"].names,
     )
@@ -134,7 +141,29 @@ def transforms(config: dict, *, scale, ratio, hflip: float):
     return train, evaluation
 
 
-def to_input(config: dict, dtype: torch.dtype):
+def memory_format(channels_last: bool | None, model, fsdp2: bool = False) -> torch.memory_format:
+    """The order in memory of a model's images and weights: channels_last if that is asked for, or None and it helps.
+
+    It helps models with more than one 2-d convolution, on CPUs and GPUs alike; that of a ViT cuts its patches.
+
+    Raises:
+        InputError: it is asked for without effect, or with FSDP2.
+    """
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    if channels_last and not convolutions:
+        raise InputError("--channels-last has no effect on a model without 2-d convolutions: drop it")
+    if channels_last and fsdp2:
+        raise InputError("--channels-last does not go with FSDP2, which shards contiguous weights only: drop it")
+    helps = convolutions > 1 and not fsdp2
+    return torch.channels_last if channels_last or (channels_last is None and helps) else torch.contiguous_format
+
+
+def format_name(layout: torch.memory_format) -> str:
+    """channels_last or contiguous."""
+    return str(layout).removeprefix("torch.").removesuffix("_format")
+
+
+def to_input(config: dict, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format):
     """A function from uint8 images (batch, 3, height, width), on any device, to the model's normalised input."""
 
     @functools.cache  # torchvision's Normalize copies them to the device, and reads them back, for every batch
@@ -143,7 +172,7 @@ def to_input(config: dict, dtype: torch.dtype):
 
     def normalize(images):
         mean, std = statistics(images.device)
-        return images.to(dtype).sub(mean).div_(std)
+        return images.to(dtype, memory_format=layout).sub(mean).div_(std)
 
     return normalize
 

@@ -18,6 +18,7 @@ from accelerate.utils import LoggerType
 from timm.utils import ParseKwargs
 
 DEFAULTS = "In parentheses: the default."
+CHANNELS_LAST_HELP = "channels innermost in memory (yes for models with more than one 2-d convolution)"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # of PIL and timm
 # They change no result: not the order of images, nor what is drawn for them.
 WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -52,7 +53,7 @@ PERTURBATION = {
 # Flags about one execution of a run; the others are settings, which a recipe may hold and a resumed run must share.
 NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
 INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval")
-FREE_ON_RESUME = ("output", "workers", *INTERVALS, "log_with", "push_to_hub")
+FREE_ON_RESUME = ("output", "workers", "channels_last", *INTERVALS, "log_with", "push_to_hub")
 # Where a setting's value, or each of its values, must lie.
 RANGES = {
     **dict.fromkeys(("batch_size", "epochs", "m", "device_batch_size", "img_size", *INTERVALS), "[1, inf)"),
@@ -155,6 +156,7 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument(
         "--model-kwargs", nargs="*", action=KeyValues, default={}, help="KEY=VALUE, timm.create_model's (none)"
     )
+    g.add_argument("--channels-last", action=boolean, help=CHANNELS_LAST_HELP)
     g.add_argument("--head-bias", type=float, help="first value of the classifier's biases, a logit (timm's)")
     g.add_argument(
         "--loss", choices=["ce", "bce"], default="ce", help="bce: sigmoids, summed over classes (%(default)s)"

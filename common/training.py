@@ -27,7 +27,6 @@ from timm.utils import distribute_bn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from common import checkpoints
@@ -266,7 +265,9 @@ def update(job: Job, batches, perturb: bool = True) -> torch.Tensor:
         total += forward_backward(job, next(batches), objective, sync=last and not late) / job.batches.accumulation
     if late and job.accelerator.num_processes > 1:
         grads = [p.grad for p in job.model.parameters() if p.grad is not None]
-        vector_to_parameters(job.accelerator.reduce(parameters_to_vector(grads), "mean"), grads)
+        mean = job.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
     if job.args.clip_grad:
         job.accelerator.clip_grad_norm_(job.model.parameters(), job.args.clip_grad)
     job.optimizer.step()

@@ -98,6 +98,22 @@ def test_img_size_suffices_for_a_model_that_is_made_for_one_size(tmp_path, image
         assert opened.pretrained_cfg["input_size"] == (3, size, size)
 
 
+@pytest.mark.parametrize("flag", ["--channels-last", "--no-channels-last"])
+@pytest.mark.parametrize("script", [train_imagenet, finetune_cifar])
+def test_model_and_input_have_the_memory_format(tmp_path, checkpoint, images, monkeypatch, capsys, script, flag):
+    jobs = []
+    monkeypatch.setattr(training, "dry_run", jobs.append)
+    model = str(checkpoint) if script is finetune_cifar else "test_resnet"
+    run(script, tmp_path, flag, "--dry-run", dataset=str(images), model=model, method="base")
+    layout = torch.channels_last if flag == "--channels-last" else torch.contiguous_format
+    shown = jobs[0].batches.to_input(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    for tensor in (shown, *(p for p in jobs[0].model.parameters() if p.shape[1:].numel() > p.shape[1:2].numel())):
+        assert tensor.is_contiguous(memory_format=layout)
+    assert jobs[0].args.channels_last == (flag == "--channels-last")
+    name = "channels_last" if flag == "--channels-last" else "contiguous"
+    assert f"memory format: {name}\n" in capsys.readouterr().out
+
+
 def damage(folder, file, content):
     if content is None:
         (folder / file).unlink()

@@ -77,6 +77,20 @@ def test_input_is_normalised_by_the_models_own_mean_and_deviation():
     result = loaders.to_input(CONFIG, torch.float64)(images.clone())
     mean, std = (torch.tensor(CONFIG[key], dtype=torch.float64).view(3, 1, 1) for key in ("mean", "std"))
     torch.testing.assert_close(result, (images.double() / 255 - mean) / std)
+    channels_last = loaders.to_input(CONFIG, torch.float64, torch.channels_last)(images)
+    assert torch.equal(channels_last, result) and channels_last.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_last_is_for_more_than_one_convolution_unless_asked_for():
+    patches, network = torch.nn.Conv2d(3, 4, 2), torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Conv2d(4, 4, 2))
+    last, contiguous = torch.channels_last, torch.contiguous_format
+    assert loaders.memory_format(None, network) is loaders.memory_format(True, patches) is last
+    assert loaders.memory_format(None, patches) is loaders.memory_format(False, network) is contiguous
+    assert loaders.memory_format(None, network, fsdp2=True) is contiguous
+    with pytest.raises(settings.InputError, match="no effect on a model without 2-d convolutions"):
+        loaders.memory_format(True, torch.nn.Linear(3, 4))
+    with pytest.raises(settings.InputError, match="does not go with FSDP2"):
+        loaders.memory_format(True, network, fsdp2=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

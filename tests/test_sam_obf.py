@@ -1106,6 +1106,78 @@ def test_what_changes_between_blocks_is_seen():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Memory format
+
+
+def convolutions(layout, dtype=torch.float64):
+    layers = [torch.nn.Conv2d(3, 7, 3, bias=False), torch.nn.BatchNorm2d(7), torch.nn.Tanh(), torch.nn.Conv2d(7, K, 3)]
+    model = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).to(dtype)
+    return model.to(memory_format=layout)
+
+
+def is_channels_last(tensor):
+    return tensor.dim() != 4 or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_channels_last_gives_the_weights_of_the_contiguous_format(variant, base):
+    trained, y = [], torch.randint(0, K, (2, 4))
+    images = torch.randn(2, 4, 3, 9, 9, dtype=torch.float64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(1)
+        model = convolutions(layout)
+        optimizer = SAM(BASES[base](model.parameters()), model, rho=0.3, **VARIANTS[variant])
+        for _ in range(3):
+            for x, labels in zip(images, y):  # the second one adds to the gradients of the first
+                x = x.contiguous(memory_format=layout)
+                with optimizer.perturbed(lambda: F.cross_entropy(model(x), labels)):
+                    assert layout is torch.contiguous_format or all(map(is_channels_last, model.parameters()))
+                    F.cross_entropy(model(x), labels).backward()
+            grads = [p.grad for p in model.parameters()]
+            optimizer.step()
+            optimizer.zero_grad()
+        kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        assert layout is torch.contiguous_format or all(map(is_channels_last, [*model.parameters(), *grads, *kept]))
+        trained.append([*weights(model), *model.buffers()])
+    assert_close(*trained)
+
+
+class Contiguous(TorchDispatchMode):
+    """Counts new tensors that are not channels_last."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        results, given = (
+            [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in (out, args)
+        )
+        known = {t.untyped_storage().data_ptr() for t in given}
+        new = [t for t in results if t.untyped_storage().data_ptr() not in known]  # and no view
+        self.count += sum(t.is_contiguous() and not is_channels_last(t) for t in new)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_block_makes_no_tensor_of_another_format(variant, dtype):
+    """g, its copies, the weights that are kept and those that move; the gradients here are drawn at random."""
+    model = convolutions(torch.channels_last, dtype)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
+    with Contiguous() as contiguous:
+        for _ in range(2):
+            with optimizer.perturbed(lambda: random_perturbation(model.parameters())):
+                for p in model.parameters():
+                    p.grad = torch.randn_like(p) if p.grad is None else p.grad + torch.randn_like(p)
+        assert contiguous.count == 0
+        torch.empty(2, 3, 4, 4)
+    assert contiguous.count == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # As an optimizer
 
 

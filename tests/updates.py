@@ -30,8 +30,10 @@ def run(accelerator, m, method, accumulation, interleaved):
     flags = ["--method", method, "--lr", "0.2", "--opt", "sgd", "--momentum", "0.5", "--output", "nowhere"]
     args = settings.parse(settings.parser("", ""), [*flags, *([] if method == "base" else ["--rho", "0.1"])])
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(6, 33), torch.nn.Tanh(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 5)]
+    layers = [torch.nn.Unflatten(1, (2, 3, 1)), torch.nn.Conv2d(2, 4, (2, 1)), torch.nn.Flatten()]
+    layers += [torch.nn.Linear(8, 33), torch.nn.Tanh(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 5)]
     model = torch.nn.Sequential(*layers).double()
+    model = model.to(memory_format=torch.contiguous_format if accelerator.is_fsdp2 else torch.channels_last)
     examples = (STEPS + 1) * accumulation * LOADED
     images, labels = torch.randn(examples, 6).double(), torch.randint(0, 5, (examples,))
     if interleaved:
@@ -52,7 +54,7 @@ def run(accelerator, m, method, accumulation, interleaved):
     for _ in range(STEPS):
         training.update(job, batches)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    weights = {name: value.clone() for name, value in weights.items()}
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     sharded = sum(p.numel() for p in model.parameters()) > sum(
         (p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters()
     )
