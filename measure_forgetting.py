@@ -255,8 +255,8 @@ def measure(args, run, epoch: int, model, batches) -> dict:
 def measure_all(args, accelerator, runs, split):
     """Measure every saved epoch of every run, on all processes together; finished measurements are read from disk."""
     tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
-    changes_nothing = ("runs", "output", "workers", "batch_size", "channels_last")
-    kept = {key: value for key, value in vars(args).items() if key not in changes_nothing}
+    left_out = ("runs", "output", "workers", "batch_size", "channels_last")
+    kept = {key: value for key, value in vars(args).items() if key not in left_out}
     versions = {module.__name__: module.__version__ for module in (torch, timm)}
     cache, said = {}, set()
     with accelerator.split_between_processes(tasks) as own:
@@ -264,12 +264,13 @@ def measure_all(args, accelerator, runs, split):
             weights = (epoch / "model.safetensors").stat()
             request = {"model": str(epoch), "weights": [weights.st_size, weights.st_mtime_ns], **kept}
             request |= {"run": vars(run["settings"]), "images": run["images"], "versions": versions}
+            model = checkpoints.open_model(str(epoch))
+            layout = loaders.memory_format(args.channels_last, model)
+            request["memory_format"] = loaders.format_name(layout)  # the noise of random is drawn in memory's order
             file = record_file(args, epoch)
             if file.exists() and json.loads(file.read_text())["request"] == request:
                 continue
-            model = checkpoints.open_model(str(epoch))
-            layout = loaders.memory_format(args.channels_last, model)
-            line = f"memory format of {run['settings'].model}: {loaders.format_name(layout)}"
+            line = f"memory format of {run['settings'].model}: {request['memory_format']}"
             if line not in said:
                 accelerator.print(line)
                 said.add(line)
