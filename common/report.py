@@ -89,6 +89,8 @@ def save(figure, path, caption):
     """Write a picture as PNG and as SVG, below it what its marks mean."""
     caption = caption.replace(" %", "\N{NO-BREAK SPACE}%")
     figure.supxlabel(textwrap.fill(caption, int(13 * figure.get_figwidth())), fontsize=9)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # once is enough
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=150)
     plt.close(figure)
