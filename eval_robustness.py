@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
 
-from common import checkpoints, loaders, metrics, report, robustness, settings
+from common import checkpoints, loaders, metrics, published, report, robustness, settings
 from common.settings import InputError
 
 BENCHMARKS = ("imagenet", "real", "v2", "r", "sketch", "digits")
@@ -361,6 +361,27 @@ def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
     return first["top1"][one], other["top1"][two]
 
 
+def effective_robustness(args, tables) -> dict:
+    """``published.effective_robustness`` by model and protocol, of those for which there is a line.
+
+    For the others it is said what they lack.
+    """
+    found, lacking = {}, {}
+    for model, protocols in tables.items():
+        for shifted, (clean, *_) in published.SHIFTS.items():
+            if shifted in protocols and clean in protocols:
+                pair = (protocols[protocol]["top1"] for protocol in (clean, shifted))
+                found.setdefault(model, {})[shifted] = published.effective_robustness(*pair, shifted)
+            elif shifted in protocols:
+                lacking[shifted] = clean
+    if lacking:
+        print(f"\nno effective robustness on {', '.join(lacking)}: it needs imagenet among --benchmarks")
+    if found and args.allow_partial:
+        print("\nno effective robustness with --allow-partial: timm's accuracies are those of whole sets")
+        return {}
+    return found
+
+
 def main(argv=None):
     """Run as from the command line; the main process returns measures by model and protocol."""
     args = parse(argv)
@@ -385,14 +406,24 @@ def main(argv=None):
         if model != first
     }
     versions = {module.__name__: module.__version__ for module in (torch, timm, datasets, evaluate)}
-    saved = {"results": results, "differences_to_first": differences, "passes": notes, "versions": versions}
+    for old in Path(args.output).glob("effective_robustness.*"):
+        old.unlink()
+    effective = effective_robustness(args, tables)
+    saved = {"results": results, "differences_to_first": differences, "effective_robustness": effective}
+    saved |= {"passes": notes, "versions": versions}
     evaluate.save(Path(args.output) / "results.json", **saved)
     report.show(results, differences, args.markdown)
+    if effective:
+        report.show_effective(effective, args.markdown)
     for name, note in notes.items():
         if note["unreadable"]:
             print(f"{name}: left out {len(note['unreadable'])} images that cannot be read: {note['unreadable'][:5]}")
     report.draw(results, Path(args.output) / "accuracy.png")
-    print(f"\nwritten: {args.output}/results.json, accuracy.png, predictions/")
+    pictures = "accuracy.png, accuracy.svg"
+    if effective:
+        report.draw_effective(effective, Path(args.output) / "effective_robustness.png")
+        pictures += ", effective_robustness.png, effective_robustness.svg"
+    print(f"\nwritten: {args.output}/results.json, {pictures}, predictions/")
     return results
 
 

@@ -404,8 +404,9 @@ def main(argv=None):
         print(f"no rank correlation: it needs at least {MIN_RUNS} runs with the same perturbation")
     if any(one["runs"] < MIN_RUNS_INTERVAL for one in found):
         print(f"no interval: of fewer than {MIN_RUNS_INTERVAL} runs it would mean nothing")
-    report.draw_forgetting(measured, rows, args.thresholds, output)
-    print(f"\nwritten: {output}/measurements.csv, correlations.json and {len(list(output.glob('*.png')))} pictures")
+    report.draw_forgetting(measured, rows, found, args.thresholds, output)
+    pictures = len(list(output.glob("*.png")))
+    print(f"\nwritten: {output}/measurements.csv, correlations.json and {pictures} pictures, as png and svg")
     return found
 
 

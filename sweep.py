@@ -386,7 +386,15 @@ def tabulate(args, choose, points, complete):
         writer.writeheader()
         writer.writerows(flat)
     report.show_sweep(rows, choose)
-    print(f"\nwritten: {args.output}/sweep.csv, runs/, logs/")
+    curves = {}  # of the runs whose folders are on this machine
+    for row in rows:
+        setting = report.pairs({key: value for key, value in row["point"].items() if key != "seed"}) or "all seeds"
+        if metrics := report.read_metrics(Path(row["run"])):
+            curves.setdefault(setting, []).extend(metrics)
+    if curves:
+        report.draw_curves(curves, args.output / "curves.png")
+    pictures = "curves.png, curves.svg, " if curves else ""
+    print(f"\nwritten: {args.output}/sweep.csv, {pictures}runs/, logs/")
     return rows
 
 

@@ -1,10 +1,23 @@
 """Tables and pictures."""
 
+import itertools
+import json
+import textwrap
+from pathlib import Path, PurePath
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from scipy.special import expit, logit
+
+from common import published
 
 matplotlib.use("agg")
+
+EDGES = (5e-4, 1 - 5e-4)  # where accuracies of 0 and 1 are drawn, which the logit scale has infinitely far away
+MAX_CURVES = 20  # that a picture can tell apart
 
 
 def show(results, differences, markdown):
@@ -38,21 +51,202 @@ def table(lines, markdown):
             print("|" + "|".join(" --- " for _ in line) + "|")
 
 
-def draw(results, path):
-    """A bar for each model on each benchmark, with the 95 % interval of top-1."""
-    benchmarks = list(next(iter(results.values())))
-    figure, axes = plt.subplots(figsize=(2 + 1.1 * len(benchmarks) + 0.3 * len(results), 4), layout="constrained")
-    width = 0.8 / len(results)
-    for i, (model, measured) in enumerate(results.items()):
-        top1 = np.array([[100 * measured[b][key] for b in benchmarks] for key in ("top1", "top1_low", "top1_high")])
-        errors = [top1[0] - top1[1], top1[2] - top1[0]]
-        places = np.arange(len(benchmarks)) + (i - (len(results) - 1) / 2) * width
-        axes.bar(places, top1[0], width, yerr=errors, capsize=2, label=model)
-    axes.set(ylabel="top-1 accuracy, %", ylim=(0, 100), xticks=range(len(benchmarks)), xticklabels=benchmarks)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+def show_effective(found, markdown):
+    """Print ``published.effective_robustness`` of every model under every shift."""
+    lines = [["model", "benchmark", "clean %", "top-1 %", "line %", "points above", "95 %", "timm's models"]]
+    for model, shifts in found.items():
+        for shift, r in shifts.items():
+            accuracies = [f"{100 * r[key]:.2f}" for key in ("clean", "shifted", "expected")]
+            interval = f"{100 * r['low']:+.2f} to {100 * r['high']:+.2f}"
+            lines.append(
+                [model, shift, *accuracies, f"{100 * r['above']:+.2f}", interval, f"± {100 * r['spread']:.2f}"]
+            )
+    print(
+        "\nEffective robustness: above the line through timm's models trained on ImageNet-1k alone (bootstrap interval"
+    )
+    print("over images and over these models; last, the models' own standard deviation around the line):\n")
+    table(lines, markdown)
+    for model, shifts in found.items():
+        for shift in (shift for shift, r in shifts.items() if r["extrapolated"]):
+            print(f"{model} on {shift}: the line is extrapolated, as no model of timm's has such a clean accuracy")
+
+
+def short_names(names) -> dict[str, str]:
+    """Models' names for a picture: folders without what they have in common, and without a "last" or "best" of all."""
+    parts = {name: list(PurePath(name).parts) for name in names}
+    folders = [own for own in parts.values() if len(own) > 1]
+    if {own[-1] for own in folders} in ({"last"}, {"best"}):
+        for own in folders:
+            own.pop()
+    while folders and len({own[0] for own in folders}) == 1 and min(map(len, folders)) > 1:
+        for own in folders:
+            own.pop(0)
+    short = {name: "/".join(own) for name, own in parts.items()}
+    return short if len(set(short.values())) == len(short) else {name: name for name in names}
+
+
+def save(figure, path, caption):
+    """Write a picture as PNG and as SVG, below it what its marks mean."""
+    caption = caption.replace(" %", "\N{NO-BREAK SPACE}%")
+    figure.supxlabel(textwrap.fill(caption, int(13 * figure.get_figwidth())), fontsize=9)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # once is enough
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=150)
     plt.close(figure)
+
+
+def logit_axis(panel, which, values):
+    """Put the axis ``which`` ("x" or "y") on the logit scale, on which 0.1 % is far from 1 %, and 98 % from 99 %.
+
+    Its limits fit the ``values``, accuracies in [0, 1].
+    """
+    ends = logit(np.clip([np.min(values), np.max(values)], *EDGES))
+    low, high = ends + np.array([-1, 1]) * max(0.05 * np.ptp(ends), 0.05)
+    ticks = []
+    for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9):
+        place = logit(tick / 100)
+        if low <= place <= high and (not ticks or place - logit(ticks[-1] / 100) > (high - low) / 9):
+            ticks.append(tick)
+    if len(ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(*100 * expit([low, high])) if 0 < tick < 100]
+    panel.set(**{f"{which}scale": "logit"})
+    axis = panel.xaxis if which == "x" else panel.yaxis
+    axis.set_major_locator(FixedLocator(np.array(ticks) / 100))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda tick, _: f"{100 * tick:g}")
+    panel.set(**{f"{which}lim": expit([low, high])})
+
+
+def draw(results, path):
+    """A panel for each benchmark, with every model's top-1 and its 95 % interval."""
+    names, benchmarks = short_names(results), list(dict.fromkeys(b for measured in results.values() for b in measured))
+    columns = min(len(benchmarks), 5)
+    rows = -(-len(benchmarks) // columns)
+    size = (2 + 1.9 * columns, 0.7 + rows * (0.8 + 0.32 * len(results)))
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, benchmark in itertools.zip_longest(axes.flat, benchmarks):
+        if benchmark is None:
+            axis.set_visible(False)
+            continue
+        for i, measured in enumerate(results.values()):
+            r = measured[benchmark]
+            low, top1, high = (100 * r[key] for key in ("top1_low", "top1", "top1_high"))
+            axis.errorbar(top1, i, xerr=[[top1 - low], [high - top1]], fmt="o", color=f"C{i}", capsize=3, markersize=4)
+            axis.annotate(f"{top1:.2f}", (top1, i), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+        axis.set_title(f"{benchmark}\nn = {r['examples']:,}", fontsize=10)
+        axis.margins(x=0.2)
+        axis.xaxis.set_major_locator(MaxNLocator(3))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set(yticks=range(len(results)), yticklabels=names.values(), ylim=(len(results) - 0.5, -0.6))
+    save(figure, path, "Top-1 accuracy in %, with its 95 % Wilson interval over n images. Each panel has its own axis.")
+
+
+def draw_effective(found, path):
+    """For each shift, above: accuracy under it against clean accuracy, of timm's models, their line, and ours.
+
+    Below: the points above the line.
+    """
+    names, shifts = short_names(found), list(dict.fromkeys(shift for measured in found.values() for shift in measured))
+    size = (4.4 * len(shifts), 7.4 + 0.2 * len(found))
+    figure, axes = plt.subplots(2, len(shifts), figsize=size, sharex="col", squeeze=False, layout="constrained")
+    for (top, bottom), shift in zip(axes.T, shifts):
+        timms, ours = published.baseline(shift), [r[shift] for r in found.values() if shift in r]
+        logit_axis(top, "x", [*timms[:, 0], *(r["clean"] for r in ours)])
+        logit_axis(top, "y", [*timms[:, 1], *(r["shifted"] for r in ours)])
+        grid = expit(np.linspace(*logit(top.get_xlim()), 100))
+        top.scatter(*timms.T, s=6, color="0.75")
+        top.plot(grid, published.expected(grid, *published.line(shift)), color="0.4")
+        above = 100 * (timms[:, 1] - published.expected(timms[:, 0], *published.line(shift)))
+        bottom.scatter(timms[:, 0], above, s=6, color="0.75", label=f"timm's {len(timms)} models")
+        bottom.axhline(0, color="0.4", label="the line through them")
+        for model, r in ((model, measured[shift]) for model, measured in found.items() if shift in measured):
+            x, y = (np.clip(r[key], *EDGES) for key in ("clean", "shifted"))
+            middle, low, high = (100 * r[key] for key in ("above", "low", "high"))
+            label = f"{names[model]}: {middle:+.2f} ({low:+.2f} to {high:+.2f})"
+            style = {
+                "color": f"C{list(found).index(model)}",
+                "marker": "o",
+                "markeredgecolor": "white",
+                "linestyle": "",
+            }
+            top.plot(x, y, **style)
+            bottom.errorbar(x, middle, yerr=[[middle - low], [high - middle]], capsize=3, label=label, **style)
+        top.set(ylabel=f"top-1 on {shift}, %")
+        bottom.set(xlabel=f"top-1 on {published.SHIFTS[shift][0]}, %", ylabel=f"{shift}: points above the line")
+        bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8)
+        for axis in (top, bottom):
+            axis.spines[["top", "right"]].set_visible(False)
+    marks = "Grey: timm's models that were trained on ImageNet-1k alone. Top: accuracies on the logit scale."
+    whiskers = "with 95 % bootstrap intervals over images and over timm's models"
+    save(figure, path, f"{marks} Bottom: effective robustness, the points above the line, {whiskers}.")
+
+
+def series(rows, x, y):
+    """The values of ``y`` by those of ``x``; what is None is left out."""
+    found = {}
+    for row in rows:
+        if row.get(y) is not None:
+            found.setdefault(row[x], []).append(row[y])
+    return found
+
+
+def band(axis, found, **style):
+    """The means of a ``series`` as a line, and a band from the least to the greatest value."""
+    xs = sorted(found)
+    axis.plot(xs, [np.mean(found[x]) for x in xs], **style)
+    if any(len(values) > 1 for values in found.values()):
+        ends = [[end(found[x]) for x in xs] for end in (min, max)]
+        axis.fill_between(xs, *ends, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of a run's ``metrics.jsonl``, with ``run``, its folder, and epochs from 1; none without such a file."""
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [{**row, "run": str(folder), "epoch": row["epoch"] + 1} for row in rows]
+
+
+def draw_curves(groups, path):
+    """Loss, accuracy, lr and rho over epochs.
+
+    Args:
+        groups: by name, ``read_metrics`` of a run, or of all runs that differ in the seed alone. Of more than
+            ``MAX_CURVES`` those are drawn that are best on the held-out images at the end.
+    """
+    first = next(iter(groups.values()))
+    held_out = "validation" if "validation" in first[0] else "test"
+
+    def last(name):
+        found = series(groups[name], "epoch", held_out)
+        return np.mean(found[max(found)])
+
+    best = sorted(groups, key=last, reverse=True)[:MAX_CURVES]
+    runs = {name: len({row["run"] for row in rows}) for name, rows in groups.items()}
+    panels = {"loss": "training loss", held_out: f"top-1 on {held_out}, %", "train": "top-1 in training, %"}
+    panels |= {"lr": "learning rate", "rho": "rho"}
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    for axis, (key, title) in zip(axes.flat, panels.items()):
+        found = {name: series(groups[name], "epoch", key) for name in groups if name in best}
+        every = [value for own in found.values() for values in own.values() for value in values]
+        if key in (held_out, "train") and every:
+            logit_axis(axis, "y", every)
+            found = {name: {x: np.clip(values, *EDGES) for x, values in own.items()} for name, own in found.items()}
+        for i, (name, own) in enumerate(found.items()):
+            label = f"{name} ({runs[name]} runs)" if runs[name] > 1 else name
+            band(axis, own, color=plt.get_cmap("tab10" if len(best) <= 10 else "tab20")(i), label=label, marker=".")
+        axis.set(xlabel="epoch", title=title, visible=bool(every))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1, 2].set_axis_off()
+    several = f"the {len(best)} best of {len(groups)} settings" if len(best) < len(groups) else None
+    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=8, title=several)
+    note = (
+        "Loss and accuracy in training are those of augmented images, with SAM at perturbed weights; accuracies are on "
+    )
+    note += "the logit scale; learning rate and rho are those at the end of an epoch."
+    bands = " Lines are means over seeds, bands go from the least to the greatest." if max(runs.values()) > 1 else ""
+    save(figure, path, note + bands)
 
 
 def show_correlations(found):
@@ -68,52 +262,90 @@ def show_correlations(found):
         table(lines, False)
 
 
-def draw_forgetting(measured, rows, thresholds, folder):
-    """Forgetting and flatness against accuracy, and forgetting over epochs and thresholds."""
-    kinds = list(dict.fromkeys(row["perturbation"] for row in rows))
+def forgetting_styles(rows):
+    """Methods differ in colour, m in shape and rho in size: a function of the three, and the legend's handles."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    colours = {name: f"C{i}" for i, name in enumerate(methods)}
-    last = {(row["run"], row["perturbation"]): row for row in sorted(rows, key=lambda row: row["epoch"])}.values()
+    ms, rhos = (sorted({row[key] for row in rows}) for key in ("m", "rho"))
+    colours = {method: f"C{i}" for i, method in enumerate(methods)}
+    shapes, sizes = dict(zip(ms, itertools.cycle("os^DvP*X"))), dict(zip(rhos, np.linspace(5, 9, len(rhos))))
 
-    def panels(name, xlabel, ylabel, points):
-        figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.6), sharey=True, layout="constrained")
-        for axis, kind in zip(np.atleast_1d(axes), kinds):
-            for method in methods:
-                points(axis, kind, method)
-            axis.set(xlabel=xlabel, title=f"perturbation: {kind}")
+    def style(method, m, rho):
+        return {"color": colours[method], "marker": shapes[m], "markersize": sizes[rho], "markeredgecolor": "white"}
+
+    def handle(label, method=methods[0], m=ms[0], rho=rhos[-1], **changed):
+        return Line2D([], [], linestyle="", label=label, **style(method, m, rho) | changed)
+
+    shown = rhos if len(rhos) <= 4 else [rhos[0], rhos[-1]]
+    handles = [handle(method, method, marker="s") for method in methods]
+    handles += [handle(f"m {m}", m=m, color="0.5") for m in ms]
+    return style, handles + [handle(f"rho {rho:.3g}", rho=rho, color="0.5") for rho in shown]
+
+
+def draw_forgetting(measured, rows, found, thresholds, folder):
+    """Forgetting and flatness against accuracy, with the taus ``found``, and forgetting over epochs and thresholds."""
+    last = {(row["run"], row["perturbation"]): row for row in sorted(rows, key=lambda row: row["epoch"])}
+    style, handles = forgetting_styles(last.values())
+    kinds = list(dict.fromkeys(row["perturbation"] for row in rows))
+    most = max(kinds, key=[kind for _, kind in last].count)  # flatness is the same for each
+    curves = {key: {"epoch": [], "threshold": []} for key in last}
+    for row in rows:
+        curves[row["run"], row["perturbation"]]["epoch"].append(row)
+    for run, _, record in measured:  # a run's last epoch comes last
+        for kind, values in record["perturbations"].items():
+            points = zip(thresholds, values["by_threshold"])
+            curves[str(run["folder"]), kind]["threshold"] = [{"threshold": t, "forgetting": bits} for t, bits in points]
+
+    def panels(name, kinds, xlabel, ylabel, caption, draw):
+        size = (4.2 * len(kinds) + 1.2, 4.2)
+        figure, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axis, kind in zip(axes[0], kinds):
+            own = {run: row for (run, of), row in last.items() if of == kind}
+            axis.set_title(f"perturbation: {kind}, n = {len(own)} runs{draw(axis, kind, own)}", fontsize=10)
+            axis.set(xlabel=xlabel)
             axis.spines[["top", "right"]].set_visible(False)
-        np.atleast_1d(axes)[0].set(ylabel=ylabel)
-        figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        plt.close(figure)
+        axes[0, 0].set(ylabel=ylabel)
+        figure.legend(handles=handles, loc="outside right center", frameon=False)
+        save(figure, folder / name, caption)
 
-    def against_accuracy(quantity):
-        def points(axis, kind, method):
-            chosen = [row for row in last if row["perturbation"] == kind and row["method"] == method]
-            values = [quantity(row) for row in chosen], [100 * row["accuracy"] for row in chosen]
-            axis.scatter(*values, color=colours[method], label=method, s=14, alpha=0.7)
+    def against_accuracy(name, kinds, xlabel, quantity, value):
+        caption = "A marker is a run, after its last epoch; Kendall's tau has a 95 % bootstrap interval over runs."
 
-        return points
+        def draw(axis, kind, own):
+            for row in own.values():
+                point = [value(row)], [100 * row["accuracy"]]
+                axis.plot(*point, linestyle="", alpha=0.8, **style(row["method"], row["m"], row["rho"]))
+            return f"\nKendall's tau {described(found, kind, quantity)}"
 
-    def over_epochs(axis, kind, method):
-        chosen = [row for row in rows if row["perturbation"] == kind and row["method"] == method]
-        epochs = sorted({row["epoch"] for row in chosen})
-        values = [np.mean([row["forgetting"] for row in chosen if row["epoch"] == epoch]) for epoch in epochs]
-        axis.plot(epochs, values, "o-", color=colours[method], label=method, markersize=4)
+        panels(name, kinds, xlabel, "accuracy, %", caption, draw)
 
-    def over_thresholds(axis, kind, method):
-        chosen = {}
-        for run, _, record in measured:  # a run's last epoch comes last
-            if run["settings"].method == method and kind in record["perturbations"]:
-                chosen[run["folder"]] = record["perturbations"][kind]["by_threshold"]
-        if chosen:
-            axis.plot(thresholds, np.mean(list(chosen.values()), 0), color=colours[method], label=method)
+    def over(x, every):
+        def draw(axis, kind, own):
+            groups = {}
+            for run, row in own.items():
+                groups.setdefault((row["method"], row["m"], row["rho"]), []).extend(curves[run, kind][x])
+            for setting, points in groups.items():
+                band(axis, series(points, x, "forgetting"), linewidth=1, markevery=every, **style(*setting))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=x == "epoch"))
+            return ""
 
-    accuracy, bits = "accuracy, %", "forgetting, bits"
-    panels("forgetting_accuracy", bits, accuracy, against_accuracy(lambda row: row["forgetting"]))
-    panels("flatness_accuracy", "flatness, -lambda_max", accuracy, against_accuracy(lambda row: -row["lambda_max"]))
-    panels("forgetting_epochs", "epoch", bits, over_epochs)
-    panels("forgetting_thresholds", "threshold", bits, over_thresholds)
+        means = "Lines are means over runs of one method, m and rho; bands go from the least to the greatest."
+        panels(f"forgetting_{x}s", kinds, x, "forgetting, bits", means, draw)
+
+    against_accuracy("forgetting_accuracy", kinds, "forgetting, bits", "forgetting", lambda row: row["forgetting"])
+    against_accuracy("flatness_accuracy", [most], "flatness, -lambda_max", "flatness", lambda row: -row["lambda_max"])
+    over("epoch", every=1)
+    over("threshold", every=max(1, len(thresholds) // 5))
+
+
+def described(found, kind, quantity) -> str:
+    """A tau after the last epoch, with its interval, or why there is none."""
+    own = [c for c in found if (c["perturbation"], c["epochs"], c["quantity"]) == (kind, "last", quantity)]
+    if not own:
+        return "is not there: too few runs"
+    if np.isnan(own[0]["tau"]):
+        return "is not there: all values are equal"
+    interval = f"{own[0]['low']:+.2f} to {own[0]['high']:+.2f}"
+    return f"{own[0]['tau']:+.2f} ({'too few runs for an interval' if 'nan' in interval else interval})"
 
 
 def pairs(point: dict) -> str:

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from common import checkpoints
+from common import checkpoints, report
 from common.loaders import Batches
 from common.metrics import Top1
 from common.settings import METHODS, InputError, did_you_mean, resolved, shared_on_resume
@@ -55,6 +55,8 @@ class Job:
     def __post_init__(self):
         # the first weights, for shrink-and-perturb
         self.initial = [p.detach().clone() for p in self.model.parameters()] if self.args.shrink_perturb else []
+        # this epoch's training examples of this process that the descent pass got right, counted without a host read
+        self.right = torch.zeros((), device=self.accelerator.device)
 
 
 @dataclasses.dataclass
@@ -66,6 +68,8 @@ class Progress:
     steps: int = 0  # the same, of all epochs
     updates: int = 0  # of all epochs, without those skipped: what the schedule follows
     loss: float = 0.0  # sum over this epoch's steps, in the main process
+    right: float = 0.0  # this epoch's examples, of all processes, whose most likely class was the true one
+    seconds: float = 0.0  # that this epoch's steps took
     best: float = -1.0
 
 
@@ -246,9 +250,11 @@ def forward_backward(job: Job, batch: dict, objective: Callable | None, sync: bo
         # DDP exchanges gradients where the forward pass says so: hence the order of the two contexts.
         exchange = sync and i == len(micro_batches) - 1
         with perturbed, contextlib.nullcontext() if exchange else _alone(job):
-            loss = job.criterion(job.model(images), labels)
+            logits = job.model(images)
+            loss = job.criterion(logits, labels)
             job.accelerator.backward(loss * share)
         total += loss.detach() / len(micro_batches)
+        job.right += (logits.argmax(-1) == labels).sum()
     return total
 
 
@@ -356,6 +362,8 @@ def train_epoch(job, progress, watch, bar):
     job.model.train()
     job.schedule(progress.updates)
     interval, total = job.args.checkpoint_interval, torch.tensor(progress.loss, device=job.accelerator.device)
+    job.right.fill_(progress.right / job.accelerator.num_processes)
+    start = time.monotonic() - progress.seconds
     batches = job.batches.train(progress.epoch, progress.step * job.batches.accumulation)
     while progress.step < job.batches.steps:
         shown = {key: value for key, value in job.optimizer.param_groups[0].items() if key in ("lr", "rho")}
@@ -371,7 +379,9 @@ def train_epoch(job, progress, watch, bar):
         if seen is None:
             continue
         mean, stop = seen
-        progress.loss = job.accelerator.reduce(total, "mean").item()
+        sums = job.accelerator.reduce(torch.stack([total, job.right]), "mean").tolist()
+        progress.loss, progress.right = sums[0], sums[1] * job.accelerator.num_processes
+        progress.seconds = time.monotonic() - start
         average = f"{progress.loss / progress.step:.3f}"  # over the epoch
         bar.set_postfix(loss=average, **{key: f"{value:.4g}" for key, value in shown.items()})
         job.accelerator.log({f"train/{key}": value for key, value in {"loss": mean, **shown}.items()}, progress.steps)
@@ -415,13 +425,16 @@ def fit(job: Job) -> None:
             if top1 > progress.best and held_out == "validation":
                 save_model(job, "best")
             loss = progress.loss / job.batches.steps
-            line = {"epoch": progress.epoch, "loss": loss if math.isfinite(loss) else None, held_out: top1}
+            line = {"epoch": progress.epoch, "loss": loss if math.isfinite(loss) else None}
+            line |= {"train": progress.right / (job.batches.steps * args.batch_size), held_out: top1}
+            line |= {key: job.optimizer.param_groups[0].get(key) for key in ("lr", "rho")}  # at the epoch's end
+            line["seconds"] = round(progress.seconds, 3)
             with checkpoints.fail_together(accelerator), checkpoints.writing(job.args.output):
                 if accelerator.is_main_process:
                     with (Path(args.output) / "metrics.jsonl").open("a") as file:
                         file.write(json.dumps(line) + "\n")
             progress.best = max(progress.best, top1)
-            progress.epoch, progress.step, progress.loss = progress.epoch + 1, 0, 0.0
+            progress = dataclasses.replace(progress, epoch=progress.epoch + 1, step=0, loss=0.0, right=0.0, seconds=0.0)
 
 
 def save_model(job, name):
@@ -457,7 +470,7 @@ def begin(job) -> Progress:
             if not own:
                 for old in ("checkpoints", "best", "last", "epochs"):
                     shutil.rmtree(output / old, ignore_errors=True)
-                for old in ("metrics.jsonl", "results.json"):
+                for old in ("metrics.jsonl", "results.json", "curves.png", "curves.svg"):
                     (output / old).unlink(missing_ok=True)
             output.mkdir(parents=True, exist_ok=True)
             metrics = output / "metrics.jsonl"
@@ -529,6 +542,7 @@ def final_evaluation(job: Job) -> dict[str, float]:
     with checkpoints.fail_together(accelerator), checkpoints.writing(output):
         if accelerator.is_main_process:
             (output / "results.json").write_text(json.dumps(top1, indent=2) + "\n")
+            report.draw_curves({output.name: report.read_metrics(output)}, output / "curves.png")
             if args.push_to_hub:
                 checkpoints.push(args.push_to_hub, output / "last", resolved(args), top1["last"])
     return top1["last"]

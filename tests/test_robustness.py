@@ -26,7 +26,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
 from timm.models import save_for_hf
 
 import eval_robustness
-from common import checkpoints, loaders, metrics, robustness
+from common import checkpoints, loaders, metrics, published, robustness
 from common.digits import SHIFTS, digits
 from common.settings import InputError
 
@@ -379,6 +379,28 @@ def test_results_table_picture_and_predictions(tmp_path, capsys):
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     table = datasets.Dataset.from_parquet(str(tmp_path / "out" / "predictions" / "wrong_about_3_6_9" / "v2.parquet"))
     assert sum(not right for right in table["top1"]) == 3
+
+
+def test_effective_robustness_is_that_of_both_sets_in_table_record_and_picture(tmp_path, capsys):
+    v2 = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
+    val = write_folders(tmp_path / "val", {name: i for i, name in enumerate(WORDNET)})
+    places, wrong = (f"v2={v2}", f"imagenet={val}"), "wrong about " + " ".join(map(str, range(300)))
+    evaluate(tmp_path, ["imagenet", "v2"], *places, models=("right", wrong))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["effective_robustness"]
+    slope, intercept = published.line("v2")
+    expected = 1 / (1 + math.exp(-(slope * math.log(0.7 / 0.3) + intercept)))
+    assert found[wrong]["v2"]["above"] == pytest.approx(0.7 - expected)
+    assert found["right"]["v2"]["above"] == 0
+    printed = capsys.readouterr().out
+    assert f"{100 * (0.7 - expected):+.2f}" in printed and "right on v2: the line is extrapolated" in printed
+    pictures = [tmp_path / "out" / f"effective_robustness.{ending}" for ending in ("png", "svg")]
+    assert all(picture.stat().st_size for picture in pictures)
+    evaluate(tmp_path, ["v2"], places[0])
+    assert "no effective robustness on v2: it needs imagenet among --benchmarks" in capsys.readouterr().out
+    assert not any(picture.exists() for picture in pictures)  # of another result than results.json
+    evaluate(tmp_path, ["imagenet", "v2"], *places, flags=["--allow-partial"])
+    assert "no effective robustness with --allow-partial: timm's accuracies are" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["effective_robustness"] == {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

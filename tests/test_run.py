@@ -121,6 +121,31 @@ def test_metrics_have_one_line_for_each_epoch_with_its_accuracy(scripted):
     assert [(line["epoch"], line["validation"]) for line in lines] == list(enumerate(SCRIPTED))
 
 
+def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeypatch):
+    images, seen = write_folder(tmp_path / "images", images=5), []
+    update = training.update
+
+    def recorded(job, batches, perturb):
+        before = job.right.item()
+        loss = update(job, batches, perturb)
+        seen.append((loss.item(), job.right.item() - before))
+        return loss
+
+    monkeypatch.setattr(training, "update", recorded)
+    recipe = {"epochs": 3, "warmup_epochs": 1, "method": "sam", "rho": 0.3, "rho_min": 0.1, "lr": 0.01, "min_lr": 0.001}
+    train_imagenet.main(small_recipe(tmp_path, images, **recipe))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = len(seen) // 3
+    assert steps > 1
+    for i, line in enumerate(lines):
+        losses, right = zip(*seen[i * steps : (i + 1) * steps])
+        assert line["loss"] == pytest.approx(sum(losses) / steps) and line["train"] == sum(right) / (4 * steps)
+        assert line["rho"] == pytest.approx(0.1 + 0.2 * (line["lr"] - 0.001) / 0.009) and line["seconds"] > 0
+    assert [line["lr"] for line in lines] == pytest.approx([0.01, 0.0055, 0.001])
+    for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        assert (tmp_path / "run" / f"curves.{ending}").read_bytes().startswith(start)
+
+
 def test_without_validation_images_last_is_saved_and_there_is_no_best(tmp_path):
     images = write_folder(tmp_path / "images", splits=("train", "test"), images=4)
     train_imagenet.main(small_recipe(tmp_path, images, epochs=2, save_interval=1))

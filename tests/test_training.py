@@ -14,6 +14,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from test_data import write_folder
+from timm.loss import BinaryCrossEntropy
 
 import train_imagenet
 from common import loaders, settings, training
@@ -115,6 +116,26 @@ def test_perturbation_of_a_part_of_the_micro_batch_is_that_of_its_first_examples
     training.forward_backward(job, {"image": images, "label": labels}, job.objective, sync=True)
     for p, gradient in zip(params, gp):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, BinaryCrossEntropy()], ids=["ce", "bce"])
+def test_right_answers_are_counted_at_the_weights_of_the_descent_pass(accelerator, loss):
+    """A perturbation long enough to change most predictions, and two micro-batches of each of two loader batches."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3).double()
+    images, labels = torch.randn(16, 6).double(), torch.randint(0, 3, (16,))
+    expected, clean = 0, (model(images).argmax(-1) == labels).sum().item()
+    for x, y in zip(images.split(4), labels.split(4)):
+        g = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+        norm = sum((gi**2).sum() for gi in g).sqrt()
+        weight, bias = (p + 5 * gi / norm for p, gi in zip(model.parameters(), g))
+        expected += ((x @ weight.T + bias).argmax(-1) == y).sum().item()
+    model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=5.0))
+    job = make_job(
+        accelerator, model, optimizer, m=4, accumulation=2, criterion=loss, objective=lambda f, x, y: loss(f(x), y)
+    )
+    training.update(job, iter([{"image": images[i : i + 8], "label": labels[i : i + 8]} for i in (0, 8)]))
+    assert job.right.item() == expected != clean
 
 
 def test_shrink_and_perturb_pulls_to_the_first_weights_in_proportion_to_lr(accelerator):

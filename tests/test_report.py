@@ -1,0 +1,201 @@
+"""What the pictures show, and what they are called."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from common import published, report
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The pictures as they are saved, each with its name and caption."""
+    pictures = {}
+    monkeypatch.setattr(report, "save", lambda figure, path, caption: pictures.update({path.stem: (figure, caption)}))
+    yield pictures
+    plt.close("all")
+
+
+def texts(figure):
+    """All that is written in a picture's panels and legends."""
+    found = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    for axis in figure.axes:
+        found += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel(), *(text.get_text() for text in axis.texts)]
+        found += [text.get_text() for text in (axis.get_legend().get_texts() if axis.get_legend() else ())]
+    return found
+
+
+@pytest.mark.parametrize(
+    "names, short",
+    [
+        (["outputs/digits-obf/last"], ["digits-obf"]),
+        (["outputs/a/last", "outputs/b/last", "resnet18.a1_in1k"], ["a", "b", "resnet18.a1_in1k"]),
+        (["outputs/a/last", "outputs/a/best"], ["last", "best"]),
+        (["outputs/a/last", "outputs/b/best"], ["a/last", "b/best"]),
+        (["outputs/x/seed=0/last", "elsewhere/x/seed=0/last"], ["outputs/x/seed=0", "elsewhere/x/seed=0"]),
+        (["outputs/a/last", "a"], ["outputs/a/last", "a"]),  # else both were "a"
+    ],
+)
+def test_names_for_pictures_are_short_and_differ(names, short):
+    assert report.short_names(names) == dict(zip(names, short))
+
+
+@pytest.mark.parametrize("values", [(0.001, 0.9), (0.98, 0.99), (0.681, 0.693), (0.0, 1.0), (0.5,)])
+def test_the_logit_axis_holds_its_values_and_has_ticks_that_can_be_told_apart(values):
+    figure, axis = plt.subplots(figsize=(4, 4))
+    report.logit_axis(axis, "y", values)
+    low, high = axis.get_ylim()
+    inside = np.clip(values, *report.EDGES)
+    assert low < min(inside) and max(inside) < high
+    ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
+    assert len(ticks) >= 2
+    places = [axis.transData.transform((0, tick))[1] for tick in ticks]
+    assert min(np.diff(places)) > 15  # pixels: a line of text
+    assert all(abs(float(axis.yaxis.get_major_formatter()(tick)) - 100 * tick) < 1e-3 for tick in ticks)
+    plt.close(figure)
+
+
+def measured(top1, low, high, examples):
+    return {"top1": top1, "top1_low": low, "top1_high": high, "examples": examples}
+
+
+def test_small_accuracies_and_small_differences_are_visible(drawn, tmp_path):
+    results = {
+        "outputs/a/last": {
+            "imagenet": measured(0.98, 0.979, 0.981, 50_000),
+            "a-200": measured(0.001, 0.0005, 0.002, 7500),
+        },
+        "outputs/b/last": {
+            "imagenet": measured(0.99, 0.989, 0.991, 50_000),
+            "a-200": measured(0.002, 0.001, 0.003, 7500),
+        },
+    }
+    report.draw(results, tmp_path / "accuracy.png")
+    figure, caption = drawn["accuracy"]
+    assert "95 % Wilson" in caption and "n images" in caption
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
+    for axis, name, n in zip(figure.axes, ("imagenet", "a-200"), ("50,000", "7,500")):
+        assert axis.get_title() == f"{name}\nn = {n}"
+        points = [100 * r[name]["top1"] for r in results.values()]
+        places = axis.transData.transform([(point, 0) for point in points])[:, 0]
+        assert abs(places[1] - places[0]) > 0.2 * axis.get_window_extent().width
+        low, high = axis.get_xlim()
+        assert low < min(100 * r[name]["top1_low"] for r in results.values())
+        assert max(100 * r[name]["top1_high"] for r in results.values()) < high
+    assert {"98.00", "99.00", "0.10", "0.20"} <= set(texts(figure))
+
+
+def test_pictures_are_png_and_svg(tmp_path):
+    report.draw({"a": {"test": measured(0.5, 0.4, 0.6, 10)}}, tmp_path / "accuracy.png")
+    for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        assert (tmp_path / f"accuracy.{ending}").read_bytes().startswith(start)
+    assert not plt.get_fignums()
+
+
+def test_the_picture_of_effective_robustness_has_every_model_where_it_is(drawn, tmp_path, monkeypatch):
+    baseline = np.array([[0.5, 0.4], [0.6, 0.5], [0.7, 0.6], [0.8, 0.7]])
+    monkeypatch.setattr(published, "baseline", lambda shift: baseline)
+    monkeypatch.setattr(published, "line", lambda shift: (1.0, -0.4))
+    one = {"clean": 0.75, "shifted": 0.68, "expected": 0.66, "above": 0.02, "low": 0.01, "high": 0.03}
+    found = {
+        "outputs/a/last": {"v2": one, "sketch": one},
+        "outputs/b/last": {"v2": one | {"clean": 0.0, "shifted": 0.0}},
+    }
+    report.draw_effective(found, tmp_path / "effective.png")
+    figure, _ = drawn["effective"]
+    top = figure.axes[0]
+    assert top.get_xscale() == top.get_yscale() == "logit"
+    points = [tuple(line.get_xydata()[0]) for line in top.lines if line.get_marker() == "o"]
+    assert points == [(0.75, 0.68), (report.EDGES[0],) * 2]
+    assert np.array_equal(top.collections[0].get_offsets(), baseline)
+    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes[2:]]
+    assert legends[0][2:] == ["a: +2.00 (+1.00 to +3.00)", "b: +2.00 (+1.00 to +3.00)"]
+    assert legends[1][2:] == ["a: +2.00 (+1.00 to +3.00)"] and legends[0][0] == "timm's 4 models"
+
+
+def rows(run, values, **others):
+    lines = [{"epoch": i + 1, "validation": v, "loss": 1.0, "run": run, **others} for i, v in enumerate(values)]
+    return lines
+
+
+def line_of(axis, label):
+    (line,) = (line for line in axis.lines if line.get_label().startswith(label))
+    return line
+
+
+def test_curves_are_means_over_seeds_with_bands(drawn, tmp_path):
+    several = [*rows("1", [0.5, 0.8, 0.9], lr=0.1, rho=0.2), *rows("2", [0.7, 0.6], lr=0.1, rho=0.2)]
+    report.draw_curves({"sam": several, "base": rows("3", [0.1, 0.2, 1.0], lr=0.1, rho=None)}, tmp_path / "curves.png")
+    figure, caption = drawn["curves"]
+    _, accuracy, train, _, rho, legend = figure.axes
+    assert line_of(accuracy, "sam").get_xydata() == pytest.approx(np.array([[1, 0.6], [2, 0.7], [3, 0.9]]))
+    assert line_of(accuracy, "base").get_ydata() == pytest.approx([0.1, 0.2, report.EDGES[1]])
+    (band,) = accuracy.collections
+    assert {tuple(np.round(point, 6)) for point in band.get_paths()[0].vertices} >= {
+        (1, 0.5),
+        (1, 0.7),
+        (2, 0.6),
+        (2, 0.8),
+    }
+    assert not train.get_visible() and rho.get_visible()  # runs of an older version had no training accuracy
+    assert len(line_of(rho, "base").get_xdata()) == 0
+    assert ["sam (2 runs)", "base"] == [text.get_text() for text in legend.get_legend().get_texts()]
+    assert "bands" in caption
+
+
+def test_of_many_curves_the_best_are_drawn_and_it_is_said(drawn, tmp_path):
+    report.draw_curves({f"lr={i}": rows(str(i), [0.9, i / 50]) for i in range(30)}, tmp_path / "curves.png")
+    legend = drawn["curves"][0].axes[-1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [f"lr={i}" for i in range(10, 30)]
+    assert legend.get_title().get_text() == "the 20 best of 30 settings"
+
+
+def test_metrics_of_an_older_run_without_a_loss_are_read(tmp_path):
+    assert report.read_metrics(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 0, "loss": None, "test": 0.5}) + "\n")
+    assert report.read_metrics(tmp_path) == [{"epoch": 1, "loss": None, "test": 0.5, "run": str(tmp_path)}]
+
+
+def forgetting_row(run, method, m, rho, epoch, forgetting, kind="sam"):
+    return {
+        "run": run, "method": method, "m": m, "rho": rho, "epoch": epoch, "perturbation": kind, "accuracy": 0.9,
+        "forgetting": forgetting, "lambda_max": 3.0,
+    }  # fmt: skip
+
+
+def test_pictures_of_forgetting_tell_methods_m_rho_and_seeds_apart(drawn, tmp_path):
+    table, measured = [], []
+    for i, (method, m, rho) in enumerate([("sam", 8, 0.1), ("sam", 8, 0.1), ("sam", 32, 0.1), ("obf", 8, 0.2)]):
+        table += [forgetting_row(str(i), method, m, rho, epoch, i + 10 * epoch) for epoch in (1, 2)]
+        records = [{"perturbations": {"sam": {"by_threshold": [i + epoch, i]}}} for epoch in (1, 2)]
+        measured += [({"folder": str(i)}, None, record) for record in records]
+    tau = {"perturbation": "sam", "epochs": "last", "tau": 0.25, "low": -0.1, "high": 0.5}
+    found = [tau | {"quantity": "forgetting"}, tau | {"quantity": "flatness", "low": np.nan, "high": np.nan}]
+    report.draw_forgetting(measured, table, found, [0.3, 0.6], tmp_path)
+    figure, _ = drawn["forgetting_accuracy"]
+    assert figure.axes[0].get_title() == "perturbation: sam, n = 4 runs\nKendall's tau +0.25 (-0.10 to +0.50)"
+    styles = [(line.get_color(), line.get_marker(), line.get_markersize()) for line in figure.axes[0].lines]
+    assert styles[0] == styles[1] and len(set(styles)) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "sam",
+        "obf",
+        "m 8",
+        "m 32",
+        "rho 0.1",
+        "rho 0.2",
+    ]
+    assert drawn["flatness_accuracy"][0].axes[0].get_title().endswith("+0.25 (too few runs for an interval)")
+    epochs, thresholds = (drawn[f"forgetting_{x}s"][0].axes[0] for x in ("epoch", "threshold"))
+    assert epochs.lines[0].get_xydata().tolist() == [[1, 10.5], [2, 20.5]] and len(epochs.collections) == 1
+    assert thresholds.lines[0].get_xydata().tolist() == [[0.3, 2.5], [0.6, 0.5]]  # of the last epoch
+
+
+def test_a_picture_of_too_few_runs_says_so(drawn, tmp_path):
+    record = {"perturbations": {"sam": {"by_threshold": [0.1]}}}
+    report.draw_forgetting(
+        [({"folder": "0"}, None, record)], [forgetting_row("0", "sam", 8, 0.1, 1, 0.2)], [], [0.5], tmp_path
+    )
+    title = drawn["forgetting_accuracy"][0].axes[0].get_title()
+    assert title == "perturbation: sam, n = 1 runs\nKendall's tau is not there: too few runs"
