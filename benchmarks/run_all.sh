@@ -11,6 +11,7 @@ title() { printf '\n=== %s\n' "$*"; }
 
 title "A step's time and memory"
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    PYTHON=$python bash benchmarks/gpu.sh || echo "a row of gpu.sh failed"
     for flags in "--amp bf16" "--amp bf16 --compile" "--amp fp16"; do "$python" benchmarks/step.py $flags; done
 fi
 "$python" benchmarks/step.py --device cpu --models vit_small_patch32_224 resnet50 --rounds 9

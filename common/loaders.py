@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import multiprocessing
 import random
 import signal
 import sys
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets.utils.file_utils import xopen
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.data import create_transform, resolve_data_config
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import v2
 
 from common.data import explained
 from common.settings import InputError
@@ -65,7 +68,8 @@ def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batch
         accelerator.print(f"m is {m}: without --m, the examples that each of {accelerator.num_processes} loads at once")
     wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
     config = resolve_data_config(wanted, model=model)
-    train_transform, eval_transform = transforms(config, scale=args.scale, ratio=args.ratio, hflip=args.hflip)
+    augmentation = {key: getattr(args, key) for key in ("scale", "ratio", "hflip", "decoder")}
+    train_transform, eval_transform = transforms(config, **augmentation)
     size, train = train_batches(args, accelerator, splits["train"], train_transform, loaded)
     if size < args.batch_size:
         raise InputError(f"batch_size {args.batch_size} exceeds the {size} training images: lower it")
@@ -130,15 +134,36 @@ def _divisors(number):
     return "choose one of " + ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
 
 
-def transforms(config: dict, *, scale, ratio, hflip: float):
+def transforms(config: dict, *, scale, ratio, hflip: float, decoder: str = "pil"):
     """timm's training and evaluation transforms for a model's data config (``timm.data.resolve_data_config``).
 
-    Images come out as uint8 (3, height, width), for ``to_input`` to normalise on the device.
+    Images come out as uint8 (3, height, width), for ``to_input`` to normalise on the device. With the decoder
+    "torchcodec", that of training takes them as such, and draws what timm's draws.
+
+    Raises:
+        InputError: the decoder's transforms lack the interpolation.
     """
     shared = {"input_size": config["input_size"], "interpolation": config["interpolation"], "normalize": False}
     train = create_transform(**shared, is_training=True, scale=scale, ratio=ratio, hflip=hflip, color_jitter=None)
     evaluation = create_transform(**shared, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+    if decoder == "torchcodec":
+        if config["interpolation"] not in ("bilinear", "bicubic"):
+            raise InputError(
+                f"--decoder torchcodec does not resize by {config['interpolation']}: choose --interpolation bilinear "
+                f"or bicubic, or --decoder pil"
+            )
+        crop = RandomCropOfTensor(config["input_size"][1:], scale, ratio, config["interpolation"])
+        train = v2.Compose([crop, v2.RandomHorizontalFlip(hflip)])
     return train, evaluation
+
+
+class RandomCropOfTensor(RandomResizedCropAndInterpolation):
+    """timm's random crop, for uint8 tensors, which torchvision's older transforms would resize as floats."""
+
+    def __call__(self, image):
+        """Crop and resize."""
+        params = self.get_params(image, self.scale, self.ratio)
+        return v2.functional.resized_crop(image, *params, self.size, self.interpolation)
 
 
 def memory_format(channels_last: bool | None, model, fsdp2: bool = False) -> torch.memory_format:
@@ -186,19 +211,60 @@ def decode(image: dict | None) -> Image.Image:
     Raises:
         InputError: it cannot be read, or has no known range of values; the message has its file name.
     """
-    image = image or {"bytes": b"", "path": None}
-    raw, path = image["bytes"], image["path"]
+    path = image and image["path"]
     try:
-        if raw is None and "://" in (path or ""):
-            with xopen(path, "rb") as file:
-                raw = file.read()
-        with Image.open(path if raw is None and path else io.BytesIO(raw or b"")) as opened:
+        with Image.open(io.BytesIO(_encoded(image))) as opened:
             opened.load()
             return _to_rgb(opened)
     except Exception as error:  # what a damaged file makes PIL's plugins stumble over is of any class
         raise InputError(
             f"cannot read the image {path or '(without a file name)'}: replace or remove it ({error!r})"
         ) from error
+
+
+def _encoded(image):
+    """The bytes of an undecoded image; none if it is missing."""
+    image = image or {"bytes": b"", "path": None}
+    if image["bytes"] is not None or not image["path"]:
+        return image["bytes"] or b""
+    with xopen(image["path"], "rb") if "://" in image["path"] else open(image["path"], "rb") as file:
+        return file.read()
+
+
+def decode_to_tensor(image: dict | None, unsaid) -> torch.Tensor:
+    """What ``decode`` returns, as a tensor: uint8 (3, height, width).
+
+    An upright JPEG in RGB or grey is read by torchcodec, which finds the same pixels as PIL. Any other image is read by
+    PIL, since torchcodec turns it as its Exif tag has it, converts CMYK in another way or does not read it. The first
+    one is said; ``unsaid`` is a lock, shared by the loader's workers, that is held from then on.
+
+    Raises:
+        InputError: as ``decode`` does.
+    """
+    from torchcodec.decoders import decode_jpeg  # an optional package, which takes seconds to load
+
+    try:
+        encoded = _encoded(image)
+        with Image.open(io.BytesIO(encoded)) as opened:
+            turn = opened.getexif().get(ExifTags.Base.Orientation, 1)
+            kind = f"{opened.format}, {opened.mode}, Exif orientation {turn}"
+            if opened.format == "JPEG" and opened.mode in ("RGB", "L") and turn == 1:
+                return decode_jpeg(encoded)
+    except Exception as error:  # of whatever class, as in decode(), which has the last word
+        kind = repr(error)
+    pixels = v2.functional.pil_to_tensor(decode(image))
+    if unsaid.acquire(block=False):
+        path = image["path"] or "(without a file name)"
+        print(f"read by PIL, not by torchcodec, as others like it will be: {path} ({kind})", file=sys.stderr)
+    return pixels
+
+
+def _decoder(args):
+    """How training images are decoded for ``transforms``."""
+    if args.decoder == "pil":
+        return decode
+    # "spawn", since workers may be spawned: those that are forked can use such a lock too.
+    return functools.partial(decode_to_tensor, unsaid=multiprocessing.get_context("spawn").Lock())
 
 
 def _to_rgb(image):
@@ -217,8 +283,8 @@ class Images(torch.utils.data.Dataset):
     ``InputError`` with the file name if an image cannot be read.
     """
 
-    def __init__(self, split: datasets.Dataset, transform, seed: int = 0):
-        self.split, self.transform, self.seed = split, transform, seed
+    def __init__(self, split: datasets.Dataset, transform, seed: int = 0, decode=decode):
+        self.split, self.transform, self.seed, self.decode = split, transform, seed, decode
 
     def __len__(self):
         return len(self.split)
@@ -226,7 +292,7 @@ class Images(torch.utils.data.Dataset):
     def __getitems__(self, keys):
         keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
         rows = self.split[[index for _, index in keys]]
-        return _examples(rows["image"], rows["label"], keys, self.transform, self.seed)
+        return _examples(rows["image"], rows["label"], keys, self.transform, self.seed, self.decode)
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -255,9 +321,9 @@ class Stream(torch.utils.data.IterableDataset):
     is cut into parts for all readers that are equal as far as the shards are. An evaluation has one reader.
     """
 
-    def __init__(self, split, transform, batch_size, *, training=False, seed=0, process=0, processes=1):
+    def __init__(self, split, transform, batch_size, *, training=False, seed=0, process=0, processes=1, decode=decode):
         self.split, self.transform, self.batch_size, self.training = split, transform, batch_size, training
-        self.seed, self.process, self.processes = seed, process, processes
+        self.seed, self.process, self.processes, self.decode = seed, process, processes, decode
         self.num_classes = split.features["label"].num_classes
         self.readers = power_of_two(min(READERS, max(1, split.num_shards // processes))) if training else 1
         self.epoch = self.first = 0
@@ -281,7 +347,8 @@ class Stream(torch.utils.data.IterableDataset):
             if wrong:
                 raise InputError(f"the stream has the label {wrong[0]}; labels must lie in 0..{self.num_classes - 1}")
             keys = [(self.epoch, self.process, number, i) for i in range(len(rows))]
-            yield torch.utils.data.default_collate(_examples(images, labels, keys, self.transform, self.seed))
+            examples = _examples(images, labels, keys, self.transform, self.seed, self.decode)
+            yield torch.utils.data.default_collate(examples)
 
     def _batches(self, reader):
         rows = self._laps(self.process * self.readers + reader) if self.training else self._rows(self.split)
@@ -344,7 +411,7 @@ def reading(batches):
         raise InputError(f"{reason}; training goes on with --resume auto") from error
 
 
-def _examples(images, labels, keys, transform, seed):
+def _examples(images, labels, keys, transform, seed, decode):
     """Decode and transform; random numbers are drawn from streams named by ``seed`` and each key."""
     examples, state = [], random.getstate()
     with torch.random.fork_rng(devices=[]):
@@ -364,7 +431,7 @@ def train_batches(args, accelerator, split, transform, loaded):
         if not size:
             raise InputError(f"{args.dataset!r} does not say how many images it streams: give --train-num-samples")
         return size, _streamed_batches(args, accelerator, split, transform, loaded)
-    images = Images(split, transform, args.seed)
+    images = Images(split, transform, args.seed, _decoder(args))
     options = {"sampler": EpochSampler(len(images), args.batch_size, args.seed), "drop_last": True}
     options["persistent_workers"] = args.workers > 0
     loader = accelerator.prepare(_loader(args, accelerator, images, batch_size=loaded, **options))
@@ -377,8 +444,8 @@ def train_batches(args, accelerator, split, transform, loaded):
 
 
 def _streamed_batches(args, accelerator, split, transform, loaded):
-    rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    stream = Stream(split, transform, loaded, training=True, seed=args.seed, **rank)
+    options = {"process": accelerator.process_index, "processes": accelerator.num_processes, "decode": _decoder(args)}
+    stream = Stream(split, transform, loaded, training=True, seed=args.seed, **options)
     workers = power_of_two(min(args.workers, stream.readers))
     if workers < args.workers:
         accelerator.print(

@@ -145,6 +145,8 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     )
     g.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="its width over height (0.75 1.33)")
     g.add_argument("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
+    decoders = "of training images; torchcodec, a package, is faster and resizes a little differently (%(default)s)"
+    g.add_argument("--decoder", choices=["pil", "torchcodec"], default="pil", help=decoders)
     g.add_argument("--workers", type=int, default=WORKERS, help=WORKERS_HELP)
     g.add_argument("--streaming", action=boolean, help="read from the Hub as needed, store nothing (no)")
     g.add_argument("--validation-share", type=float, help="share of training images to hold out (the dataset's split)")
@@ -249,9 +251,27 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     if args.print_config:
         print(yaml.safe_dump(resolved(args), sort_keys=False), end="")
         raise SystemExit
+    check_decoder(args.decoder)
     if not args.dry_run:
         check_output(args)
     return args
+
+
+def check_decoder(decoder: str) -> None:
+    """Check that the package of ``decoder`` can be loaded.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if decoder == "torchcodec":
+        try:
+            import torchcodec.decoders  # noqa: F401
+        except Exception as error:  # also an OSError or a RuntimeError, of a build for another torch
+            reason = " ".join(str(error).split())
+            raise InputError(
+                "--decoder torchcodec cannot load its package: pip install 'torchcodec>=0.17', for a torch without "
+                f"CUDA from the index that torch came from, or drop the flag ({reason})"
+            ) from error
 
 
 def check_output(args) -> None:

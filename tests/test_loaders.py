@@ -1,14 +1,16 @@
 """From images to batches: what each transform does to pixels, and that seed, epoch, index and process all count."""
 
 import itertools
+import multiprocessing
+import sys
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from PIL import Image
-from test_data import write_folder
+from PIL import ExifTags, Image
+from test_data import file_of, write_folder
 
 import train_imagenet
 from common import data, loaders, settings
@@ -113,7 +115,7 @@ def opened(accelerator, images, *flags):
     usual = ["--dataset", str(images), "--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--m", "8"]
     usual += ["--workers", "0", "--crop-pct", "0.5", "--interpolation", "nearest", "--output", "nowhere"]
     args = settings.parse(train_imagenet.parser(), [*usual, *flags])
-    splits = data.load(args.dataset, validation_share=args.validation_share)
+    splits = data.load(args.dataset, args.streaming, args.validation_share)
     return loaders.open_splits(args, accelerator, splits, train_imagenet.create_model(args, 2)), splits
 
 
@@ -215,3 +217,107 @@ def test_a_stream_augments_each_image_of_each_process_and_epoch_in_its_own_way(t
 
     seen = torch.cat([crops(0, 0), crops(0, 1), crops(1, 0)])
     assert len(seen.unique(dim=0)) == 12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --decoder torchcodec
+
+
+def photograph(rng, mode="RGB"):
+    """Noise as smooth as a photograph, of a size of its own."""
+    small = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8))
+    return small.resize(tuple(rng.integers(40, 120, 2).tolist()), Image.BICUBIC).convert(mode)
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    pytest.importorskip("torchcodec")
+    root = write_folder(tmp_path_factory.mktemp("jpegs"), images=8)
+    rng = np.random.default_rng(0)
+    for i, path in enumerate(root.rglob("*.png")):
+        photograph(rng, "L" if i % 4 == 0 else "RGB").save(path.with_suffix(".jpg"), quality=90)
+        path.unlink()
+    return root
+
+
+@pytest.mark.parametrize("interpolation, tolerance", [("bilinear", 1), ("bicubic", 2)])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_torchcodec_gives_the_pixels_of_timms_crops_and_flips_within_1_or_2_of_255(
+    accelerator, jpegs, capfd, streaming, interpolation, tolerance
+):
+    flags = ["--interpolation", interpolation, "--scale", "0.05", "1", *["--streaming"] * streaming]
+    flags += ["--train-num-samples", "16"] * streaming
+    usual, fast = (opened(accelerator, jpegs, *flags, "--decoder", name)[0] for name in ("pil", "torchcodec"))
+    for epoch in range(2):
+        rows = zip(range(usual.steps), usual.train(epoch, 0), fast.train(epoch, 0))
+        for _, one, other in rows:
+            assert one["image"].shape == other["image"].shape and other["image"].dtype == torch.uint8
+            assert (one["image"].int() - other["image"].int()).abs().max() <= tolerance
+            assert torch.equal(one["label"], other["label"])
+            assert one["image"].float().std() > 20
+    assert "torchcodec" not in capfd.readouterr().err
+
+
+def test_torchcodec_is_of_training_images_alone(accelerator, jpegs):
+    flags = ["--interpolation", "bilinear", "--decoder"]
+    both = [opened(accelerator, jpegs, *flags, name)[0] for name in ("pil", "torchcodec")]
+    one, other = (torch.cat([row["image"] for row in batches.evaluation["validation"]]) for batches in both)
+    assert torch.equal(one, other)
+
+
+def test_an_epoch_read_by_torchcodec_goes_on_where_it_stopped_on_any_number_of_workers(accelerator, jpegs):
+    flags = ["--interpolation", "bilinear", "--decoder", "torchcodec"]
+    whole = epoch_of(opened(accelerator, jpegs, *flags)[0], 1)
+    for workers in ("0", "2"):
+        batches, _ = opened(accelerator, jpegs, *flags, "--workers", workers)
+        rest = torch.cat([batch["image"].flatten(1) for batch in batches.train(1, 1)])
+        assert torch.equal(rest, whole[8:])
+
+
+def turned(image):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return file_of(image, "jpeg", exif=exif)
+
+
+def test_what_torchcodec_does_not_read_as_pil_does_is_read_by_pil_and_said_once(capsys):
+    pytest.importorskip("torchcodec")
+    image = photograph(np.random.default_rng(1))
+    unsaid = multiprocessing.get_context("spawn").Lock()
+    assert loaders.decode_to_tensor(file_of(image, "jpeg"), unsaid).shape == (3, image.height, image.width)
+    assert not capsys.readouterr().err
+    files = [turned(image), file_of(image.convert("CMYK"), "jpeg"), file_of(image, "webp"), file_of(image, "png")]
+    for file in files:
+        expected = np.asarray(loaders.decode(file)).transpose(2, 0, 1)
+        assert np.array_equal(loaders.decode_to_tensor(file, unsaid).numpy(), expected)
+    assert capsys.readouterr().err == (
+        "read by PIL, not by torchcodec, as others like it will be: a.jpeg (JPEG, RGB, Exif orientation 6)\n"
+    )
+
+
+def test_a_folder_that_torchcodec_does_not_read_is_said_once_by_all_workers(accelerator, images, capfd):
+    pytest.importorskip("torchcodec")
+    flags = ["--interpolation", "bilinear", "--decoder", "torchcodec", "--workers", "2"]
+    batches, _ = opened(accelerator, images, *flags)
+    assert len(epoch_of(batches, 0)) == len(epoch_of(batches, 1)) == 24
+    assert capfd.readouterr().err.count("read by PIL, not by torchcodec") == 1
+
+
+@pytest.mark.parametrize("file", [b"", b"text", None])
+def test_an_image_that_neither_reads_is_named(file):
+    pytest.importorskip("torchcodec")
+    if file is None:
+        whole = file_of(photograph(np.random.default_rng(2)), "jpeg")["bytes"]
+        file = whole[: len(whole) // 2]
+    with pytest.raises(settings.InputError, match=r"cannot read the image broken\.jpg: replace or remove it"):
+        loaders.decode_to_tensor({"bytes": file, "path": "broken.jpg"}, multiprocessing.get_context("spawn").Lock())
+
+
+def test_torchcodec_without_its_package_or_for_another_interpolation_is_an_error(accelerator, images, monkeypatch):
+    pytest.importorskip("torchcodec")
+    with pytest.raises(settings.InputError, match="does not resize by lanczos: choose --interpolation bilinear or bic"):
+        opened(accelerator, images, "--decoder", "torchcodec", "--interpolation", "lanczos")
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(settings.InputError, match=r"cannot load its package: pip install 'torchcodec>=0\.17'"):
+        opened(accelerator, images, "--decoder", "torchcodec")
+    opened(accelerator, images)  # without which nothing needs it
