@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
 
-from common import checkpoints, loaders, metrics, report, robustness, settings
+from common import checkpoints, corruptions, loaders, metrics, report, robustness, settings
 from common.settings import InputError
 
 BENCHMARKS = ("imagenet", "real", "v2", "r", "sketch", "digits")
@@ -36,6 +37,8 @@ def parser() -> settings.Parser:
     known = f"{place} benchmark lies (on the Hub)"
     p.add_argument("--data", nargs="+", metavar="NAME=PLACE", default=[], help=known)
     p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes (no)")
+    kinds = f"{', '.join(corruptions.CORRUPTIONS)}; each in 3 severities"
+    p.add_argument("--corrupt", action="store_true", help=f"also evaluate on the images corrupted: {kinds} (no)")
     p.add_argument("--img-size", type=int, help="side of the model's input, pixels (each model's own)")
     p.add_argument("--crop-pct", type=float, help="centre crop, share of the side (each model's own)")
     p.add_argument("--interpolation", choices=settings.INTERPOLATIONS, help="of the resize (each model's own)")
@@ -217,7 +220,8 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
     transform = create_transform(**{key: config[key] for key in keys}, normalize=False)
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **rank)
+    options = {**rank, "corrupt": args.corrupt}
+    pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **options)
     workers = min(args.workers, len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
     options = loaders.worker_options(accelerator, workers)
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
@@ -226,7 +230,8 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     to_input = loaders.to_input(config, torch.float32)
     columns, unreadable = {}, []
     shown = {"desc": name, "unit": "image", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
-    with tqdm(total=len(ds) if stored(ds) else None, **shown) as bar:
+    times = 1 + args.corrupt * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
+    with tqdm(total=times * len(ds) if stored(ds) else None, **shown) as bar:
         for batch in loader:
             unreadable += batch["unreadable"]
             if not batch["key"]:
@@ -240,6 +245,7 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
                 raise InputError(f"{name}: the label {max(batch['label'])} is none of the {logits.shape[-1]} outputs")
             for benchmark in benchmarks:
                 for protocol, outputs, answers in right_answers(benchmark, batch):
+                    protocol += f".{batch['corruption']}" if batch["corruption"] else ""
                     add_scores(columns.setdefault(protocol, {}), logits, outputs, answers, batch["key"])
             bar.update(len(batch["key"]) * accelerator.num_processes)
     parts = gather_object([columns])
@@ -333,6 +339,7 @@ def request_of(args, accelerator, model_name, weights, config, name, ds, revisio
         "data": args.data.get(name) or robustness.HUB.get(name, "digits"), "revision": revision,
         "preprocessing": {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")},
         "mean": config["mean"], "std": config["std"], "precision": accelerator.mixed_precision,
+        "corrupt": corruptions.STRENGTHS if args.corrupt else None,
         "versions": {module.__name__: module.__version__ for module in (torch, timm)},
         # A streamed image is known by the loader worker that reads it.
         "stream": None if stored(ds) else [accelerator.num_processes, args.workers],
@@ -391,6 +398,29 @@ def announce_replacement(output, models, plan):
         )
 
 
+def corrupted(tables: dict) -> dict:
+    """By set: top-1 on it as it is (``clean``) and by corruption and severity, and the corruptions' ``mean``.
+
+    ``tables`` are one model's, by protocol; those of corrupted images are called PROTOCOL.CORRUPTION-SEVERITY.
+    """
+    found = {}
+    for name in (name for name in tables if "." in name):
+        protocol, _, kind = name.partition(".")
+        corruption, _, severity = kind.rpartition("-")
+        found.setdefault(protocol, {}).setdefault(corruption, {})[severity] = float(tables[name]["top1"].mean())
+    return {
+        protocol: {"clean": float(tables[protocol]["top1"].mean()), "corruptions": rows}
+        | metrics.mean(by_image(tables, protocol)["top1"])
+        for protocol, rows in found.items()
+    }
+
+
+def by_image(tables, protocol):
+    """The images' keys, and for each the share of its corruptions on which one model was right."""
+    parts = [table for name, table in tables.items() if name.startswith(f"{protocol}.")]
+    return {"key": parts[0]["key"], "top1": np.mean([table["top1"] for table in parts], 0)}
+
+
 def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
     """Whether each of two models was right, on the images that both have seen."""
     _, one, two = np.intersect1d(first["key"], other["key"], return_indices=True)
@@ -417,17 +447,23 @@ def main(argv=None):
     tables, notes = evaluate_all(args, accelerator, models, sets)
     if not accelerator.is_main_process:
         return None
-    results = {model: {p: metrics.classification(table) for p, table in ts.items()} for model, ts in tables.items()}
-    first = args.model[0]
+    clean = {model: {p: table for p, table in ts.items() if "." not in p} for model, ts in tables.items()}
+    results = {model: {p: metrics.classification(table) for p, table in ts.items()} for model, ts in clean.items()}
+    first, *others = args.model
     differences = {
-        model: {p: metrics.paired(*matched(tables[first][p], table)) for p, table in ts.items()}
-        for model, ts in tables.items()
-        if model != first
+        model: {p: metrics.paired(*matched(clean[first][p], table)) for p, table in clean[model].items()}
+        for model in others
     }
+    corruption = {model: corrupted(ts) for model, ts in tables.items() if args.corrupt}
+    for model, p in itertools.product(others, corruption.get(first, ())):
+        one, two = matched(by_image(tables[first], p), by_image(tables[model], p))
+        corruption[model][p]["difference_to_first"] = metrics.mean(two - one)
     versions = {module.__name__: module.__version__ for module in (torch, timm, datasets, evaluate)}
     saved = {"results": results, "differences_to_first": differences, "passes": notes, "versions": versions}
+    saved |= {"corrupted": corruption} if corruption else {}
     evaluate.save(Path(args.output) / "results.json", **saved)
     report.show(results, differences, args.markdown)
+    report.show_corrupted(corruption, args.markdown)
     for name, note in notes.items():
         if note["unreadable"]:
             print(f"{name}: left out {len(note['unreadable'])} images that cannot be read: {note['unreadable'][:5]}")

@@ -17,7 +17,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from timm.data import ImageNetInfo
 
-from common import data, loaders
+from common import corruptions, data, loaders
 from common.digits import SHIFTS
 from common.settings import InputError
 
@@ -30,7 +30,8 @@ HUB = {
 CLASSES = {"imagenet": 1000, "v2": 1000, "r": 200, "sketch": 1000, "digits": 10}
 MAX_UNREADABLE = 1e-3  # of a set's images
 
-WORDNET = ImageNetInfo("imagenet-1k").label_names()  # the ids of ImageNet's 1000 classes, in their order
+_INFO = ImageNetInfo("imagenet-1k")
+WORDNET = _INFO.label_names()  # the ids of ImageNet's 1000 classes, in their order
 
 
 def _plain(name):
@@ -45,7 +46,7 @@ def _is_number(name):
 _WORDS = {}  # "tench, Tinca tinca", as the Hub names classes; "crane" is two of them, there "crane" and "crane2"
 _SYNONYMS = {}  # the classes that "tench" may mean
 for _index in range(1000):
-    _name = ImageNetInfo("imagenet-1k").index_to_description(_index)
+    _name = _INFO.index_to_description(_index)
     _WORDS[f"{_name}2" if _name in _WORDS else _name] = _index
     for _word in {_plain(word) for word in (WORDNET[_index], _name, *_name.split(","))}:
         _SYNONYMS.setdefault(_word, []).append(_index)
@@ -207,12 +208,13 @@ class Pictures(torch.utils.data.IterableDataset):
     """A set's images, each once over all processes and loader workers, in batches ready to collate.
 
     A batch holds ``image`` (uint8), ``label`` (among ``classes_of`` the set, -1 where unknown), ``key`` (names the
-    image alike for every model) and ``path``; ``unreadable`` lists the names of images that could not be read.
+    image alike for every model) and ``path``; ``unreadable`` lists the names of images that could not be read. With
+    ``corrupt``, the same images follow in every corruption and severity, which ``corruption`` names; it is None before.
     """
 
-    def __init__(self, benchmark: str, ds, transform, batch_size: int, process: int = 0, processes: int = 1):
+    def __init__(self, benchmark, ds, transform, batch_size: int, process: int = 0, processes: int = 1, corrupt=False):
         self.benchmark, self.ds, self.transform, self.batch_size = benchmark, ds, transform, batch_size
-        self.process, self.processes = process, processes
+        self.process, self.processes, self.corrupt = process, processes, corrupt
         names = getattr(ds.features["label"], "names", None)
         self.to_index = names and list(range(len(names)))
         if names and benchmark in HUB:
@@ -235,10 +237,12 @@ class Pictures(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         for rows, keys in self._rows():
-            batch = {"image": [], "label": [], "key": [], "path": [], "unreadable": []}
+            batch = {"image": [], "label": [], "key": [], "path": [], "unreadable": [], "corruption": None}
+            seeds = []
             for image, label, key in zip(rows["image"], rows["label"], keys):
                 try:
-                    picture = self.transform(loaders.decode(image))
+                    decoded = loaders.decode(image)
+                    picture = self.transform(decoded)
                 except InputError:
                     batch["unreadable"].append((image and image["path"]) or f"image {key}")
                     continue
@@ -246,7 +250,14 @@ class Pictures(torch.utils.data.IterableDataset):
                 batch["label"].append(self.label(label, image["path"]))
                 batch["key"].append(key)
                 batch["path"].append(image["path"])
+                if self.corrupt:
+                    seeds.append(corruptions.seed_of(decoded))
             yield batch
+            if not self.corrupt:
+                continue
+            for name, severity in itertools.product(corruptions.CORRUPTIONS, corruptions.SEVERITIES):
+                images = [corruptions.corrupt(x, name, severity, seed) for x, seed in zip(batch["image"], seeds)]
+                yield batch | {"image": images, "unreadable": [], "corruption": f"{name}-{severity}"}
 
     def label(self, label, path: str | None) -> int:
         """The place among ``classes_of`` the set of an image with the set's ``label``; -1 where it has none.
