@@ -1,7 +1,9 @@
-"""Evaluate classifiers on ImageNet, ImageNet-Real, -V2, -R and -Sketch, or offline on the digits and five shifts."""
+"""Evaluate classifiers on images of your own, on ImageNet and its shifted sets, or on the digits and theirs."""
 
 import argparse
+import contextlib
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -18,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
 
-from common import checkpoints, loaders, metrics, published, report, robustness, settings
+from common import checkpoints, corruptions, loaders, metrics, published, report, robustness, settings
 from common.settings import InputError
 
 BENCHMARKS = ("imagenet", "real", "v2", "r", "sketch", "digits")
@@ -30,12 +32,14 @@ def parser() -> settings.Parser:
     p.add_argument(
         "--model", nargs="+", required=True, help="folders of trained models (OUTPUT/best) or timm names (required)"
     )
-    p.add_argument(
-        "--benchmarks", nargs="+", choices=BENCHMARKS, default=["digits"], help="sets to evaluate on (digits)"
-    )
-    place = "folder, tar or zip files, or Hub dataset of imagenet, v2, r or sketch (the Hub's usual one)"
-    p.add_argument("--data", nargs="+", metavar="SET=PLACE", default=[], help=place)
+    known = "sets to evaluate on (those of --data; without either, says which fit the models)"
+    p.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=[], help=known)
+    place = "sets of your own, by any name: a folder CLASS/FILE, tar or zip files, or a Hub dataset; or where a"
+    known = f"{place} benchmark lies (on the Hub)"
+    p.add_argument("--data", nargs="+", metavar="NAME=PLACE", default=[], help=known)
     p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes (no)")
+    kinds = f"{', '.join(corruptions.CORRUPTIONS)}; each in 3 severities"
+    p.add_argument("--corrupt", action="store_true", help=f"also evaluate on the images corrupted: {kinds} (no)")
     p.add_argument("--img-size", type=int, help="side of the model's input, pixels (each model's own)")
     p.add_argument("--crop-pct", type=float, help="centre crop, share of the side (each model's own)")
     p.add_argument("--interpolation", choices=settings.INTERPOLATIONS, help="of the resize (each model's own)")
@@ -48,7 +52,7 @@ def parser() -> settings.Parser:
 
 
 def parse(argv=None):
-    """Read and check the flags; ``--data`` becomes a dictionary.
+    """Read and check the flags; ``--data`` becomes a dictionary, and its names are benchmarks.
 
     Raises:
         InputError: a flag or its value is wrong.
@@ -56,13 +60,14 @@ def parse(argv=None):
     args = parser().parse_args(argv)
     places = [item.partition("=")[::2] for item in args.data]
     for name, place in places:
-        if name not in robustness.HUB or not place:
-            raise InputError(f"--data {name}={place}: give SET=PLACE, SET one of {', '.join(robustness.HUB)}")
-        if name not in robustness.passes(args.benchmarks):
-            raise InputError(f"--data {name}={place} has no effect without --benchmarks {name}: drop it")
+        if not re.fullmatch(r"\w[\w-]*", name) or not place:
+            raise InputError(f"--data {name}={place}: give NAME=PLACE, the name in letters, digits, - and _")
+        if name in robustness.taken_names(args.benchmarks):
+            raise InputError(f"--data {name}={place}: {name} is a set or a row of its own here: choose another name")
     settings.check_once("--data", [name for name, _ in places])
     settings.check_once("--benchmarks", args.benchmarks)
     args.data = dict(places)
+    args.benchmarks += [name for name in args.data if name not in robustness.passes(args.benchmarks)]
     settings.check_ranges(
         args, {key: settings.RANGES[key] for key in ("batch_size", "img_size", "crop_pct", "workers")}
     )
@@ -73,7 +78,8 @@ def open_models(args):
     """Each model with its preprocessing, by the name given.
 
     Raises:
-        InputError: one cannot be loaded, is named twice, or has not the outputs that the benchmarks need.
+        InputError: one cannot be loaded, is named twice, has not the outputs that the benchmarks need, or there are no
+            benchmarks.
     """
     models, places = {}, {}
     for name in args.model:
@@ -86,16 +92,13 @@ def open_models(args):
         places[place] = name
         if args.img_size and model.pretrained_cfg.get("fixed_input_size"):
             model = checkpoints.open_model(name, img_size=args.img_size).eval()
-        for benchmark in args.benchmarks:
-            outputs = 10 if benchmark == "digits" else 1000
-            if model.num_classes != outputs:
-                raise InputError(
-                    f"{name} has {model.num_classes} outputs and {benchmark} needs {outputs}: choose other --benchmarks"
-                )
-            try:
-                robustness.all_outputs(label_names(model), benchmark)
-            except InputError as error:
-                raise InputError(f"{name}: its label_names do not fit {benchmark}: {error}") from error
+        if len(label_names(model)) != model.num_classes:
+            raise InputError(
+                f"{name} has {model.num_classes} outputs and {len(label_names(model))} label_names: name them all, in "
+                f"their order, in its config.json (timm.models.save_for_hf(..., model_config={{'label_names': [...]}}))"
+            )
+        for benchmark in set(args.benchmarks) & set(BENCHMARKS):
+            check_fit(name, model, benchmark)
         wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
         config = resolve_data_config({key: v for key, v in wanted.items() if v is not None}, model=model)
         check_model(name, model, config)
@@ -105,12 +108,48 @@ def open_models(args):
         other = folders.setdefault(predictions_folder(args, name), name)
         if other != name:
             raise InputError(f"--model {other} and {name} would share {predictions_folder(args, name)}: rename one")
+    if not args.benchmarks:
+        raise InputError(nothing_to_do({name: model for name, (model, _) in models.items()}))
     return models
 
 
-def label_names(model):
-    """The names of a model's outputs, from its ``config.json``; None where it has none, as of timm's pretrained."""
-    return model.pretrained_cfg.get("label_names")
+def label_names(model) -> list[str]:
+    """The names of a model's outputs, from its ``config.json``; ImageNet's, where 1000 have none, as of timm's own."""
+    names = model.pretrained_cfg.get("label_names") or (robustness.WORDNET if model.num_classes == 1000 else [])
+    if isinstance(names, dict):  # by output, as timm allows
+        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    return [str(name) for name in names]
+
+
+def check_fit(model_name, model, benchmark, ds=None):
+    """Check that each class of a set is one of a model's outputs.
+
+    Raises:
+        InputError: it is not so, with some names of both.
+    """
+    try:
+        robustness.order_of(robustness.pass_of(benchmark), ds, label_names(model))
+    except InputError as error:
+        own = "call a set of your own otherwise" if benchmark in robustness.HUB else "rename its classes"
+        raise InputError(
+            f"{model_name} cannot be evaluated on {benchmark}: {error}: choose another set, or {own}"
+        ) from error
+
+
+def nothing_to_do(models):
+    """What to evaluate models on, said to one who did not."""
+    fitting = []
+    for benchmark in BENCHMARKS:
+        with contextlib.suppress(InputError):
+            for name, model in models.items():
+                check_fit(name, model, benchmark)
+            fitting.append(benchmark)
+    name, model = next(iter(models.items()))
+    known = f"--benchmarks {' '.join(fitting)}" if fitting else "no --benchmarks"
+    return (
+        f"nothing to evaluate on: {known} would fit, and --data NAME=PLACE, a folder CLASS/FILE with classes called as "
+        f"the outputs of {name}: {robustness.some(label_names(model))}"
+    )
 
 
 @torch.no_grad()
@@ -145,7 +184,9 @@ def right_answers(benchmark, batch):
     """The protocols of a benchmark: name, logits' columns (None: all) and each image's right answers among them."""
     labels = [[label] for label in batch["label"]]
     if benchmark != "real" and -1 in batch["label"]:
-        raise InputError("an image has no label: its file name must end like _n01440764.JPEG, or its folder be a class")
+        raise InputError(
+            f"{benchmark}: an image has no label: its file name must end like _n01440764.JPEG, or its folder be a class"
+        )
     if benchmark == "real":
         real = robustness.real_labels()
         yield "real", None, [real[robustness.validation_number(path)] for path in batch["path"]]
@@ -181,16 +222,18 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
     transform = create_transform(**{key: config[key] for key in keys}, normalize=False)
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **rank)
+    options = {**rank, "corrupt": args.corrupt}
+    pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **options)
     workers = min(args.workers, len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
     options = loaders.worker_options(accelerator, workers)
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
-    order = robustness.all_outputs(label_names(model), name.partition(":")[0])
+    order = robustness.order_of(name.partition(":")[0], ds, label_names(model))
     model = accelerator.prepare_model(model, evaluation_mode=True)
     to_input = loaders.to_input(config, torch.float32, loaders.memory_format(args.channels_last, model))
     columns, unreadable = {}, []
     shown = {"desc": name, "unit": "image", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
-    with tqdm(total=len(ds) if stored(ds) else None, **shown) as bar:
+    times = 1 + args.corrupt * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
+    with tqdm(total=times * len(ds) if stored(ds) else None, **shown) as bar:
         for batch in loader:
             unreadable += batch["unreadable"]
             if not batch["key"]:
@@ -200,8 +243,11 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
                 row = logits.isfinite().all(-1).long().argmin().item()
                 raise FloatingPointError(f"the logits of {batch['path'][row] or 'an image'} are not finite")
             logits = logits if order is None else logits[:, order]
+            if max(batch["label"]) >= logits.shape[-1]:
+                raise InputError(f"{name}: the label {max(batch['label'])} is none of the {logits.shape[-1]} outputs")
             for benchmark in benchmarks:
                 for protocol, outputs, answers in right_answers(benchmark, batch):
+                    protocol += f".{batch['corruption']}" if batch["corruption"] else ""
                     add_scores(columns.setdefault(protocol, {}), logits, outputs, answers, batch["key"])
             bar.update(len(batch["key"]) * accelerator.num_processes)
     parts = gather_object([columns])
@@ -295,6 +341,7 @@ def request_of(args, accelerator, model_name, weights, config, name, ds, revisio
         "data": args.data.get(name) or robustness.HUB.get(name, "digits"), "revision": revision,
         "preprocessing": {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")},
         "mean": config["mean"], "std": config["std"], "precision": accelerator.mixed_precision,
+        "corrupt": corruptions.STRENGTHS if args.corrupt else None,
         "versions": {module.__name__: module.__version__ for module in (torch, timm)},
         # A streamed image is known by the loader worker that reads it.
         "stream": None if stored(ds) else [accelerator.num_processes, args.workers],
@@ -355,6 +402,29 @@ def announce_replacement(output, models, plan):
         )
 
 
+def corrupted(tables: dict) -> dict:
+    """By set: top-1 on it as it is (``clean``) and by corruption and severity, and the corruptions' ``mean``.
+
+    ``tables`` are one model's, by protocol; those of corrupted images are called PROTOCOL.CORRUPTION-SEVERITY.
+    """
+    found = {}
+    for name in (name for name in tables if "." in name):
+        protocol, _, kind = name.partition(".")
+        corruption, _, severity = kind.rpartition("-")
+        found.setdefault(protocol, {}).setdefault(corruption, {})[severity] = float(tables[name]["top1"].mean())
+    return {
+        protocol: {"clean": float(tables[protocol]["top1"].mean()), "corruptions": rows}
+        | metrics.mean(by_image(tables, protocol)["top1"])
+        for protocol, rows in found.items()
+    }
+
+
+def by_image(tables, protocol):
+    """The images' keys, and for each the share of its corruptions on which one model was right."""
+    parts = [table for name, table in tables.items() if name.startswith(f"{protocol}.")]
+    return {"key": parts[0]["key"], "top1": np.mean([table["top1"] for table in parts], 0)}
+
+
 def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
     """Whether each of two models was right, on the images that both have seen."""
     _, one, two = np.intersect1d(first["key"], other["key"], return_indices=True)
@@ -391,6 +461,10 @@ def main(argv=None):
     plan = robustness.passes(args.benchmarks)
     sets = {name: robustness.open_set(name, args.data.get(name), args.allow_partial) for name in plan}
     for name, ds in sets.items():
+        for model_name, (model, _) in models.items():
+            if name in args.data and name not in robustness.HUB:
+                check_fit(model_name, model, name, ds)
+                accelerator.print(robustness.mapping(name, ds, label_names(model), model_name))
         if stored(ds):
             check_answers(name, ds, plan[name])
     if accelerator.is_main_process:
@@ -398,21 +472,26 @@ def main(argv=None):
     tables, notes = evaluate_all(args, accelerator, models, sets)
     if not accelerator.is_main_process:
         return None
-    results = {model: {p: metrics.classification(table) for p, table in ts.items()} for model, ts in tables.items()}
-    first = args.model[0]
+    clean = {model: {p: table for p, table in ts.items() if "." not in p} for model, ts in tables.items()}
+    results = {model: {p: metrics.classification(table) for p, table in ts.items()} for model, ts in clean.items()}
+    first, *others = args.model
     differences = {
-        model: {p: metrics.paired(*matched(tables[first][p], table)) for p, table in ts.items()}
-        for model, ts in tables.items()
-        if model != first
+        model: {p: metrics.paired(*matched(clean[first][p], table)) for p, table in clean[model].items()}
+        for model in others
     }
+    corruption = {model: corrupted(ts) for model, ts in tables.items() if args.corrupt}
+    for model, p in itertools.product(others, corruption.get(first, ())):
+        one, two = matched(by_image(tables[first], p), by_image(tables[model], p))
+        corruption[model][p]["difference_to_first"] = metrics.mean(two - one)
     versions = {module.__name__: module.__version__ for module in (torch, timm, datasets, evaluate)}
     for old in Path(args.output).glob("effective_robustness.*"):
         old.unlink()
-    effective = effective_robustness(args, tables)
-    saved = {"results": results, "differences_to_first": differences, "effective_robustness": effective}
-    saved |= {"passes": notes, "versions": versions}
+    effective = effective_robustness(args, clean)
+    saved = {"results": results, "differences_to_first": differences, "passes": notes, "versions": versions}
+    saved |= {"effective_robustness": effective} | ({"corrupted": corruption} if corruption else {})
     evaluate.save(Path(args.output) / "results.json", **saved)
     report.show(results, differences, args.markdown)
+    report.show_corrupted(corruption, args.markdown)
     if effective:
         report.show_effective(effective, args.markdown)
     for name, note in notes.items():

@@ -99,3 +99,9 @@ def paired(first: np.ndarray, other: np.ndarray, resamples: int = 10_000, seed: 
     low, high = np.percentile((draws[:, 0] - draws[:, 1]) / size, [2.5, 97.5])
     p_value = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return {"difference": (gained - lost) / size, "low": float(low), "high": float(high), "p_value": float(p_value)}
+
+
+def mean(values: np.ndarray) -> dict[str, float]:
+    """The mean of a value of each image, and ``low`` and ``high``, its 95 % interval over images (normal)."""
+    half = 1.96 * values.std() / len(values) ** 0.5
+    return {"mean": float(values.mean()), "low": float(values.mean() - half), "high": float(values.mean() + half)}

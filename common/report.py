@@ -40,6 +40,29 @@ def show(results, differences, markdown):
         table(lines, markdown)
 
 
+def show_corrupted(corrupted, markdown):
+    """Print top-1 by model, set, corruption and severity; the means over corruptions, and their differences."""
+    lines = [["model", "benchmark", "corruption", "1", "2", "3", "mean %", "95 %"]]
+    means = [["model", "benchmark", "top-1 points", "95 %"]]
+    for model, sets in corrupted.items():
+        for name, found in sets.items():
+            lines.append([model, name, "none: clean", "", "", "", f"{100 * found['clean']:.2f}", ""])
+            for corruption, top1 in found["corruptions"].items():
+                cells = [f"{100 * value:.2f}" for value in (*top1.values(), np.mean(list(top1.values())))]
+                lines.append([model, name, corruption, *cells, ""])
+            interval = f"{100 * found['low']:.2f} to {100 * found['high']:.2f}"
+            lines.append([model, name, "mean", "", "", "", f"{100 * found['mean']:.2f}", interval])
+            if d := found.get("difference_to_first"):
+                interval = f"{100 * d['low']:+.2f} to {100 * d['high']:+.2f}"
+                means.append([model, name, f"{100 * d['mean']:+.2f}", interval])
+    if corrupted:
+        print("\nTop-1 on corrupted images, %, by severity (normal intervals over images):\n")
+        table(lines, markdown)
+    if len(means) > 1:
+        print(f"\nMean over corruptions, against {next(iter(corrupted))}, on the same images:\n")
+        table(means, markdown)
+
+
 def table(lines, markdown):
     """Print rows of text in columns; the first is the head."""
     widths = [max(map(len, column)) for column in zip(*lines)]

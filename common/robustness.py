@@ -17,7 +17,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from timm.data import ImageNetInfo
 
-from common import data, loaders
+from common import corruptions, data, loaders
 from common.digits import SHIFTS
 from common.settings import InputError
 
@@ -31,11 +31,25 @@ CLASSES = {"imagenet": 1000, "v2": 1000, "r": 200, "sketch": 1000, "digits": 10}
 MAX_UNREADABLE = 1e-3  # of a set's images
 
 _INFO = ImageNetInfo("imagenet-1k")
-_WORDNET = {name: index for index, name in enumerate(_INFO.label_names())}
+WORDNET = _INFO.label_names()  # the ids of ImageNet's 1000 classes, in their order
+
+
+def _plain(name):
+    """Names that differ in case, in zeros before a number, or in what parts their words are one."""
+    return str(int(name)) if _is_number(name) else " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
+
+
+def _is_number(name):
+    return re.fullmatch("[0-9]+", name) is not None
+
+
 _WORDS = {}  # "tench, Tinca tinca", as the Hub names classes; "crane" is two of them, there "crane" and "crane2"
+_SYNONYMS = {}  # the classes that "tench" may mean
 for _index in range(1000):
     _name = _INFO.index_to_description(_index)
     _WORDS[f"{_name}2" if _name in _WORDS else _name] = _index
+    for _word in {_plain(word) for word in (WORDNET[_index], _name, *_name.split(","))}:
+        _SYNONYMS.setdefault(_word, []).append(_index)
 
 
 def _timm_info(file):
@@ -51,65 +65,119 @@ def real_labels() -> list[list[int]]:
     return [[], *json.loads(_timm_info("imagenet_real_labels.json"))]
 
 
-def class_index(name: str, benchmark: str) -> int:
-    """The class of ImageNet (0..999), or the digit, that a class of ``benchmark`` means, by name, never by position.
+def imagenet_index(name: str) -> int | None:
+    """The class of ImageNet, 0..999, that a name means; None where it means none, or more than one.
 
     Args:
-        name: a WordNet id ("n01440764"), a number ("10"; for "r" one of its own 200), or the Hub's words for it; for
-            "digits" a number.
+        name: a WordNet id ("n01440764", "n01440764-tench"), a number ("10"), or words: the Hub's ("tench, Tinca
+            tinca"), or a part of them, in any case and with any of space, _ and - between words.
+    """
+    if _is_number(name):
+        return int(name) if int(name) < 1000 else None
+    if name in _WORDS:
+        return _WORDS[name]
+    found = re.match(r"n[0-9]{8}(?![0-9])", name)
+    meant = _SYNONYMS.get(_plain(found[0] if found else name), ())
+    return meant[0] if len(meant) == 1 else None
+
+
+def class_index(name: str, benchmark: str) -> int:
+    """The class of ImageNet (0..999) that a class of one of its sets means, by name, never by position.
+
+    Args:
+        name: as for ``imagenet_index``; a number is for "r" one of its own 200.
 
     Raises:
-        InputError: it is none of these, or no class of ImageNet-R's for "r".
+        InputError: it means no class, or no class of ImageNet-R's for "r".
     """
-    numbers = f"a number below {CLASSES[benchmark]}"
-    if re.fullmatch(r"\d+", name) and int(name) < CLASSES[benchmark]:
-        return R_INDICES[int(name)] if benchmark == "r" else int(name)
-    if benchmark == "digits":
-        raise InputError(f"digits: the class {name!r} is not {numbers}")
-    index = _WORDNET.get(name, _WORDS.get(name))
+    if benchmark == "r" and _is_number(name):
+        index = R_INDICES[int(name)] if int(name) < 200 else None
+    else:
+        index = imagenet_index(name)
     if index is None:
         raise InputError(
-            f"{benchmark}: the class {name!r} is no WordNet id of ImageNet's, no class name and not {numbers}"
+            f"{benchmark}: the class {name!r} is no WordNet id of ImageNet's, not the name of one class alone and not "
+            f"a number below {CLASSES[benchmark]}"
         )
     if benchmark == "r" and index not in R_INDICES:
         raise InputError(f"r: the class {name!r} is none of ImageNet-R's 200: remove it")
     return index
 
 
-def outputs(classes, benchmark: str, label_names) -> list[int]:
+def outputs(classes: list[str], label_names: list[str]) -> list[int]:
     """The model's output that each of a set's classes means, by name and never by position.
 
-    Args:
-        classes: names, as ``class_index`` takes them.
-        label_names: the names of the model's outputs, a list, or a dictionary by output as timm allows; None is
-            ImageNet's own order, or the digits'.
+    Where all label names are of ImageNet, WordNet ids, words and, for all 1000, numbers mean the same. Elsewhere names
+    have to agree, but for case, zeros before a number and what parts their words.
 
     Raises:
-        InputError: a label name means no class, two mean the same, or none means one of ``classes``.
+        InputError: two label names or two classes mean the same, or a class means no output.
     """
-    if label_names is None:
-        return [class_index(name, benchmark) for name in classes]
-    named = label_names.items() if isinstance(label_names, dict) else enumerate(label_names)
-    found, space = {}, "digits" if benchmark == "digits" else "imagenet"
-    for output, name in named:
-        index = class_index(str(name), space)
-        if index in found:
-            raise InputError(f"{name!r} and another label name mean the same class")
-        found[index] = int(output)
-    missing = [name for name in classes if class_index(name, benchmark) not in found]
-    if missing:
-        raise InputError(f"no label name means {missing[0]!r}")
-    return [found[class_index(name, benchmark)] for name in classes]
+    meaning = _plain
+    if None not in map(imagenet_index, label_names):
+        if len(label_names) == 1000:
+            meaning = imagenet_index
+        elif not any(map(_is_number, label_names)):  # they would be ImageNet's numbers, or others
+
+            def meaning(name):
+                return None if _is_number(name) else imagenet_index(name)
+
+    own = _by_meaning(label_names, meaning, "label names")
+    wrong = [name for name in classes if meaning(name) not in own]
+    if wrong:
+        raise InputError(
+            f"{len(wrong)} of {len(classes)} classes ({some(wrong)}) mean none of the {len(label_names)} outputs "
+            f"({some(label_names)})"
+        )
+    return [own[meaning] for meaning in _by_meaning(classes, meaning, "classes")]
 
 
-def all_outputs(label_names, benchmark: str) -> list[int] | None:
-    """The model's output for each class of ImageNet, or each digit; None where that is the same number throughout.
+def _by_meaning(names, meaning, what):
+    found = {}
+    for i, name in enumerate(names):
+        other = found.setdefault(meaning(name), i)
+        if other != i and meaning(name) is not None:
+            raise InputError(f"the {what} {names[other]!r} and {name!r} mean the same")
+    return found
+
+
+def some(names: list[str]) -> str:
+    """Names for a message: the first five."""
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def classes_of(benchmark: str, ds, label_names: list[str]) -> list[str]:
+    """The names of the classes that the labels of ``Pictures`` number.
+
+    Args:
+        benchmark: as for ``open_set``.
+        ds: the set; only one that is neither ImageNet's nor the digits' is looked at.
+        label_names: a model's; as many as they are numbers may be labels of a set that does not name its classes.
+    """
+    if benchmark in CLASSES:
+        return WORDNET if benchmark != "digits" else [str(i) for i in range(10)]
+    return getattr(ds.features["label"], "names", None) or [str(i) for i in range(len(label_names))]
+
+
+def mapping(benchmark: str, ds, label_names: list[str], model: str) -> str:
+    """A line that says how the classes of a set that fits were taken, for the reader to check."""
+    classes = classes_of(benchmark, ds, label_names)
+    pairs = [f"{name} is output {o}, {label_names[o]}" for name, o in zip(classes, outputs(classes, label_names))]
+    others = len(label_names) - len(classes)
+    missing = f"; the {others} other outputs have no images here, and are wrong wherever predicted" if others else ""
+    return f"{benchmark} for {model}: " + "; ".join(pairs[:3]) + ("; ..." if len(pairs) > 3 else "") + missing
+
+
+def order_of(benchmark: str, ds, label_names: list[str]) -> list[int] | None:
+    """The model's outputs as a pass counts them: those that the set's classes mean, then all others.
+
+    None where that is the order they are in.
 
     Raises:
         InputError: as ``outputs`` does.
     """
-    space = "digits" if benchmark == "digits" else "imagenet"
-    order = outputs([str(i) for i in range(CLASSES[space])], space, label_names)
+    order = outputs(classes_of(benchmark, ds, label_names), label_names)
+    order += sorted(set(range(len(label_names))) - set(order))
     return None if order == list(range(len(order))) else order
 
 
@@ -130,18 +198,27 @@ def _file_name(path):
     return Path((path or "").split("::")[0]).name
 
 
+def _wordnet_id(path):
+    """The WordNet id in a file's name, as of n01440764_tench.JPEG and ILSVRC2012_val_00000293_n01440764.JPEG."""
+    found = re.search(r"(?<![A-Za-z0-9])n[0-9]{8}(?![0-9])", _file_name(path))
+    return found and found[0]
+
+
 class Pictures(torch.utils.data.IterableDataset):
     """A set's images, each once over all processes and loader workers, in batches ready to collate.
 
-    A batch holds ``image`` (uint8), ``label`` (class index of the model, -1 where unknown), ``key`` (names the image
-    alike for every model) and ``path``; ``unreadable`` lists the names of images that could not be read.
+    A batch holds ``image`` (uint8), ``label`` (among ``classes_of`` the set, -1 where unknown), ``key`` (names the
+    image alike for every model) and ``path``; ``unreadable`` lists the names of images that could not be read. With
+    ``corrupt``, the same images follow in every corruption and severity, which ``corruption`` names; it is None before.
     """
 
-    def __init__(self, benchmark: str, ds, transform, batch_size: int, process: int = 0, processes: int = 1):
+    def __init__(self, benchmark, ds, transform, batch_size: int, process: int = 0, processes: int = 1, corrupt=False):
         self.benchmark, self.ds, self.transform, self.batch_size = benchmark, ds, transform, batch_size
-        self.process, self.processes = process, processes
+        self.process, self.processes, self.corrupt = process, processes, corrupt
         names = getattr(ds.features["label"], "names", None)
-        self.to_index = names and [class_index(name, benchmark) for name in names]
+        self.to_index = names and list(range(len(names)))
+        if names and benchmark in HUB:
+            self.to_index = [class_index(name, benchmark) for name in names]
 
     def _rows(self):
         info = torch.utils.data.get_worker_info()
@@ -160,10 +237,12 @@ class Pictures(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         for rows, keys in self._rows():
-            batch = {"image": [], "label": [], "key": [], "path": [], "unreadable": []}
+            batch = {"image": [], "label": [], "key": [], "path": [], "unreadable": [], "corruption": None}
+            seeds = []
             for image, label, key in zip(rows["image"], rows["label"], keys):
                 try:
-                    picture = self.transform(loaders.decode(image))
+                    decoded = loaders.decode(image)
+                    picture = self.transform(decoded)
                 except InputError:
                     batch["unreadable"].append((image and image["path"]) or f"image {key}")
                     continue
@@ -171,19 +250,26 @@ class Pictures(torch.utils.data.IterableDataset):
                 batch["label"].append(self.label(label, image["path"]))
                 batch["key"].append(key)
                 batch["path"].append(image["path"])
+                if self.corrupt:
+                    seeds.append(corruptions.seed_of(decoded))
             yield batch
+            if not self.corrupt:
+                continue
+            for name, severity in itertools.product(corruptions.CORRUPTIONS, corruptions.SEVERITIES):
+                images = [corruptions.corrupt(x, name, severity, seed) for x, seed in zip(batch["image"], seeds)]
+                yield batch | {"image": images, "unreadable": [], "corruption": f"{name}-{severity}"}
 
     def label(self, label, path: str | None) -> int:
-        """The class of ImageNet, or the digit, of an image with the set's ``label``; -1 where it has none.
+        """The place among ``classes_of`` the set of an image with the set's ``label``; -1 where it has none.
 
         Raises:
             InputError: the label is none of the set's.
         """
         if label is None:  # a flat folder; the Hub's archive has the class in the file name
-            found = re.search(r"_(n\d{8})\.", _file_name(path))
-            return class_index(found[1], self.benchmark) if found else -1
+            wordnet = _wordnet_id(path)
+            return class_index(wordnet, self.benchmark) if wordnet and self.benchmark in HUB else -1
         if self.to_index is None:
-            return class_index(str(label), self.benchmark)
+            return class_index(str(label), self.benchmark) if self.benchmark in HUB else label
         if not 0 <= label < len(self.to_index):  # -1 stands for none, as in test splits
             raise InputError(f"{self.benchmark}: the label of {path or 'an image'} is {label}: choose a labelled split")
         return self.to_index[label]
@@ -193,9 +279,9 @@ def open_set(benchmark: str, where: str | None, allow_partial: bool):
     """A set's images, undecoded, as columns ``image`` and ``label``, streamed unless they are local files.
 
     Args:
-        benchmark: "imagenet" (which serves "real" too), "v2", "r", "sketch", or "digits:SPLIT".
+        benchmark: "imagenet" (which serves "real" too), "v2", "r", "sketch", "digits:SPLIT", or any name.
         where: a folder in the archive's layout, or a zip archive of one; a folder or file of WebDataset tars; or a
-            dataset of the Hub, None for its usual one.
+            dataset of the Hub, None for its usual one, or a folder with a copy of it.
         allow_partial: only warn of missing classes.
 
     Raises:
@@ -218,9 +304,11 @@ def open_set(benchmark: str, where: str | None, allow_partial: bool):
         ds = next((splits[split] for split in ("validation", "test") if split in splits), None)
         if ds is None:
             raise InputError(f"{where!r} has no validation or test split, only {', '.join(splits)}")
+        if {"validation", "test"} <= set(splits):
+            print(f"{benchmark}: the split validation of {where}, not test")
     ds = _standard_columns(ds, where)
     names = getattr(ds.features["label"], "names", None)
-    if names and len({class_index(name, benchmark) for name in names}) < CLASSES[benchmark]:
+    if names and benchmark in HUB and len({class_index(name, benchmark) for name in names}) < CLASSES[benchmark]:
         _lacks(f"{benchmark}: {where} has {len(names)} of {CLASSES[benchmark]} classes", allow_partial)
     return ds
 
@@ -273,10 +361,9 @@ def _open_folder(path, benchmark, allow_partial):
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         _lacks(f"{benchmark}: {len(empty)} class folders hold no images: {shown}", allow_partial)
-    classes = [Path(file.split("::")[0]).parent.name for file in files]
-    flat = all(re.match("ILSVRC2012_val_", Path(file).name) and Path(file).parent == path for file in files)
     columns = {"image": [{"bytes": None, "path": file} for file in files]}
-    if flat:
+    classes = _classes(path, benchmark, files)
+    if None in classes:
         feature = datasets.Value("int64")
         columns["label"] = [None] * len(files)
     else:
@@ -286,14 +373,39 @@ def _open_folder(path, benchmark, allow_partial):
     return datasets.Dataset.from_dict(columns, features=features)
 
 
+def _classes(path, benchmark, files):
+    """The class of each file: its folder's name, or the WordNet id in its own; None throughout if it has to do without.
+
+    Raises:
+        InputError: images lie outside of class folders, or those of a set of no known layout in several folders.
+    """
+    parents = [Path(file.split("::")[0].replace("zip:/", "")).parent for file in files]
+    flat = [parent in (path, Path("/")) for parent in parents]
+    if not any(flat):
+        around = sorted({parent.parent for parent in parents})
+        if benchmark not in HUB and len(around) > 1:
+            raise InputError(f"{benchmark}: class folders lie in {around[0]} and in {around[1]}: name one of them")
+        return [parent.name for parent in parents]
+    if benchmark in HUB and all(flat) and all(_file_name(file).startswith("ILSVRC2012_val_") for file in files):
+        return [None] * len(files)  # ImageNet-Real needs no more
+    wrong = [file for file in files if not _wordnet_id(file)] if all(flat) else [files[flat.index(True)]]
+    if wrong:
+        raise InputError(
+            f"{benchmark}: {wrong[0]} lies in no class folder: put it into {path}/CLASS (if all images lie in one "
+            f"folder, WordNet ids in their names will do: n01440764_tench.JPEG)"
+        )
+    return [_wordnet_id(file) for file in files]
+
+
 def _standard_columns(ds, where):
     features = ds.features or {}
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [name for name in ("label", "cls") if name in features]
+    labels = [name for name in ("label", "cls", "fine_label") if name in features]
     if len(images) != 1 or len(labels) != 1:
         columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items()) or "unknown"
         raise InputError(
-            f"{where!r} must have one image column, and one called label or cls; its columns are {columns}"
+            f"{where!r} must have one image column, and one called label, cls or fine_label; its columns are {columns} "
+            f"(class folders inside a tar are not understood: unpack it)"
         )
     ds = ds.select_columns([images[0], labels[0]])
     for name, usual in ((images[0], "image"), (labels[0], "label")):
@@ -308,8 +420,18 @@ def passes(benchmarks: list[str]) -> dict[str, list[str]]:
         if benchmark == "digits":
             plan |= {f"digits:{split}": [split] for split in ("test", *SHIFTS)}
         else:
-            plan.setdefault("imagenet" if benchmark == "real" else benchmark, []).append(benchmark)
+            plan.setdefault(pass_of(benchmark), []).append(benchmark)
     return plan
+
+
+def pass_of(benchmark: str) -> str:
+    """The images that a benchmark is read from, as ``HUB`` calls them, or itself."""
+    return "imagenet" if benchmark == "real" else benchmark
+
+
+def taken_names(benchmarks: list[str]) -> set[str]:
+    """What a set of the user's own cannot be called beside ``benchmarks``: it would be taken for another."""
+    return {"real", "digits", "r-200", "r-1000"} | ({"test", *SHIFTS} if "digits" in benchmarks else set())
 
 
 def revision(benchmark: str, ds, where: str | None) -> str:

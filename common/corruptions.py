@@ -1,0 +1,74 @@
+"""Corruptions of any images: torchvision's transforms, in three severities each, seeded by image."""
+
+import math
+import zlib
+
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+
+def _noise(image, sigma):
+    return functional.gaussian_noise(image, 0.0, sigma)
+
+
+def _blur(image, share):
+    sigma = share * min(image.shape[-2:])
+    size = 2 * math.ceil(3 * sigma) + 1
+    for kernel in ([size, 1], [1, size]):  # one after the other: a square kernel takes torchvision ten times as long
+        image = functional.gaussian_blur(image, kernel, [sigma, sigma])
+    return image
+
+
+def _pixelate(image, factor):
+    height, width = image.shape[-2:]
+    small = functional.resize(image, [round(height / factor), round(width / factor)], antialias=True)
+    return functional.resize(small, [height, width], InterpolationMode.NEAREST)
+
+
+def _rotate(image, degrees):
+    sign = 1 if torch.rand(()) < 0.5 else -1
+    return functional.rotate(image, sign * degrees, InterpolationMode.BILINEAR)
+
+
+def _occlude(image, share):
+    (height, width), side = image.shape[-2:], round(share * min(image.shape[-2:]))
+    top, left = (int(torch.rand(()) * (size - side + 1)) for size in (height, width))
+    return functional.erase(image, top, left, side, side, torch.full((3, 1, 1), 128, dtype=image.dtype))
+
+
+# By name: what it does, with the strength of each severity.
+CORRUPTIONS = {
+    "noise": (_noise, (0.05, 0.1, 0.2)),  # Gaussian; standard deviation, of the range of values
+    "blur": (_blur, (0.01, 0.02, 0.03)),  # Gaussian; standard deviation, of the side
+    "pixelate": (_pixelate, (2, 3, 4)),  # side of a pixel, in those before
+    "jpeg": (functional.jpeg, (25, 10, 5)),  # quality, of 100
+    "contrast": (functional.adjust_contrast, (0.5, 0.3, 0.1)),  # what is left of it
+    "brightness": (functional.adjust_brightness, (1.5, 2.0, 3.0)),  # factor of all values
+    "saturation": (functional.adjust_saturation, (0.5, 0.2, 0.0)),  # what is left of it
+    "rotate": (_rotate, (10, 20, 30)),  # degrees, to either side
+    "occlude": (_occlude, (0.25, 0.4, 0.55)),  # a grey square somewhere; its side, of the image's
+}
+SEVERITIES = (1, 2, 3)
+STRENGTHS = {name: list(strengths) for name, (_, strengths) in CORRUPTIONS.items()}
+
+
+def seed_of(image: Image.Image) -> int:
+    """The seed of an image: a checksum of its pixels as they were stored, before a model's preprocessing."""
+    return zlib.crc32(image.tobytes())
+
+
+def corrupt(image: torch.Tensor, corruption: str, severity: int, seed: int) -> torch.Tensor:
+    """A corrupted copy of an image as a model takes it, after its resize and crop, as ImageNet-C's are made.
+
+    Args:
+        image: uint8 (3, height, width).
+        corruption: one of ``CORRUPTIONS``.
+        severity: one of ``SEVERITIES``.
+        seed: the image's, ``seed_of``: what is drawn depends on it, the corruption and the severity alone.
+    """
+    function, strengths = CORRUPTIONS[corruption]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(f"{corruption} {severity}".encode(), seed))
+        return function(image, strengths[severity - 1])
