@@ -122,6 +122,7 @@ def check_alike(runs):
     shared = {
         "dataset": lambda run: run["settings"].dataset,
         "validation_share": lambda run: run["settings"].validation_share,
+        "train_share": lambda run: run["settings"].train_share,
         "classes": lambda run: run["classes"],
     }
     for run in runs[1:]:
@@ -376,7 +377,8 @@ def main(argv=None):
     for run in runs:  # before the images are looked for
         perturbations(args, run, run["settings"].rho)
     shared = runs[0]["settings"]
-    train = data.load(shared.dataset, validation_share=shared.validation_share)["train"]
+    shares = {"validation_share": shared.validation_share, "train_share": shared.train_share}
+    train = data.load(shared.dataset, **shares)["train"]
     split = choose_images(args, train)
     for run in runs:
         run["images"] = (run["settings"].streaming and run["settings"].train_num_samples) or len(train)

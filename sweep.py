@@ -409,7 +409,7 @@ def main(argv=None):
         checked = settings.parse(settings.parser("", ""), flags_of(args, sweep, rest, point))
         loaders.split_batch(checked, accelerator.num_processes)
     if sweep["choose"]:
-        splits = data.load(checked.dataset, checked.streaming, checked.validation_share)
+        splits = data.load(checked.dataset, checked.streaming, checked.validation_share, checked.train_share)
         if "validation" not in splits:
             raise InputError(f"{checked.dataset!r} has no validation images to choose on: give --validation-share")
     script = importlib.import_module(args.script)

@@ -35,7 +35,7 @@ def main(argv=None):
     args = settings.parse(parser(), argv)
     accelerator = training.build_accelerator(args)
     # Its cache is locked, so one process downloads; a barrier would time out when that takes long.
-    splits = data.load(args.dataset, args.streaming, args.validation_share)
+    splits = data.load(args.dataset, args.streaming, args.validation_share, args.train_share)
     set_seed(args.seed)
     model = create_model(args, splits["train"].features["label"].num_classes)
     batches = loaders.open_splits(args, accelerator, splits, model)

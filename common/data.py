@@ -23,7 +23,9 @@ SPLIT_FOLDERS = {
 SUFFIXES = frozenset(ImageFolder.EXTENSIONS)  # of images
 
 
-def load(name: str, streaming: bool = False, validation_share: float | None = None) -> datasets.DatasetDict:
+def load(
+    name: str, streaming: bool = False, validation_share: float | None = None, train_share: float | None = None
+) -> datasets.DatasetDict:
     """Return every labelled split of a dataset, with the columns ``image`` (bytes or a path, undecoded) and ``label``.
 
     Args:
@@ -34,6 +36,7 @@ def load(name: str, streaming: bool = False, validation_share: float | None = No
         streaming: read the splits train and validation as they are needed; nothing is stored.
         validation_share: of the training images, in (0, 1), the same in every class, to become the split validation.
             A dataset's own validation split becomes test then; if it has both, that is an error.
+        train_share: of the training images that are left, in (0, 1), the same in every class, to keep.
 
     Raises:
         InputError: it cannot be loaded, lacks a split or a column, or has classes or labels that do not fit.
@@ -66,6 +69,10 @@ def load(name: str, streaming: bool = False, validation_share: float | None = No
             )
     if validation_share is not None:
         splits = _hold_out(splits, name, validation_share, streaming)
+    if train_share is not None:
+        kept, left_out = _divide(splits["train"], name, f"train_share {train_share}", 1 - train_share, streaming)
+        _say(f"{name}: {len(kept):,} training images, without {len(left_out):,} (--train-share {train_share})")
+        splits["train"] = kept
     if not streaming:
         _check_classes(splits, name)
     return datasets.DatasetDict(splits) if not streaming else datasets.IterableDatasetDict(splits)
@@ -217,19 +224,26 @@ def _split_folders(folder):
 
 
 def _hold_out(splits, name, share, streaming):
+    if {"validation", "test"} <= set(splits):
+        reason = "there are validation and test already"
+        raise InputError(f"{name!r}: validation_share {share} does not apply, as {reason}: drop it")
+    train, validation = _divide(splits["train"], name, f"validation_share {share}", share, streaming)
+    test = [ds for split, ds in splits.items() if split in ("validation", "test")]
+    return {"train": train, "validation": validation, **({"test": test[0]} if test else {})}
+
+
+def _divide(ds, name, setting, share, streaming):
+    """Two parts, the second a share of every class."""
     from sklearn.model_selection import train_test_split  # here, since it takes a second
 
-    if streaming or {"validation", "test"} <= set(splits):
-        reason = "a stream cannot be divided" if streaming else "there are validation and test already"
-        raise InputError(f"{name!r}: validation_share {share} does not apply, as {reason}: drop it")
-    labels = _labels(splits["train"]).to_numpy()  # datasets' own train_test_split takes minutes for a million of them
+    if streaming:
+        raise InputError(f"{name!r}: {setting} does not apply, as a stream cannot be divided: drop it")
+    labels = _labels(ds).to_numpy()  # datasets' own train_test_split takes minutes for a million of them
     try:
         parts = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=0)
     except ValueError as error:
-        raise InputError(f"{name!r}: cannot hold out validation_share {share}: {error}") from error
-    train, validation = (splits["train"].select(np.sort(part), keep_in_memory=True) for part in parts)
-    test = [ds for split, ds in splits.items() if split in ("validation", "test")]
-    return {"train": train, "validation": validation, **({"test": test[0]} if test else {})}
+        raise InputError(f"{name!r}: cannot divide the training images by {setting}: {error}") from error
+    return [ds.select(np.sort(part), keep_in_memory=True) for part in parts]
 
 
 def hub(path: str, name: str, **options):

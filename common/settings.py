@@ -63,7 +63,7 @@ RANGES = {
     **dict.fromkeys(("scale", "perturb_fraction"), "(0, 1]"),
     **dict.fromkeys(("ratio", "clip_grad"), "(0, inf)"),
     "train_num_samples": "[1, inf)", "perturb_interval": "[1, inf)",
-    "validation_share": "(0, 1)", "head_bias": "(-inf, inf)", "workers": "[0, inf)",
+    "validation_share": "(0, 1)", "train_share": "(0, 1)", "head_bias": "(-inf, inf)", "workers": "[0, inf)",
     "seed": "[0, 2147483647]", "crop_pct": "[0.01, 1]",
 }  # fmt: skip
 
@@ -150,6 +150,7 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument("--workers", type=int, default=WORKERS, help=WORKERS_HELP)
     g.add_argument("--streaming", action=boolean, help="read from the Hub as needed, store nothing (no)")
     g.add_argument("--validation-share", type=float, help="share of training images to hold out (the dataset's split)")
+    g.add_argument("--train-share", type=float, help="share of the other training images to train on (all)")
     g.add_argument(
         "--train-num-samples", type=int, help="training images, if a streamed dataset does not say (it does)"
     )

@@ -382,9 +382,23 @@ def test_a_share_of_the_training_images_becomes_validation_and_the_held_out_spli
     assert again["validation"]["image"] == divided["validation"]["image"]
 
 
+def test_a_share_of_the_training_images_that_are_not_held_out_is_trained_on(tmp_path, capsys):
+    write_folder(tmp_path, splits=("train", "val"), images=16)
+    whole = data.load(str(tmp_path), validation_share=0.25)
+    part = data.load(str(tmp_path), validation_share=0.25, train_share=0.25)
+    assert part["train"]["label"].count(0) == part["train"]["label"].count(1) == 3
+    images = {split: [image["path"] for image in whole[split]["image"]] for split in whole}
+    kept = {split: [image["path"] for image in part[split]["image"]] for split in part}
+    assert set(kept["train"]) < set(images["train"])
+    assert kept["validation"] == images["validation"] and kept["test"] == images["test"]
+    assert "6 training images, without 18 (--train-share 0.25)" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"train_share 0\.25 does not apply, as a stream cannot be divided"):
+        data.load(str(tmp_path), streaming=True, train_share=0.25)
+
+
 def test_a_share_that_cannot_be_held_out_is_refused(tmp_path):
     write_folder(tmp_path, splits=("train", "val"), images=3)
-    with pytest.raises(InputError, match=r"cannot hold out validation_share 0\.01"):
+    with pytest.raises(InputError, match=r"cannot divide .* by validation_share 0\.01"):
         data.load(str(tmp_path), validation_share=0.01)
     with pytest.raises(InputError, match="a stream cannot be divided"):
         data.load(str(tmp_path), streaming=True, validation_share=0.5)
