@@ -204,7 +204,8 @@ class SAM(torch.optim.Optimizer):
         """Run the ascent pass, then the ``with`` body at the perturbed weights; restore the weights bit for bit.
 
         The body's gradients add to those in ``.grad``; g never does. If g is not finite, the body runs at the weights
-        as they are; finding out takes no host synchronisation.
+        as they are; finding out takes no host synchronisation. With a ``grad_scaler``, a gradient becomes NaN then: the
+        scaler skips the step and lowers its scale, else it might never perturb again.
 
         Args:
             closure: returns the scalar to ascend; called once.
@@ -346,7 +347,10 @@ class SAM(torch.optim.Optimizer):
             scale = one if grad_scaler is None else grad_scaler.scale(one)
             inverse_norm = self._weigh(chunks, scale)
             gsam = self._orthogonal(chunks, scale, inverse_norm, loss_weight)
-            with gsam if self.gsam_alpha else contextlib.nullcontext():
+            overflow = contextlib.nullcontext()
+            if grad_scaler is not None and grad_scaler.is_enabled() and chunks:
+                overflow = _passed_on(chunks[0][0][0], inverse_norm)
+            with gsam if self.gsam_alpha else contextlib.nullcontext(), overflow:
                 self._perturb(chunks, inverse_norm, undo)
                 torch.clear_autocast_cache()  # its copies of the weights are of before the move
                 params = [p for group in self.param_groups for p in group["params"]]
@@ -439,6 +443,23 @@ class SAM(torch.optim.Optimizer):
             torch._foreach_add_(params, step)
             if not self.gsam_alpha:
                 chunks[i] = None  # frees g: one parameter-sized buffer is left beside the weights
+
+
+@contextlib.contextmanager
+def _passed_on(p, inverse_norm):
+    """Make p's gradient NaN if g is not finite: a ``GradScaler`` looks for overflow in ``.grad`` alone."""
+    nan = torch.where(inverse_norm > 0, 0.0, math.nan)
+    if isinstance(p, DTensor):  # no hook sees its gradient, and g's norm is the same for all shards
+        yield
+        if p.grad is not None:
+            p.grad.to_local().add_(nan)
+        return
+    # Before DDP's exchange: g is this process's own, and all must skip the same steps.
+    hook = p.register_hook(lambda grad: grad + nan.to(grad))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check_kinds(base_optimizer, model, unknown):

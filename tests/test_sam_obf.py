@@ -689,6 +689,27 @@ def test_loss_scale_changes_nothing(variant):
     assert_close(weights(model), [p - 0.1 * g / 2 for p, g in zip(start, expected)])
 
 
+@pytest.mark.parametrize("variant", ["plain", "asam-both", "gsam"])
+@pytest.mark.parametrize("steps", [[[1e36], [1.0]], [[1e36, 1.0], [1.0, 1.0]], [[1.0, 1e36], [1.0, 1.0]]])
+def test_an_overflow_of_one_ascent_skips_the_step_and_lowers_the_scale(variant, steps):
+    """Else the scale would grow until the descent overflows, and every step before would be unperturbed."""
+    model, (x, y) = network(dtype=torch.float32), batches(1, dtype=torch.float32)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    start, loss = weights(model), lambda: F.cross_entropy(model(x), y)
+    for overflows, factors in zip((True, False), steps):
+        for factor in factors:
+            with optimizer.perturbed(lambda factor=factor: factor * loss(), grad_scaler=scaler):
+                still = all(torch.equal(a, b) for a, b in zip(start, weights(model)))
+                assert still is (factor > 1)  # times the scale, it is more than float32 holds
+                scaler.scale(loss()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(start, weights(model))) is overflows
+        assert scaler.get_scale() == 2.0**11
+
+
 @pytest.mark.parametrize("overflow", [False, True])
 def test_grad_scaler_unscales_for_a_fused_base_optimizer_and_skips_overflow(overflow):
     model, (x, y) = network(dtype=torch.float32), batches(1, dtype=torch.float32)[0]

@@ -1,4 +1,4 @@
-"""Two gloo processes: ZeroRedundancyOptimizer equals plain DDP, and DDP's buckets are spared.
+"""Two gloo processes: ZeroRedundancyOptimizer equals plain DDP, DDP's buckets are spared, steps are skipped together.
 
 Run by torchrun, it makes the comparisons itself.
 """
@@ -20,7 +20,7 @@ from sam_obf import SAM, momentum_perturbation
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["zero", "buckets"])
+@pytest.mark.parametrize("what", ["zero", "buckets", "overflow"])
 def test_two_processes(what):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, what]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -74,11 +74,39 @@ def buckets():
             assert_same(*results)
 
 
+def overflow():
+    """The ascent of one process overflows: both skip the step and lower their scale."""
+    for view in (False, True):
+        ddp = DistributedDataParallel(network().float(), gradient_as_bucket_view=view)
+        optimizer = SAM(torch.optim.SGD(ddp.parameters(), lr=0.1), ddp, rho=0.3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        start, (x, y) = [p.detach().clone() for p in ddp.parameters()], (torch.ones(4, 6), torch.arange(4))
+        skipped = []
+        for factor in (1e36 if dist.get_rank() == 1 else 1.0, 1.0):
+
+            def ascent(factor=factor):
+                with ddp.no_sync():
+                    return factor * F.cross_entropy(ddp(x), y)
+
+            with optimizer.perturbed(ascent, grad_scaler=scaler):
+                scaler.scale(F.cross_entropy(ddp(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            assert scaler.get_scale() == 2.0**11
+            skipped.append(all(torch.equal(a, b) for a, b in zip(ddp.parameters(), start)))
+        assert skipped == [True, False]
+        mine = torch.cat([p.detach().flatten() for p in ddp.parameters()])
+        other = mine.clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(mine, other)
+
+
 def assert_same(a, b):
     assert all(torch.equal(left, right) for left, right in zip(a, b, strict=True))
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    {"zero": zero, "buckets": buckets}[sys.argv[1]]()
+    {"zero": zero, "buckets": buckets, "overflow": overflow}[sys.argv[1]]()
     dist.destroy_process_group()
