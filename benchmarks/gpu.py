@@ -319,12 +319,14 @@ def killed_and_resumed(device, config):
         output, epochs = f"{folder}/run", SIZES[device.type]["epochs"]
         flags = ["--epochs", str(epochs), "--warmup-epochs", "1", "--checkpoint-interval", "5"]
         run, start = launched(config, output, *flags), time.monotonic()
-        while (newest := checkpoints.find("auto", Path(output) / "checkpoints")) is None and run.poll() is None:
-            if time.monotonic() - start > 120:
-                break
-            time.sleep(0.05)
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+        try:
+            while (newest := checkpoints.find("auto", Path(output) / "checkpoints")) is None and run.poll() is None:
+                if time.monotonic() - start > 120:
+                    break
+                time.sleep(0.05)
+        finally:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
         if newest is None or (Path(output) / "results.json").exists():
             raise RuntimeError(f"there was nothing to resume: {Path(f'{output}.txt').read_text().strip()[-200:]}")
         printed, top1 = finished(launched(config, output, *flags, "--resume", "auto"), output)

@@ -152,8 +152,7 @@ def transforms(config: dict, *, scale, ratio, hflip: float, decoder: str = "pil"
                 f"--decoder torchcodec does not resize by {config['interpolation']}: choose --interpolation bilinear "
                 f"or bicubic, or --decoder pil"
             )
-        crop = RandomCropOfTensor(config["input_size"][1:], scale, ratio, config["interpolation"])
-        train = v2.Compose([crop, v2.RandomHorizontalFlip(hflip)])
+        train.transforms[0] = RandomCropOfTensor(config["input_size"][1:], scale, ratio, config["interpolation"])
     return train, evaluation
 
 
