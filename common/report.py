@@ -18,6 +18,7 @@ matplotlib.use("agg")
 
 EDGES = (5e-4, 1 - 5e-4)  # where accuracies of 0 and 1 are drawn, which the logit scale has infinitely far away
 MAX_CURVES = 20  # that a picture can tell apart
+MAX_NAME = 45  # letters of a model's name that a picture has room for
 
 
 def show(results, differences, markdown):
@@ -82,6 +83,7 @@ def short_names(names) -> dict[str, str]:
         for own in folders:
             own.pop(0)
     short = {name: "/".join(own) for name, own in parts.items()}
+    short = {name: f"{own[:20]}...{own[-20:]}" if len(own) > MAX_NAME else own for name, own in short.items()}
     return short if len(set(short.values())) == len(short) else {name: name for name in names}
 
 
@@ -123,7 +125,7 @@ def draw(results, path):
     names, benchmarks = short_names(results), list(dict.fromkeys(b for measured in results.values() for b in measured))
     columns = min(len(benchmarks), 5)
     rows = -(-len(benchmarks) // columns)
-    size = (2 + 1.9 * columns, 0.7 + rows * (0.8 + 0.32 * len(results)))
+    size = (0.6 + 0.09 * max(map(len, names.values())) + 1.9 * columns, 0.7 + rows * (0.8 + 0.32 * len(results)))
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, benchmark in itertools.zip_longest(axes.flat, benchmarks):
         if benchmark is None:

@@ -35,6 +35,8 @@ def texts(figure):
         (["outputs/a/last", "outputs/a/best"], ["last", "best"]),
         (["outputs/a/last", "outputs/b/best"], ["a/last", "b/best"]),
         (["outputs/x/seed=0/last", "elsewhere/x/seed=0/last"], ["outputs/x/seed=0", "elsewhere/x/seed=0"]),
+        (["a" * 30 + "b" * 30, "a" * 30 + "c" * 30], ["a" * 20 + "..." + "b" * 20, "a" * 20 + "..." + "c" * 20]),
+        (["a" * 30 + "b" + "c" * 30, "a" * 30 + "d" + "c" * 30],) * 2,  # else both were "a...c"
         (["outputs/a/last", "a"], ["outputs/a/last", "a"]),  # else both were "a"
     ],
 )
