@@ -174,8 +174,9 @@ def draw_effective(found, path):
             }
             top.plot(x, y, **style)
             bottom.errorbar(x, middle, yerr=[[middle - low], [high - middle]], capsize=3, label=label, **style)
-        top.set(ylabel=f"top-1 on {shift}, %")
-        bottom.set(xlabel=f"top-1 on {published.SHIFTS[shift][0]}, %", ylabel=f"{shift}: points above the line")
+        clean, n = published.SHIFTS[shift][0], [f"n = {ours[0][key]:,}" for key in ("clean_images", "shifted_images")]
+        top.set(ylabel=f"top-1 on {shift}, % ({n[1]})")
+        bottom.set(xlabel=f"top-1 on {clean}, % ({n[0]})", ylabel=f"{shift}: points above the line")
         bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8)
         for axis in (top, bottom):
             axis.spines[["top", "right"]].set_visible(False)
