@@ -166,14 +166,10 @@ def draw_effective(found, path):
             x, y = (np.clip(r[key], *EDGES) for key in ("clean", "shifted"))
             middle, low, high = (100 * r[key] for key in ("above", "low", "high"))
             label = f"{names[model]}: {middle:+.2f} ({low:+.2f} to {high:+.2f})"
-            style = {
-                "color": f"C{list(found).index(model)}",
-                "marker": "o",
-                "markeredgecolor": "white",
-                "linestyle": "",
-            }
-            top.plot(x, y, **style)
-            bottom.errorbar(x, middle, yerr=[[middle - low], [high - middle]], capsize=3, label=label, **style)
+            colour = f"C{list(found).index(model)}"
+            top.plot(x, y, "o", color=colour, markeredgecolor="white")
+            bottom.vlines(x, low, high, color=colour)
+            bottom.plot(x, middle, "o", color=colour, markeredgecolor="white", label=label)
         clean, n = published.SHIFTS[shift][0], [f"n = {ours[0][key]:,}" for key in ("clean_images", "shifted_images")]
         top.set(ylabel=f"top-1 on {shift}, % ({n[1]})")
         bottom.set(xlabel=f"top-1 on {clean}, % ({n[0]})", ylabel=f"{shift}: points above the line")
@@ -244,12 +240,10 @@ def draw_curves(groups, path):
     axes[1, 2].set_axis_off()
     several = f"the {len(best)} best of {len(groups)} settings" if len(best) < len(groups) else None
     axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=8, title=several)
-    note = (
-        "Loss and accuracy in training are those of augmented images, with SAM at perturbed weights; accuracies are on "
-    )
-    note += "the logit scale; learning rate and rho are those at the end of an epoch."
+    training = "Loss and accuracy in training are those of augmented images, with SAM at perturbed weights"
+    others = "accuracies are on the logit scale; learning rate and rho are those at the end of an epoch"
     bands = " Lines are means over seeds, bands go from the least to the greatest." if max(runs.values()) > 1 else ""
-    save(figure, path, note + bands)
+    save(figure, path, f"{training}; {others}.{bands}")
 
 
 def show_correlations(found):
