@@ -445,7 +445,8 @@ def effective_robustness(args, tables) -> dict:
             elif shifted in protocols:
                 lacking[shifted] = clean
     if lacking:
-        print(f"\nno effective robustness on {', '.join(lacking)}: it needs imagenet among --benchmarks")
+        needed = ", ".join(dict.fromkeys(lacking.values()))
+        print(f"\nno effective robustness on {', '.join(lacking)}: it needs {needed} among --benchmarks")
     if found and args.allow_partial:
         print("\nno effective robustness with --allow-partial: timm's accuracies are those of whole sets")
         return {}

@@ -82,8 +82,8 @@ def effective_robustness(clean: np.ndarray, shifted: np.ndarray, protocol: str, 
         ``clean`` and ``shifted`` accuracy, the ``expected`` one under shift and what is ``above`` it, all in [0, 1];
         ``low`` and ``high``, its 95 % bootstrap interval: percentiles over resampled images of each set together with
         lines through resampled models of timm's; ``spread``, the standard deviation of what is above the line over
-        those models, which the interval does not hold; and ``extrapolated``, whether none of them is as bad, or as
-        good, on clean images.
+        those models, which the interval does not hold; ``clean_images`` and ``shifted_images``, how many they are; and
+        ``extrapolated``, whether none of those models is as bad, or as good, on clean images.
     """
     models, rng = baseline(protocol), np.random.default_rng(seed)
     accuracies = np.mean(clean), np.mean(shifted)
@@ -96,4 +96,5 @@ def effective_robustness(clean: np.ndarray, shifted: np.ndarray, protocol: str, 
         "low": low, "high": high, "spread": np.std(models[:, 1] - expected(models[:, 0], *line(protocol)), ddof=2),
     }  # fmt: skip
     extrapolated = not models[:, 0].min() <= accuracies[0] <= models[:, 0].max()
-    return {key: float(value) for key, value in found.items()} | {"extrapolated": bool(extrapolated)}
+    counts = {"clean_images": len(clean), "shifted_images": len(shifted), "extrapolated": bool(extrapolated)}
+    return {key: float(value) for key, value in found.items()} | counts

@@ -18,6 +18,7 @@ matplotlib.use("agg")
 
 EDGES = (5e-4, 1 - 5e-4)  # where accuracies of 0 and 1 are drawn, which the logit scale has infinitely far away
 MAX_CURVES = 20  # that a picture can tell apart
+MAX_NAME = 45  # letters of a model's name that a picture has room for
 
 
 def show(results, differences, markdown):
@@ -105,6 +106,7 @@ def short_names(names) -> dict[str, str]:
         for own in folders:
             own.pop(0)
     short = {name: "/".join(own) for name, own in parts.items()}
+    short = {name: f"{own[:20]}...{own[-20:]}" if len(own) > MAX_NAME else own for name, own in short.items()}
     return short if len(set(short.values())) == len(short) else {name: name for name in names}
 
 
@@ -146,7 +148,7 @@ def draw(results, path):
     names, benchmarks = short_names(results), list(dict.fromkeys(b for measured in results.values() for b in measured))
     columns = min(len(benchmarks), 5)
     rows = -(-len(benchmarks) // columns)
-    size = (2 + 1.9 * columns, 0.7 + rows * (0.8 + 0.32 * len(results)))
+    size = (0.6 + 0.09 * max(map(len, names.values())) + 1.9 * columns, 0.7 + rows * (0.8 + 0.32 * len(results)))
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, benchmark in itertools.zip_longest(axes.flat, benchmarks):
         if benchmark is None:
@@ -187,16 +189,13 @@ def draw_effective(found, path):
             x, y = (np.clip(r[key], *EDGES) for key in ("clean", "shifted"))
             middle, low, high = (100 * r[key] for key in ("above", "low", "high"))
             label = f"{names[model]}: {middle:+.2f} ({low:+.2f} to {high:+.2f})"
-            style = {
-                "color": f"C{list(found).index(model)}",
-                "marker": "o",
-                "markeredgecolor": "white",
-                "linestyle": "",
-            }
-            top.plot(x, y, **style)
-            bottom.errorbar(x, middle, yerr=[[middle - low], [high - middle]], capsize=3, label=label, **style)
-        top.set(ylabel=f"top-1 on {shift}, %")
-        bottom.set(xlabel=f"top-1 on {published.SHIFTS[shift][0]}, %", ylabel=f"{shift}: points above the line")
+            colour = f"C{list(found).index(model)}"
+            top.plot(x, y, "o", color=colour, markeredgecolor="white")
+            bottom.vlines(x, low, high, color=colour)
+            bottom.plot(x, middle, "o", color=colour, markeredgecolor="white", label=label)
+        clean, n = published.SHIFTS[shift][0], [f"n = {ours[0][key]:,}" for key in ("clean_images", "shifted_images")]
+        top.set(ylabel=f"top-1 on {shift}, % ({n[1]})")
+        bottom.set(xlabel=f"top-1 on {clean}, % ({n[0]})", ylabel=f"{shift}: points above the line")
         bottom.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8)
         for axis in (top, bottom):
             axis.spines[["top", "right"]].set_visible(False)
@@ -264,12 +263,10 @@ def draw_curves(groups, path):
     axes[1, 2].set_axis_off()
     several = f"the {len(best)} best of {len(groups)} settings" if len(best) < len(groups) else None
     axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=8, title=several)
-    note = (
-        "Loss and accuracy in training are those of augmented images, with SAM at perturbed weights; accuracies are on "
-    )
-    note += "the logit scale; learning rate and rho are those at the end of an epoch."
+    training = "Loss and accuracy in training are those of augmented images, with SAM at perturbed weights"
+    others = "accuracies are on the logit scale; learning rate and rho are those at the end of an epoch"
     bands = " Lines are means over seeds, bands go from the least to the greatest." if max(runs.values()) > 1 else ""
-    save(figure, path, note + bands)
+    save(figure, path, f"{training}; {others}.{bands}")
 
 
 def show_correlations(found):

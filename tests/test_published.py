@@ -2,12 +2,17 @@
 
 import collections
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.special import expit, logit
 
 from common import published
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import timm_results
 
 CACHED = (published.baseline, published.line, published.resampled_lines)
 
@@ -29,6 +34,29 @@ def test_timms_table_is_whole():
         assert len(values) >= len(rows) - 1 and 0 < min(values) and max(values) < 100
     for _, clean, shifted in published.SHIFTS.values():
         assert all(float(row[shifted]) < float(row[clean]) for row in rows if row[shifted])
+
+
+def test_the_table_is_gathered_from_timms_files(tmp_path, monkeypatch, capsys):
+    """Files in another order, one of them without a model that the others have."""
+    evaluations = [("a.in1k", "224", "0.900"), ("a.in1k", "288", "1.000"), ("b.in21k_ft_in1k", "224", "0.900")]
+    for i, file in enumerate(timm_results.FILES.values()):
+        rows = [(*key, f"{10 * i + j}.5", "bicubic", "1.0") for j, key in enumerate(evaluations)]
+        rows = rows[:2] if file == "imagenet-a" else rows[::-1]
+        lines = [",".join(row) for row in [("model", "img_size", "crop_pct", "top1", "interpolation", "top5"), *rows]]
+        (tmp_path / f"results-{file}.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(timm_results, "TARGET", tmp_path / "table.csv")
+    monkeypatch.setattr("sys.argv", ["timm_results.py", str(tmp_path), "--source", "commit 1234"])
+    timm_results.main()
+    assert "results-imagenet-a.csv lacks b.in21k_ft_in1k, 224" in capsys.readouterr().out
+    monkeypatch.setattr(published, "RESULTS", tmp_path / "table.csv")
+    rows = published.results.__wrapped__()
+    assert [(row["model"], row["img_size"], row["crop_pct"]) for row in rows] == evaluations
+    for i, column in enumerate(timm_results.FILES):
+        lacking = column == "imagenet-a"
+        assert [row[column] for row in rows] == [f"{10 * i + j}.5" for j in (0, 1)] + [
+            "" if lacking else f"{10 * i + 2}.5"
+        ]
+    assert "commit 1234" in (tmp_path / "table.csv").read_text().splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ def texts(figure):
         (["outputs/a/last", "outputs/a/best"], ["last", "best"]),
         (["outputs/a/last", "outputs/b/best"], ["a/last", "b/best"]),
         (["outputs/x/seed=0/last", "elsewhere/x/seed=0/last"], ["outputs/x/seed=0", "elsewhere/x/seed=0"]),
+        (["a" * 30 + "b" * 30, "a" * 30 + "c" * 30], ["a" * 20 + "..." + "b" * 20, "a" * 20 + "..." + "c" * 20]),
+        (["a" * 30 + "b" + "c" * 30, "a" * 30 + "d" + "c" * 30],) * 2,  # else both were "a...c"
         (["outputs/a/last", "a"], ["outputs/a/last", "a"]),  # else both were "a"
     ],
 )
@@ -98,7 +100,10 @@ def test_the_picture_of_effective_robustness_has_every_model_where_it_is(drawn, 
     baseline = np.array([[0.5, 0.4], [0.6, 0.5], [0.7, 0.6], [0.8, 0.7]])
     monkeypatch.setattr(published, "baseline", lambda shift: baseline)
     monkeypatch.setattr(published, "line", lambda shift: (1.0, -0.4))
-    one = {"clean": 0.75, "shifted": 0.68, "expected": 0.66, "above": 0.02, "low": 0.01, "high": 0.03}
+    one = {"clean": 0.75, "shifted": 0.68, "expected": 0.66, "above": 0.02, "low": 0.01, "high": 0.03} | {
+        "clean_images": 50_000,
+        "shifted_images": 10_000,
+    }
     found = {
         "outputs/a/last": {"v2": one, "sketch": one},
         "outputs/b/last": {"v2": one | {"clean": 0.0, "shifted": 0.0}},
@@ -107,6 +112,8 @@ def test_the_picture_of_effective_robustness_has_every_model_where_it_is(drawn, 
     figure, _ = drawn["effective"]
     top = figure.axes[0]
     assert top.get_xscale() == top.get_yscale() == "logit"
+    assert top.get_ylabel() == "top-1 on v2, % (n = 10,000)"
+    assert figure.axes[2].get_xlabel() == "top-1 on imagenet, % (n = 50,000)"
     points = [tuple(line.get_xydata()[0]) for line in top.lines if line.get_marker() == "o"]
     assert points == [(0.75, 0.68), (report.EDGES[0],) * 2]
     assert np.array_equal(top.collections[0].get_offsets(), baseline)

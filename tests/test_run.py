@@ -46,6 +46,14 @@ def test_batch_norm_is_the_mean_over_processes_before_it_is_evaluated(processes,
         torch.testing.assert_close(process[f"evaluated {epoch}"], (own[0] + own[1]) / 2)
 
 
+def test_training_accuracy_is_that_of_all_processes_images(processes):
+    (one, two), run = processes
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    right = [[int(process[f"right {epoch}"]) for process in (one, two)] for epoch in (0, 1)]
+    assert any(first != second for first, second in right)
+    assert [16 * line["train"] for line in lines] == [sum(both) for both in right]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One run in this process, whose accuracies on validation are made up
 

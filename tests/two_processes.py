@@ -1,7 +1,8 @@
 """A run of train_imagenet.py on two processes that writes down what each holds: ``two_processes.py OUTPUT FLAGS ...``.
 
 OUTPUT/RANK.safetensors gets each process's first random numbers, and of the first batch norm, by epoch, the statistics
-that the process has of its own at the end of the training images and those that are evaluated.
+that the process has of its own at the end of the training images and those that are evaluated; and how many of the
+training images it got right.
 """
 
 import sys
@@ -28,6 +29,7 @@ def train_epoch(job, progress, *others):
     torch.set_rng_state(state)
     own_train_epoch(job, progress, *others)
     seen[f"own {progress.epoch}"] = statistics(job)
+    seen[f"right {progress.epoch}"] = job.right.clone()
 
 
 def evaluate_top1(job, loader):
