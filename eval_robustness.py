@@ -458,6 +458,7 @@ def main(argv=None):
     args = parse(argv)
     settings.make_output(args.output)
     accelerator = Accelerator()
+    settings.use_fast_kernels(accelerator.device)
     models = open_models(args)
     plan = robustness.passes(args.benchmarks)
     sets = {name: robustness.open_set(name, args.data.get(name), args.allow_partial) for name in plan}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every target of this project that is a time, a memory or an accuracy: each figure beside its target. Nothing else should run
-# on the machine meanwhile. About an hour on two cores; PYTHON names the interpreter.
+# on the machine meanwhile. About an hour on two cores; PYTHON names the interpreter, TIMM a checkout of timm's repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -16,6 +16,13 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
 fi
 "$python" benchmarks/step.py --device cpu --models vit_small_patch32_224 resnet50 --rounds 9
 "$python" benchmarks/step.py --device cpu --models mlp --rounds 31
+
+title "Training runs, beside timm's train.py"
+if [ -n "${TIMM:-}" ]; then
+    "$python" benchmarks/training.py --timm "$TIMM"
+else
+    echo "left out: TIMM must name a checkout of huggingface/pytorch-image-models"
+fi
 
 title "Training input, beside timm's loader"
 "$python" benchmarks/loader.py

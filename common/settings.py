@@ -53,7 +53,7 @@ PERTURBATION = {
 # Flags about one execution of a run; the others are settings, which a recipe may hold and a resumed run must share.
 NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
 INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval")
-FREE_ON_RESUME = ("output", "workers", "channels_last", *INTERVALS, "log_with", "push_to_hub")
+FREE_ON_RESUME = ("output", "workers", "channels_last", "torchcompile", *INTERVALS, "log_with", "push_to_hub")
 # Where a setting's value, or each of its values, must lie.
 RANGES = {
     **dict.fromkeys(("batch_size", "epochs", "m", "device_batch_size", "img_size", *INTERVALS), "[1, inf)"),
@@ -70,6 +70,13 @@ RANGES = {
 
 class InputError(ValueError):
     """Something that the user can mend; the scripts print its message and no traceback."""
+
+
+def use_fast_kernels(device: torch.device) -> None:
+    """On a GPU, TF32 in products of float32 matrices and cuDNN's search for fast convolutions, as timm's train.py."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
 
 
 def lost_process(error: Exception) -> bool:
@@ -160,6 +167,8 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
         "--model-kwargs", nargs="*", action=KeyValues, default={}, help="KEY=VALUE, timm.create_model's (none)"
     )
     g.add_argument("--channels-last", action=boolean, help=CHANNELS_LAST_HELP)
+    backends = ["inductor", "cudagraphs", "aot_eager", "eager"]
+    g.add_argument("--torchcompile", nargs="?", const="inductor", choices=backends, help="torch.compile's backend (no)")
     g.add_argument("--head-bias", type=float, help="first value of the classifier's biases, a logit (timm's)")
     g.add_argument(
         "--loss", choices=["ce", "bce"], default="ce", help="bce: sigmoids, summed over classes (%(default)s)"

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -32,7 +33,7 @@ from tqdm.auto import tqdm
 from common import checkpoints, report
 from common.loaders import Batches
 from common.metrics import Top1
-from common.settings import METHODS, InputError, did_you_mean, resolved, shared_on_resume
+from common.settings import METHODS, InputError, did_you_mean, resolved, shared_on_resume, use_fast_kernels
 from sam_obf import SAM, OutputBiasForgetting, momentum_perturbation, proportional_rho, random_perturbation
 
 PATIENCE = 20  # updates in a row without a finite loss, after which a run gives up
@@ -77,18 +78,25 @@ def build_accelerator(args) -> Accelerator:
     """Accelerate as launched, with the run's tracker.
 
     Raises:
-        InputError: the tracker's package is missing, or FSDP would save what only unpickling can load.
+        InputError: the tracker's package is missing, two backends are to compile the model, or FSDP would save what
+            only unpickling can load.
     """
     if args.log_with and LoggerType(args.log_with) not in get_available_trackers():
         raise InputError(f"--log-with {args.log_with} needs its package: pip install {args.log_with.replace('_', '-')}")
+    launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if args.torchcompile and launched != "no":
+        raise InputError(f"--torchcompile {args.torchcompile} and Accelerate's --dynamo_backend {launched}: drop one")
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate knows no other name yet
     accelerator = Accelerator(
         log_with=args.log_with,
         project_dir=args.output,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        dynamo_backend=args.torchcompile,
         # Each process keeps batch norm statistics of its own, which are averaged before they are used or saved.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # Gradients live in the buckets in which they are exchanged, which saves a copy of them.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    use_fast_kernels(accelerator.device)
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and (plugin.fsdp_version != 2 or plugin.state_dict_type != StateDictType.FULL_STATE_DICT):
         raise InputError("FSDP needs fsdp_version: 2 and fsdp_state_dict_type: FULL_STATE_DICT, as in fsdp2.yaml")

@@ -273,4 +273,4 @@ def test_fsdp_that_saves_what_needs_unpickling_is_refused(monkeypatch):
     state = type("State", (), {"fsdp_plugin": plugin})
     monkeypatch.setattr(training, "Accelerator", lambda **kwargs: type("Fake", (), {"state": state}))
     with pytest.raises(InputError, match="fsdp_state_dict_type: FULL_STATE_DICT"):
-        training.build_accelerator(type("Args", (), {"log_with": None, "output": None}))
+        training.build_accelerator(type("Args", (), {"log_with": None, "output": None, "torchcompile": None}))

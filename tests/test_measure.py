@@ -231,8 +231,9 @@ def test_finished_measurements_are_not_made_again(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(measure_forgetting, "measure", lambda *_: pytest.fail("measured again"))
     measure(runs[:1], tmp_path, "--micro-batches", "1")
     assert (tmp_path / "out" / "measurements.csv").read_text() == before
-    with pytest.raises(pytest.fail.Exception):
-        measure(runs[:1], tmp_path, "--micro-batches", "2")
+    for other in (["2"], ["1", "--no-channels-last"]):
+        with pytest.raises(pytest.fail.Exception):
+            measure(runs[:1], tmp_path, "--micro-batches", *other)
 
 
 @pytest.mark.usefixtures("curvature_aside")

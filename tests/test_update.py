@@ -202,6 +202,36 @@ def test_every_third_update_of_a_run_perturbs_wherever_it_resumes(accelerator, m
     assert asked == [step % 3 == 0 for step in range(first, first + 4)]
 
 
+def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_micro_batch(accelerator):
+    AcceleratorState._reset_state(True)
+    accelerator = training.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
+    job = prepared(accelerator, "--method sam --perturb-fraction 0.5", m=8, accumulation=1)
+    torch._dynamo.reset()
+    graphs = []
+    for _ in range(5):
+        torch._dynamo.utils.counters.clear()
+        images, labels = torch.randn(16, 6).double(), torch.randint(0, K, (16,))
+        training.update(job, iter([{"image": images, "label": labels}]))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1:] == [0, 0, 0, 0]
+
+
+def test_a_model_is_compiled_by_one_backend(accelerator, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(settings.InputError, match="--torchcompile eager and Accelerate's --dynamo_backend inductor"):
+        training.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
+
+
+def test_fast_kernels_are_for_a_gpu(monkeypatch):
+    matmul, cudnn = Namespace(allow_tf32=False), Namespace(benchmark=False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    settings.use_fast_kernels(torch.device("cpu"))
+    assert not matmul.allow_tf32 and not cudnn.benchmark
+    settings.use_fast_kernels(torch.device("cuda"))
+    assert matmul.allow_tf32 and cudnn.benchmark
+
+
 def test_momentum_needs_an_optimizer_that_has_it(accelerator):
     with pytest.raises(settings.InputError, match="method momentum does not go with opt momentum"):
         prepared(accelerator, "--method momentum --opt momentum --momentum 0", m=4, accumulation=1)

@@ -62,7 +62,9 @@ def run(accelerator, m, method, accumulation, interleaved):
         training.update(job, batches)
     calls = sum(event.name().startswith("c10d::") for event in profiler.profiler.kineto_results.events())
     accelerator.free_memory()
-    return weights | {"collectives": torch.tensor(calls), "sharded": torch.tensor(sharded)}
+    views = getattr(model, "gradient_as_bucket_view", False)
+    found = {"collectives": calls, "sharded": sharded, "views": views}
+    return weights | {key: torch.tensor(value) for key, value in found.items()}
 
 
 def every_method(accelerator, m, interleaved=False):
@@ -77,7 +79,7 @@ def every_method(accelerator, m, interleaved=False):
 
 if __name__ == "__main__":
     output = Path(sys.argv[1])
-    accelerator = training.build_accelerator(Namespace(log_with=None, output=None))
+    accelerator = training.build_accelerator(Namespace(log_with=None, output=None, torchcompile=None))
     ddp = every_method(accelerator, MICRO_BATCH)
     # The launcher's setting works on GPUs only.
     shard_everything = {"auto_wrap_policy": "size_based_wrap", "min_num_params": 100, "fsdp_version": 2}
