@@ -13,7 +13,7 @@ COPIED = ("sam_obf", "forgetting")
 SCRIPTS = ("train_imagenet", "finetune_cifar", "eval_robustness", "measure_forgetting", "sweep")
 # What the scripts share, from the ground up: a file imports only from those before it.
 SHARED = (
-    "settings", "digits", "data", "loaders", "metrics", "report", "flatness", "checkpoints", "corruptions",
+    "settings", "digits", "data", "loaders", "metrics", "published", "report", "flatness", "checkpoints", "corruptions",
     "robustness", "training",
 )  # fmt: skip
 

@@ -834,7 +834,7 @@ def test_images_of_the_hub_without_bytes_are_opened_where_they_are(tmp_path, mon
 
 
 def test_each_shift_of_the_digits_is_read_as_itself():
-    passes, everything = robustness.passes(["digits"]), digits()
+    passes, everything = robustness.passes(["digits"], {}), digits()
     assert list(passes) == [f"digits:{split}" for split in ("test", *SHIFTS)]
     seen = set()
     for name, (split,) in passes.items():
