@@ -60,7 +60,6 @@ def _timm_info(file):
 
 # The 200 classes of ImageNet-R and of ImageNet-A, of ImageNet's 1000, in the order of their own labels.
 SUBSETS = {name: [int(line) for line in _timm_info(f"imagenet_{name}_indices.txt").split()] for name in ("r", "a")}
-R_INDICES = SUBSETS["r"]
 
 
 @functools.cache
