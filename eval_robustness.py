@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import timm
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
@@ -100,6 +100,10 @@ def open_models(args):
             raise InputError(
                 f"{name} has {model.num_classes} outputs and {len(label_names(model))} label_names: name them all, in "
                 f"their order, in its config.json (timm.models.save_for_hf(..., model_config={{'label_names': [...]}}))"
+            )
+        if folder.is_dir() and not model.pretrained_cfg.get("label_names"):
+            PartialState().print(
+                f"{name} has no label_names: its outputs are taken for ImageNet's 1000, in their order"
             )
         for benchmark in (b for b in args.benchmarks if b in (*BENCHMARKS, *robustness.HUB)):
             check_fit(name, model, benchmark)

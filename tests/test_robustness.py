@@ -507,6 +507,14 @@ def save_model(folder, names=None, architecture="test_resnet", seed=0, **options
     return model.eval(), folder
 
 
+@pytest.mark.parametrize("names", [None, WORDNET])
+def test_outputs_without_names_are_said_to_be_taken_for_imagenets(tmp_path, capsys, names):
+    _, place = save_model(tmp_path / "best", names)
+    args = eval_robustness.parse(["--model", str(place), "--benchmarks", "v2"])
+    eval_robustness.open_models(args)
+    assert ("best has no label_names: its outputs are taken for ImageNet's" in capsys.readouterr().out) == (not names)
+
+
 def test_a_model_by_two_spellings_is_one_model(tmp_path, monkeypatch):
     _, folder = save_model(tmp_path / "best")
     (tmp_path / "link").symlink_to(folder)
