@@ -237,7 +237,8 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     options = {**rank, "corrupt": args.corrupt}
     pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **options)
-    workers = min(args.workers, len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
+    times = 1 + args.corrupt * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
+    workers = min(args.workers, times * len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
     options = loaders.worker_options(accelerator, workers)
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
     order = robustness.order_of(name.partition(":")[0], ds, label_names(model))
@@ -245,7 +246,6 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     to_input = loaders.to_input(config, torch.float32)
     columns, unreadable = {}, []
     shown = {"desc": name, "unit": "image", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
-    times = 1 + args.corrupt * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
     with tqdm(total=times * len(ds) if stored(ds) else None, **shown) as bar:
         for batch in loader:
             unreadable += batch["unreadable"]

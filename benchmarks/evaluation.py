@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
-    parser.add_argument("--corrupt-images", type=int, default=256, help="(%(default)s)")
+    parser.add_argument("--corrupt-images", type=int, default=128, help="(%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(max(1, os.cpu_count() - args.workers))  # or the model's threads disturb the workers at random
     accelerator = Accelerator()
