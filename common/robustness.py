@@ -385,7 +385,8 @@ def _classes(path, benchmark, files):
     Raises:
         InputError: images lie outside of class folders, or those of a set of no known layout in several folders.
     """
-    parents = [Path(file.split("::")[0].replace("zip:/", "")).parent for file in files]
+    inner = [file.split("::")[0].removeprefix("zip:/") if file.startswith("zip://") else file for file in files]
+    parents = [Path(file).parent for file in inner]
     flat = [parent in (path, Path("/")) for parent in parents]
     if not any(flat):
         around = sorted({parent.parent for parent in parents})

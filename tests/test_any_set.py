@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 
 import datasets
 import numpy as np
@@ -248,6 +249,14 @@ def test_images_outside_of_class_folders_are_named(tmp_path, evaluate, stray):
     (folder / "b.jpeg").write_bytes(jpeg(0))
     with pytest.raises(InputError, match=r"mine: .*images/b\.jpeg lies in no class folder: put it into .*images/CLASS"):
         evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")
+
+
+def test_class_folders_may_be_anywhere_and_in_a_zip_archive(tmp_path, evaluate):
+    label_names, order = shuffled(CIFAR)
+    folder = write(tmp_path / "a::b" / "images", CIFAR)
+    archive = shutil.make_archive(tmp_path / "images", "zip", folder.parent)
+    for place in (folder, archive):
+        assert evaluate(label_names, order, "--data", f"mine={place}")["mine"]["top1"] == 1.0
 
 
 def test_splits_of_a_folder_are_not_mixed(tmp_path, evaluate):
