@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import timm
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
@@ -23,7 +25,7 @@ from tqdm.auto import tqdm
 from common import checkpoints, corruptions, loaders, metrics, published, report, robustness, settings
 from common.settings import InputError
 
-BENCHMARKS = ("imagenet", "real", "v2", "r", "sketch", "digits")
+BENCHMARKS = ("imagenet", "real", "a-clean", "r-clean", "v2", "r", "a", "sketch", "digits")
 
 
 def parser() -> settings.Parser:
@@ -35,7 +37,7 @@ def parser() -> settings.Parser:
     known = "sets to evaluate on (those of --data; without either, says which fit the models)"
     p.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=[], help=known)
     place = "sets of your own, by any name: a folder CLASS/FILE, tar or zip files, or a Hub dataset; or where a"
-    known = f"{place} benchmark lies (on the Hub)"
+    known = f"{place} benchmark, or ImageNet-C as c, lies (on the Hub)"
     p.add_argument("--data", nargs="+", metavar="NAME=PLACE", default=[], help=known)
     p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes (no)")
     kinds = f"{', '.join(corruptions.CORRUPTIONS)}; each in 3 severities"
@@ -47,6 +49,7 @@ def parser() -> settings.Parser:
     p.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
     p.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help=settings.CHANNELS_LAST_HELP)
     p.add_argument("--output", default="outputs/robustness", help="folder of the results (%(default)s)")
+    p.add_argument("--csv", action="store_true", help="write results-BENCHMARK.csv with the columns of timm's (no)")
     p.add_argument("--markdown", action="store_true", help="print Markdown tables (no)")
     return p
 
@@ -67,7 +70,10 @@ def parse(argv=None):
     settings.check_once("--data", [name for name, _ in places])
     settings.check_once("--benchmarks", args.benchmarks)
     args.data = dict(places)
-    args.benchmarks += [name for name in args.data if name not in robustness.passes(args.benchmarks)]
+    read = {robustness.pass_of(benchmark) for benchmark in args.benchmarks}
+    args.benchmarks += [name for name in args.data if name not in read]
+    if args.corrupt and "c" in args.data:
+        raise InputError("--corrupt does not go with --data c=..., images that are corrupted: make two runs of them")
     settings.check_ranges(
         args, {key: settings.RANGES[key] for key in ("batch_size", "img_size", "crop_pct", "workers")}
     )
@@ -97,7 +103,11 @@ def open_models(args):
                 f"{name} has {model.num_classes} outputs and {len(label_names(model))} label_names: name them all, in "
                 f"their order, in its config.json (timm.models.save_for_hf(..., model_config={{'label_names': [...]}}))"
             )
-        for benchmark in set(args.benchmarks) & set(BENCHMARKS):
+        if folder.is_dir() and not model.pretrained_cfg.get("label_names"):
+            PartialState().print(
+                f"{name} has no label_names: its outputs are taken for ImageNet's 1000, in their order"
+            )
+        for benchmark in (b for b in args.benchmarks if b in (*BENCHMARKS, *robustness.HUB)):
             check_fit(name, model, benchmark)
         wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
         config = resolve_data_config({key: v for key, v in wanted.items() if v is not None}, model=model)
@@ -190,10 +200,15 @@ def right_answers(benchmark, batch):
     if benchmark == "real":
         real = robustness.real_labels()
         yield "real", None, [real[robustness.validation_number(path)] for path in batch["path"]]
-    elif benchmark == "r":
-        positions = {index: position for position, index in enumerate(robustness.R_INDICES)}
-        yield "r-200", robustness.R_INDICES, [[positions[label]] for label in batch["label"]]
-        yield "r-1000", None, labels
+    elif benchmark.removesuffix("-clean") in robustness.SUBSETS:
+        own = robustness.SUBSETS[benchmark.removesuffix("-clean")]
+        places = {index: place for place, index in enumerate(own)}
+        answers = [[places[label]] if label in places else [] for label in batch["label"]]
+        if benchmark.endswith("-clean"):  # ImageNet's own images of these classes
+            yield benchmark, own, answers
+        else:
+            yield f"{benchmark}-200", own, answers
+            yield f"{benchmark}-1000", None, labels
     else:
         yield benchmark, None, labels
 
@@ -224,7 +239,8 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     options = {**rank, "corrupt": args.corrupt}
     pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **options)
-    workers = min(args.workers, len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
+    times = 1 + args.corrupt * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
+    workers = min(args.workers, times * len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
     options = loaders.worker_options(accelerator, workers)
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
     order = robustness.order_of(name.partition(":")[0], ds, label_names(model))
@@ -232,7 +248,6 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     to_input = loaders.to_input(config, torch.float32, loaders.memory_format(args.channels_last, model))
     columns, unreadable = {}, []
     shown = {"desc": name, "unit": "image", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
-    times = 1 + args.corrupt * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
     with tqdm(total=times * len(ds) if stored(ds) else None, **shown) as bar:
         for batch in loader:
             unreadable += batch["unreadable"]
@@ -252,7 +267,9 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
             bar.update(len(batch["key"]) * accelerator.num_processes)
     parts = gather_object([columns])
     protocols = sorted({protocol for part in parts for protocol in part})
-    merged = {protocol: merge([part[protocol] for part in parts if protocol in part]) for protocol in protocols}
+    merged = {protocol: merge([part[protocol] for part in parts if part.get(protocol)]) for protocol in protocols}
+    if none := [protocol for protocol, table in merged.items() if not table]:
+        raise InputError(f"{name}: no image has a right answer in {none[0]}: leave it out")
     return merged, sorted(gather_object(unreadable))
 
 
@@ -278,6 +295,8 @@ def add_scores(columns, logits, outputs, answers, keys):
 
 def merge(parts):
     """The processes' columns as one table, in the order of the keys."""
+    if not parts:
+        return {}
     merged = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
     order = np.argsort(merged["key"])
     return {name: values[order] for name, values in merged.items()}
@@ -337,8 +356,8 @@ def fingerprint(model):
 def request_of(args, accelerator, model_name, weights, config, name, ds, revision):
     """All that the result of a pass depends on, as JSON has it."""
     request = {
-        "model": model_name, "weights": weights, "benchmarks": robustness.passes(args.benchmarks)[name],
-        "data": args.data.get(name) or robustness.HUB.get(name, "digits"), "revision": revision,
+        "model": model_name, "weights": weights, "benchmarks": robustness.passes(args.benchmarks, args.data)[name],
+        "data": robustness.place_of(name, args.data) or robustness.HUB.get(name, "digits"), "revision": revision,
         "preprocessing": {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")},
         "mean": config["mean"], "std": config["std"], "precision": accelerator.mixed_precision,
         "corrupt": corruptions.STRENGTHS if args.corrupt else None,
@@ -358,8 +377,12 @@ def evaluate_all(args, accelerator, models, sets):
         InputError: images cannot be read, have no right answer, or have logits that are not finite.
     """
     tables, notes, main = {}, {}, accelerator.is_main_process
-    plan = robustness.passes(args.benchmarks)
-    revisions = {name: robustness.revision(name, sets[name], args.data.get(name)) for name in plan} if main else {}
+    plan = robustness.passes(args.benchmarks, args.data)
+    revisions = (
+        {name: robustness.revision(name, sets[name], robustness.place_of(name, args.data)) for name in plan}
+        if main
+        else {}
+    )
     for model_name, (model, config) in models.items():
         folder, tables[model_name] = predictions_folder(args, model_name), {}
         weights = fingerprint(model) if main else None
@@ -413,8 +436,12 @@ def corrupted(tables: dict) -> dict:
         corruption, _, severity = kind.rpartition("-")
         found.setdefault(protocol, {}).setdefault(corruption, {})[severity] = float(tables[name]["top1"].mean())
     return {
-        protocol: {"clean": float(tables[protocol]["top1"].mean()), "corruptions": rows}
-        | metrics.mean(by_image(tables, protocol)["top1"])
+        protocol: {
+            "clean": float(tables[protocol]["top1"].mean()) if protocol in tables else None,
+            "corruptions": rows,
+            **({"mce": corruptions.mce(rows)} if protocol == "c" else {}),
+            **metrics.mean(by_image(tables, protocol)["top1"]),
+        }
         for protocol, rows in found.items()
     }
 
@@ -422,7 +449,60 @@ def corrupted(tables: dict) -> dict:
 def by_image(tables, protocol):
     """The images' keys, and for each the share of its corruptions on which one model was right."""
     parts = [table for name, table in tables.items() if name.startswith(f"{protocol}.")]
-    return {"key": parts[0]["key"], "top1": np.mean([table["top1"] for table in parts], 0)}
+    keys = functools.reduce(np.intersect1d, [table["key"] for table in parts])
+    return {"key": keys, "top1": np.mean([table["top1"][np.isin(table["key"], keys)] for table in parts], 0)}
+
+
+# timm's tables of results, by protocol.
+TIMM = {
+    "imagenet": "imagenet", "real": "imagenet-real", "v2": "imagenetv2-matched-frequency", "sketch": "imagenet-sketch",
+    "r-200": "imagenet-r", "r-clean": "imagenet-r-clean", "a-200": "imagenet-a", "a-clean": "imagenet-a-clean",
+}  # fmt: skip
+
+
+def timm_setting(config):
+    """Size, crop and interpolation, as timm's tables of results have them."""
+    return {
+        "img_size": str(config["input_size"][-1]),
+        "crop_pct": f"{config['crop_pct']:.3f}",
+        "interpolation": config["interpolation"],
+    }
+
+
+def published_beside(models, results):
+    """By model of timm's: top-1 in % that timm publishes at its size and crop, by protocol; or at which it does."""
+    found = {}
+    for name, (model, config) in models.items():
+        if Path(name.removeprefix("local-dir:")).expanduser().is_dir():
+            continue
+        own = f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}"
+        rows = [row for row in published.results() if row["model"] == own]
+        here = timm_setting(config)
+        same = [row for row in rows if all(row[key] == value for key, value in here.items())]
+        shown = [p for p in results[name] if p in TIMM]
+        if same and shown:
+            top1 = {p: (100 * results[name][p]["top1"], float(same[0][TIMM[p]])) for p in shown if same[0][TIMM[p]]}
+            found[name] = {"top1": top1}
+        elif rows and shown:
+            found[name] = {"elsewhere": [{key: row[key] for key in here} for row in rows]}
+    return found
+
+
+def write_csv(folder, models, results):
+    """Write ``results-PROTOCOL.csv``, with the columns of timm's tables of results, the best model first."""
+    for protocol in dict.fromkeys(p for measured in results.values() for p in measured):
+        rows = []
+        for name, (model, config) in models.items():
+            r, setting = results[name][protocol], timm_setting(config)
+            rows.append({"model": name, "img_size": setting["img_size"]})
+            for k in ("top1", "top5"):
+                rows[-1] |= {k: f"{100 * r[k]:.3f}", f"{k}_err": f"{100 - 100 * r[k]:.3f}"}
+            rows[-1]["param_count"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
+            rows[-1] |= {key: setting[key] for key in ("crop_pct", "interpolation")}
+        with (folder / f"results-{protocol}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(sorted(rows, key=lambda row: -float(row["top1"])))
 
 
 def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -460,8 +540,9 @@ def main(argv=None):
     accelerator = Accelerator()
     settings.use_fast_kernels(accelerator.device)
     models = open_models(args)
-    plan = robustness.passes(args.benchmarks)
-    sets = {name: robustness.open_set(name, args.data.get(name), args.allow_partial) for name in plan}
+    plan = robustness.passes(args.benchmarks, args.data)
+    places = {name: robustness.place_of(name, args.data) for name in plan}
+    sets = {name: robustness.open_set(name, places[name], args.allow_partial) for name in plan}
     for name, ds in sets.items():
         for model_name, (model, _) in models.items():
             if name in args.data and name not in robustness.HUB:
@@ -481,7 +562,7 @@ def main(argv=None):
         model: {p: metrics.paired(*matched(clean[first][p], table)) for p, table in clean[model].items()}
         for model in others
     }
-    corruption = {model: corrupted(ts) for model, ts in tables.items() if args.corrupt}
+    corruption = {model: corrupted(ts) for model, ts in tables.items() if args.corrupt or "c" in args.data}
     for model, p in itertools.product(others, corruption.get(first, ())):
         one, two = matched(by_image(tables[first], p), by_image(tables[model], p))
         corruption[model][p]["difference_to_first"] = metrics.mean(two - one)
@@ -496,15 +577,19 @@ def main(argv=None):
     report.show_corrupted(corruption, args.markdown)
     if effective:
         report.show_effective(effective, args.markdown)
+    report.show_published(published_beside(models, results), args.markdown)
+    if args.csv:
+        write_csv(Path(args.output), models, results)
     for name, note in notes.items():
         if note["unreadable"]:
             print(f"{name}: left out {len(note['unreadable'])} images that cannot be read: {note['unreadable'][:5]}")
-    report.draw(results, Path(args.output) / "accuracy.png")
-    pictures = "accuracy.png, accuracy.svg"
+    drawn = ["accuracy"] * any(results.values()) + ["effective_robustness"] * bool(effective)
+    if "accuracy" in drawn:
+        report.draw(results, Path(args.output) / "accuracy.png")
     if effective:
         report.draw_effective(effective, Path(args.output) / "effective_robustness.png")
-        pictures += ", effective_robustness.png, effective_robustness.svg"
-    print(f"\nwritten: {args.output}/results.json, {pictures}, predictions/")
+    pictures = "".join(f", {name}.png, {name}.svg" for name in drawn)
+    print(f"\nwritten: {args.output}/results.json{pictures}, predictions/")
     return results
 
 

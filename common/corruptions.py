@@ -72,3 +72,22 @@ def corrupt(image: torch.Tensor, corruption: str, severity: int, seed: int) -> t
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{corruption} {severity}".encode(), seed))
         return function(image, strengths[severity - 1])
+
+
+# Top-1 error of AlexNet by corruption of ImageNet-C, mean of the five severities (Hendrycks and Dietterich 2019).
+ALEXNET = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880,
+    "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572,
+    "fog": 0.819324, "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056,
+    "pixelate": 0.717840, "jpeg_compression": 0.606500,
+}  # fmt: skip
+
+
+def mce(top1: dict[str, dict[str, float]]) -> float | None:
+    """The mean corruption error: a model's error on each of ImageNet-C's 15 corruptions over AlexNet's, their mean.
+
+    ``top1`` is in [0, 1], by corruption and severity; None if one of the 15 has not all five severities.
+    """
+    if any(len(top1.get(name, ())) != 5 for name in ALEXNET):
+        return None
+    return sum((1 - sum(top1[name].values()) / 5) / error for name, error in ALEXNET.items()) / len(ALEXNET)

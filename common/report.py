@@ -43,16 +43,20 @@ def show(results, differences, markdown):
 
 def show_corrupted(corrupted, markdown):
     """Print top-1 by model, set, corruption and severity; the means over corruptions, and their differences."""
-    lines = [["model", "benchmark", "corruption", "1", "2", "3", "mean %", "95 %"]]
+    tops = [top1 for sets in corrupted.values() for found in sets.values() for top1 in found["corruptions"].values()]
+    severities = sorted({severity for top1 in tops for severity in top1})
+    lines = [["model", "benchmark", "corruption", *severities, "mean %", "95 %"]]
     means = [["model", "benchmark", "top-1 points", "95 %"]]
+    empty = [""] * len(severities)
     for model, sets in corrupted.items():
         for name, found in sets.items():
-            lines.append([model, name, "none: clean", "", "", "", f"{100 * found['clean']:.2f}", ""])
+            if found["clean"] is not None:
+                lines.append([model, name, "none: clean", *empty, f"{100 * found['clean']:.2f}", ""])
             for corruption, top1 in found["corruptions"].items():
-                cells = [f"{100 * value:.2f}" for value in (*top1.values(), np.mean(list(top1.values())))]
-                lines.append([model, name, corruption, *cells, ""])
+                cells = [f"{100 * top1[severity]:.2f}" if severity in top1 else "-" for severity in severities]
+                lines.append([model, name, corruption, *cells, f"{100 * np.mean(list(top1.values())):.2f}", ""])
             interval = f"{100 * found['low']:.2f} to {100 * found['high']:.2f}"
-            lines.append([model, name, "mean", "", "", "", f"{100 * found['mean']:.2f}", interval])
+            lines.append([model, name, "mean", *empty, f"{100 * found['mean']:.2f}", interval])
             if d := found.get("difference_to_first"):
                 interval = f"{100 * d['low']:+.2f} to {100 * d['high']:+.2f}"
                 means.append([model, name, f"{100 * d['mean']:+.2f}", interval])
@@ -62,6 +66,26 @@ def show_corrupted(corrupted, markdown):
     if len(means) > 1:
         print(f"\nMean over corruptions, against {next(iter(corrupted))}, on the same images:\n")
         table(means, markdown)
+    for model, name, found in ((m, name, found) for m, sets in corrupted.items() for name, found in sets.items()):
+        if "mce" in found:
+            mce = "not known, as it lacks some of the 15 corruptions in 5 severities"
+            mce = mce if found["mce"] is None else f"{100 * found['mce']:.2f} % of AlexNet's error"
+            print(f"{model} on {name}: mean error {100 - 100 * found['mean']:.2f} %; mCE {mce}")
+
+
+def show_published(found, markdown):
+    """Print top-1 beside what timm publishes, or the sizes and crops at which it does."""
+    lines = [["model", "benchmark", "top-1 %", "timm's %", "difference"]]
+    for model, one in found.items():
+        for name, (ours, timms) in one.get("top1", {}).items():
+            lines.append([model, name, f"{ours:.3f}", f"{timms:.3f}", f"{ours - timms:+.3f}"])
+    if len(lines) > 1:
+        print("\nBeside what timm publishes at the same size, crop and interpolation:\n")
+        table(lines, markdown)
+    for model, one in found.items():
+        if settings := one.get("elsewhere"):
+            shown = " or ".join(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in s.items()) for s in settings)
+            print(f"\n{model}: to compare with what timm publishes, evaluate with {shown}")
 
 
 def table(lines, markdown):

@@ -26,8 +26,10 @@ HUB = {
     "v2": "clip-benchmark/wds_imagenetv2",
     "r": "clip-benchmark/wds_imagenet-r",
     "sketch": "clip-benchmark/wds_imagenet_sketch",
+    "a": "clip-benchmark/wds_imagenet-a",
+    "c": None,  # a folder CORRUPTION/SEVERITY/CLASS/FILE
 }
-CLASSES = {"imagenet": 1000, "v2": 1000, "r": 200, "sketch": 1000, "digits": 10}
+CLASSES = {"imagenet": 1000, "v2": 1000, "r": 200, "sketch": 1000, "a": 200, "c": 1000, "digits": 10}
 MAX_UNREADABLE = 1e-3  # of a set's images
 
 _INFO = ImageNetInfo("imagenet-1k")
@@ -56,7 +58,8 @@ def _timm_info(file):
     return pkgutil.get_data(timm.data.__name__, f"_info/{file}").decode()
 
 
-R_INDICES = [int(line) for line in _timm_info("imagenet_r_indices.txt").split()]  # ImageNet-R's 200 of the 1000 classes
+# The 200 classes of ImageNet-R and of ImageNet-A, of ImageNet's 1000, in the order of their own labels.
+SUBSETS = {name: [int(line) for line in _timm_info(f"imagenet_{name}_indices.txt").split()] for name in ("r", "a")}
 
 
 @functools.cache
@@ -85,13 +88,14 @@ def class_index(name: str, benchmark: str) -> int:
     """The class of ImageNet (0..999) that a class of one of its sets means, by name, never by position.
 
     Args:
-        name: as for ``imagenet_index``; a number is for "r" one of its own 200.
+        name: as for ``imagenet_index``; a number is for "r" and "a" one of their own 200.
 
     Raises:
-        InputError: it means no class, or no class of ImageNet-R's for "r".
+        InputError: it means no class, or none of the 200 of "r" or "a".
     """
-    if benchmark == "r" and _is_number(name):
-        index = R_INDICES[int(name)] if int(name) < 200 else None
+    own = SUBSETS.get(benchmark)
+    if own and _is_number(name):
+        index = own[int(name)] if int(name) < 200 else None
     else:
         index = imagenet_index(name)
     if index is None:
@@ -99,8 +103,8 @@ def class_index(name: str, benchmark: str) -> int:
             f"{benchmark}: the class {name!r} is no WordNet id of ImageNet's, not the name of one class alone and not "
             f"a number below {CLASSES[benchmark]}"
         )
-    if benchmark == "r" and index not in R_INDICES:
-        raise InputError(f"r: the class {name!r} is none of ImageNet-R's 200: remove it")
+    if own and index not in own:
+        raise InputError(f"{benchmark}: the class {name!r} is none of ImageNet-{benchmark.upper()}'s 200: remove it")
     return index
 
 
@@ -279,7 +283,8 @@ def open_set(benchmark: str, where: str | None, allow_partial: bool):
     """A set's images, undecoded, as columns ``image`` and ``label``, streamed unless they are local files.
 
     Args:
-        benchmark: "imagenet" (which serves "real" too), "v2", "r", "sketch", "digits:SPLIT", or any name.
+        benchmark: "imagenet" (which serves "real" too), "v2", "r", "sketch", "a", "c:CORRUPTION:SEVERITY",
+            "digits:SPLIT", or any name.
         where: a folder in the archive's layout, or a zip archive of one; a folder or file of WebDataset tars; or a
             dataset of the Hub, None for its usual one, or a folder with a copy of it.
         allow_partial: only warn of missing classes.
@@ -290,6 +295,7 @@ def open_set(benchmark: str, where: str | None, allow_partial: bool):
     if benchmark.startswith("digits:"):
         ds = data.load("digits")[benchmark.removeprefix("digits:")]
         return ds.cast_column("image", datasets.Image(decode=False))
+    benchmark = benchmark.partition(":")[0]
     where = where or HUB[benchmark]
     path = Path(where).expanduser()
     tars = [path] if path.suffix == ".tar" else sorted(path.glob("**/*.tar"))
@@ -379,7 +385,8 @@ def _classes(path, benchmark, files):
     Raises:
         InputError: images lie outside of class folders, or those of a set of no known layout in several folders.
     """
-    parents = [Path(file.split("::")[0].replace("zip:/", "")).parent for file in files]
+    inner = [file.split("::")[0].removeprefix("zip:/") if file.startswith("zip://") else file for file in files]
+    parents = [Path(file).parent for file in inner]
     flat = [parent in (path, Path("/")) for parent in parents]
     if not any(flat):
         around = sorted({parent.parent for parent in parents})
@@ -413,12 +420,24 @@ def _standard_columns(ds, where):
     return ds.cast_column("image", datasets.Image(decode=False))
 
 
-def passes(benchmarks: list[str]) -> dict[str, list[str]]:
-    """What to read once, and the benchmarks that it serves: a pass over ImageNet's validation images serves two."""
+def passes(benchmarks: list[str], places: dict[str, str]) -> dict[str, list[str]]:
+    """What to read once, and the benchmarks that it serves: a pass over ImageNet's validation images serves several.
+
+    ``places`` are where sets lie; those of ImageNet-C are what its folder holds.
+
+    Raises:
+        InputError: the folder of ImageNet-C is not in its archive's layout.
+    """
     plan = {}
     for benchmark in benchmarks:
         if benchmark == "digits":
             plan |= {f"digits:{split}": [split] for split in ("test", *SHIFTS)}
+        elif benchmark == "c":
+            folders = sorted(Path(places["c"]).expanduser().glob("*/[1-5]/"))
+            if not folders:
+                raise InputError(f"c: {places['c']} holds no folders CORRUPTION/SEVERITY/CLASS, as gaussian_noise/1")
+            for corruption, severity in (folder.parts[-2:] for folder in folders):
+                plan[f"c:{corruption}:{severity}"] = [f"c.{corruption}-{severity}"]
         else:
             plan.setdefault(pass_of(benchmark), []).append(benchmark)
     return plan
@@ -426,12 +445,19 @@ def passes(benchmarks: list[str]) -> dict[str, list[str]]:
 
 def pass_of(benchmark: str) -> str:
     """The images that a benchmark is read from, as ``HUB`` calls them, or itself."""
-    return "imagenet" if benchmark == "real" else benchmark
+    return "imagenet" if benchmark in ("real", "r-clean", "a-clean") else benchmark
+
+
+def place_of(name: str, places: dict[str, str]) -> str | None:
+    """Where a pass' images lie, if that is in ``places``: those of ImageNet-C in folders of their own."""
+    benchmark, _, part = name.partition(":")
+    return str(Path(places["c"], *part.split(":"))) if benchmark == "c" else places.get(benchmark)
 
 
 def taken_names(benchmarks: list[str]) -> set[str]:
     """What a set of the user's own cannot be called beside ``benchmarks``: it would be taken for another."""
-    return {"real", "digits", "r-200", "r-1000"} | ({"test", *SHIFTS} if "digits" in benchmarks else set())
+    rows = {"real", "r-clean", "a-clean", "digits", *(f"{name}-{n}" for name in SUBSETS for n in (200, 1000))}
+    return rows | ({"test", *SHIFTS} if "digits" in benchmarks else set())
 
 
 def revision(benchmark: str, ds, where: str | None) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ from oracle import COLOUR, jpeg, write_tars
 from timm.data import ImageNetInfo
 
 import eval_robustness
-from common import checkpoints, robustness
+from common import checkpoints, corruptions, robustness
 from common.settings import InputError
 
 INFO = ImageNetInfo("imagenet-1k")
@@ -35,7 +36,8 @@ class Reader(torch.nn.Module):
         mean, std = (torch.tensor(COLOUR[key]).view(3, 1, 1) for key in ("mean", "std"))
         decimals = (((x * std + mean) * 255).mean((-2, -1)) / 25).floor().clamp(0, 9).long()
         shown = (decimals * torch.tensor([1, 10, 100])).sum(-1) % self.num_classes
-        return 10 * torch.nn.functional.one_hot(self.order[shown], self.num_classes).float() * self.weight
+        best = 10 * torch.nn.functional.one_hot(self.order[shown], self.num_classes).float()
+        return best * self.weight - 1e-3 * torch.arange(self.num_classes)  # of the others, the first
 
 
 def shuffled(names, seed=0):
@@ -249,6 +251,14 @@ def test_images_outside_of_class_folders_are_named(tmp_path, evaluate, stray):
         evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")
 
 
+def test_class_folders_may_be_anywhere_and_in_a_zip_archive(tmp_path, evaluate):
+    label_names, order = shuffled(CIFAR)
+    folder = write(tmp_path / "a::b" / "images", CIFAR)
+    archive = shutil.make_archive(tmp_path / "images", "zip", folder.parent)
+    for place in (folder, archive):
+        assert evaluate(label_names, order, "--data", f"mine={place}")["mine"]["top1"] == 1.0
+
+
 def test_splits_of_a_folder_are_not_mixed(tmp_path, evaluate):
     for split in ("train", "val"):
         write(tmp_path / "images" / split, CIFAR)
@@ -263,3 +273,117 @@ def test_data_alone_makes_a_benchmark_of_a_known_set_too(tmp_path, evaluate):
     assert evaluate(None, list(range(1000)), "--data", f"v2={folder}")["v2"]["top1"] == 1.0
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(saved["passes"]) == ["reader on v2"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ImageNet-A, the clean accuracies of A and R, and ImageNet-C
+
+A, R = robustness.SUBSETS["a"], robustness.SUBSETS["r"]
+
+
+def test_a_is_judged_among_its_own_200_classes_and_among_all(tmp_path, evaluate):
+    assert len(set(A)) == 200 and A != R
+    shown = {WORDNET[index]: index for index in A}
+    wrong = next(i for i in range(1000) if i not in A)
+    shown[WORDNET[A[0]]] = wrong  # the best output is none of A's; of A's own it is the first, which is right
+    folder = write(tmp_path / "imagenet-a", shown, list(shown.values()))
+    found = evaluate(None, list(range(1000)), "--data", f"a={folder}")
+    assert (found["a-200"]["top1"], found["a-1000"]["top1"]) == (1.0, 0.995)
+    assert found["a-200"]["examples"] == found["a-1000"]["examples"] == 200
+
+
+def test_as_tars_hold_positions_in_its_own_200_classes(tmp_path, evaluate):
+    labels = random.Random(0).sample(range(200), 50)
+    place = write_tars(tmp_path / "a", labels, [A[label] for label in labels])
+    found = evaluate(None, list(range(1000)), "--data", f"a={place}")
+    assert found["a-200"]["top1"] == found["a-1000"]["top1"] == 1.0
+
+
+def test_clean_accuracies_are_those_of_imagenets_own_images_of_the_200_classes(tmp_path, evaluate):
+    classes = [*A[:30], *R[:30], *(i for i in range(1000) if i not in A and i not in R)]
+    classes = list(dict.fromkeys(classes))[:60]
+    (tmp_path / "val").mkdir()
+    for number, index in enumerate(classes, 1):
+        (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}_{WORDNET[index]}.JPEG").write_bytes(jpeg(index))
+    place = f"imagenet={tmp_path / 'val'}"
+    found = evaluate(None, list(range(1000)), "--benchmarks", "imagenet", "a-clean", "r-clean", "--data", place)
+    assert found["imagenet"]["examples"] == len(classes)
+    for name, own in (("a-clean", A), ("r-clean", R)):
+        assert (found[name]["examples"], found[name]["top1"]) == (sum(i in own for i in classes), 1.0)
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(saved["passes"]) == ["reader on imagenet"]  # one pass
+    for path in (tmp_path / "val").iterdir():
+        if any(WORDNET[i] in path.name for i in A):
+            path.unlink()
+    with pytest.raises(InputError, match="imagenet: no image has a right answer in a-clean: leave it out"):
+        evaluate(None, list(range(1000)), "--benchmarks", "a-clean", "--data", place)
+
+
+def write_imagenet_c(root, kinds):
+    """ImageNet-C's layout, of ten classes; of as many as its severity says, another class is shown."""
+    for corruption, severity in itertools.product(kinds, range(1, 6)):
+        shown = [i + (i < severity) for i in range(10)]
+        write(root / corruption / str(severity), WORDNET[:10], shown)
+    return root
+
+
+@pytest.mark.parametrize("missing", [None, "fog"])
+def test_imagenet_c_gives_errors_by_corruption_and_severity_and_mce(tmp_path, evaluate, capsys, missing):
+    kinds = [name for name in corruptions.ALEXNET if name != missing]
+    root = write_imagenet_c(tmp_path / "c", [*kinds, "spatter"])
+    evaluate(None, list(range(1000)), "--data", f"c={root}", "--allow-partial")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["corrupted"]["reader"]["c"]
+    assert found["corruptions"]["snow"] == {str(s): pytest.approx(1 - s / 10) for s in range(1, 6)}
+    assert found["mean"] == pytest.approx(0.7)
+    printed = capsys.readouterr().out
+    assert "mean error 30.00 %" in printed
+    if missing:
+        assert found["mce"] is None and "mCE not known" in printed
+    else:  # every error is 0.3
+        assert found["mce"] == pytest.approx(np.mean([0.3 / error for error in corruptions.ALEXNET.values()]))
+    with pytest.raises(InputError, match="--corrupt does not go with --data c="):
+        evaluate(None, list(range(1000)), "--data", f"c={root}", "--corrupt")
+    with pytest.raises(InputError, match=r"c: .*snow holds no folders CORRUPTION/SEVERITY/CLASS"):
+        evaluate(None, list(range(1000)), "--data", f"c={root / 'snow'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beside timm's published results
+
+
+@pytest.fixture
+def resnet50(monkeypatch, evaluate):
+    """Evaluate a reader that goes by the name of timm's ``resnet50.a1_in1k``, as if at its size."""
+
+    def init(self, *args, init=Reader.__init__):
+        init(self, *args)
+        self.pretrained_cfg |= {"architecture": "resnet50", "tag": "a1_in1k"}
+
+    monkeypatch.setattr(Reader, "__init__", init)
+    return lambda *flags: evaluate(None, list(range(1000)), *flags)
+
+
+def test_timms_top1_stands_beside_ours_at_the_same_size_and_crop(tmp_path, resnet50, capsys):
+    folder = write(tmp_path / "v2", [str(i) for i in range(1000)])
+    sizes = ["--img-size", "224", "--crop-pct", "0.95", "--interpolation", "bicubic"]
+    resnet50("--data", f"v2={folder}", *sizes, "--batch-size", "50")
+    printed = capsys.readouterr().out
+    assert "reader  v2         100.000  68.470    +31.530" in printed
+
+
+def test_elsewhere_the_sizes_and_crops_of_timms_table_are_named(tmp_path, resnet50, capsys):
+    folder = write(tmp_path / "v2", ["3", "4"])
+    resnet50("--data", f"v2={folder}", "--allow-partial")
+    printed = capsys.readouterr().out
+    assert "evaluate with --img-size 224 --crop-pct 0.950 --interpolation bicubic or --img-size 288" in printed
+    assert "timm's %" not in printed
+
+
+def test_csv_has_timms_columns(tmp_path, evaluate):
+    folder = write(tmp_path / "v2", ["3", "4", "5"], [3, 4, 6])
+    evaluate(None, list(range(1000)), "--data", f"v2={folder}", "--allow-partial", "--csv")
+    lines = (tmp_path / "out" / "results-v2.csv").read_text().splitlines()
+    assert lines == [
+        "model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,interpolation",
+        "reader,16,66.667,33.333,66.667,33.333,0.00,1.000,bilinear",
+    ]

@@ -74,7 +74,7 @@ def test_v2_folders_are_numbers_not_text(tmp_path):
 
 
 def test_r_folders_are_200_wordnet_ids_among_1000(tmp_path):
-    classes = {WORDNET[index]: index for index in robustness.R_INDICES}
+    classes = {WORDNET[index]: index for index in robustness.SUBSETS["r"]}
     folder = write_folders(tmp_path / "imagenet-r", classes)
     (folder / "README.txt").write_text("about")
     results = evaluate(tmp_path, ["r"], f"r={folder}")["right"]
@@ -85,10 +85,10 @@ def test_r_folders_are_200_wordnet_ids_among_1000(tmp_path):
 
 def test_r_tars_hold_positions_in_its_own_200_classes(tmp_path):
     labels = random.Random(0).sample(range(200), 200)
-    folder = write_tars(tmp_path / "wds_imagenet-r", labels, [robustness.R_INDICES[label] for label in labels])
+    folder = write_tars(tmp_path / "wds_imagenet-r", labels, [robustness.SUBSETS["r"][label] for label in labels])
     results = evaluate(tmp_path, ["r"], f"r={folder}")["right"]
     assert results["r-200"]["top1"] == results["r-1000"]["top1"] == 1.0
-    assert np.mean([robustness.R_INDICES[label] == label for label in labels]) < 0.1  # the naive rule
+    assert np.mean([robustness.SUBSETS["r"][label] == label for label in labels]) < 0.1  # the naive rule
 
 
 def test_sketch_with_missing_classes_is_mapped_by_name(tmp_path):
@@ -273,7 +273,7 @@ def test_real_agrees_with_timm():
 
 def test_r_protocol_of_200_classes_agrees_with_masking():
     logits, _ = random_logits(400, seed=2)
-    labels = [random.Random(i).choice(robustness.R_INDICES) for i in range(400)]
+    labels = [random.Random(i).choice(robustness.SUBSETS["r"]) for i in range(400)]
     batch = {"label": labels, "path": [None] * 400}
     columns = {}
     for protocol, outputs, answers in eval_robustness.right_answers("r", batch):
@@ -281,7 +281,7 @@ def test_r_protocol_of_200_classes_agrees_with_masking():
             columns.setdefault(protocol, {}), logits, outputs, answers, list(map(str, range(400)))
         )
     masked = logits.clone()
-    masked[:, [i for i in range(1000) if i not in robustness.R_INDICES]] = -torch.inf
+    masked[:, [i for i in range(1000) if i not in robustness.SUBSETS["r"]]] = -torch.inf
     assert columns["r-200"]["top1"] == (masked.argmax(-1) == torch.tensor(labels)).tolist()
     assert columns["r-1000"]["top1"] == (logits.argmax(-1) == torch.tensor(labels)).tolist()
 
@@ -343,7 +343,7 @@ def test_two_processes_count_as_one(tmp_path):
 
 def test_killed_run_goes_on_after_the_last_finished_benchmark(tmp_path, monkeypatch, capsys):
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
-    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.R_INDICES})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.SUBSETS["r"]})
     places, models = (f"v2={folder}", f"r={r}"), ("right", "wrong about 3 6")
     predict, begun = eval_robustness.predict, []
 
@@ -527,6 +527,14 @@ def save_model(folder, names=None, architecture="test_resnet", seed=0, **options
     config = {"input_size": (3, 32, 32), "crop_pct": 1.0}
     save_for_hf(model, folder, data_config=config, model_config={"label_names": names}, safe_serialization=True)
     return model.eval(), folder
+
+
+@pytest.mark.parametrize("names", [None, WORDNET])
+def test_outputs_without_names_are_said_to_be_taken_for_imagenets(tmp_path, capsys, names):
+    _, place = save_model(tmp_path / "best", names)
+    args = eval_robustness.parse(["--model", str(place), "--benchmarks", "v2"])
+    eval_robustness.open_models(args)
+    assert ("best has no label_names: its outputs are taken for ImageNet's" in capsys.readouterr().out) == (not names)
 
 
 def test_a_model_by_two_spellings_is_one_model(tmp_path, monkeypatch):
@@ -729,7 +737,7 @@ ORDERS = {
 def test_outputs_in_another_order_are_mapped_by_the_models_label_names(tmp_path, monkeypatch, order):
     monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: Named(*ORDERS[order]))
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(0, 1000, 9)})
-    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.R_INDICES[::9]})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.SUBSETS["r"][::9]})
     (tmp_path / "val").mkdir()
     for number, index in validation_images(20).items():
         (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}_{WORDNET[index]}.JPEG").write_bytes(jpeg(index))
@@ -798,7 +806,7 @@ def test_empty_class_folders_are_named(tmp_path, capsys):
 @pytest.mark.parametrize("flat", [True, False])
 def test_a_class_that_is_none_of_imagenet_rs_200_ends_before_the_first_image(tmp_path, monkeypatch, flat):
     monkeypatch.setattr(eval_robustness, "predict", None)
-    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.R_INDICES})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.SUBSETS["r"]})
     (r / WORDNET[0]).mkdir()
     (r / WORDNET[0] / "a.jpeg").write_bytes(jpeg(0))
     if flat:
@@ -856,7 +864,7 @@ def test_images_of_the_hub_without_bytes_are_opened_where_they_are(tmp_path, mon
 
 
 def test_each_shift_of_the_digits_is_read_as_itself():
-    passes, everything = robustness.passes(["digits"]), digits()
+    passes, everything = robustness.passes(["digits"], {}), digits()
     assert list(passes) == [f"digits:{split}" for split in ("test", *SHIFTS)]
     seen = set()
     for name, (split,) in passes.items():
