@@ -58,6 +58,17 @@ def test_fine_tuning_starts_from_the_checkpoint_with_a_new_head(tmp_path, checkp
             continue
         same = torch.equal(tensor, after[name])
         assert same == (not name.startswith("fc.")), name
+    torch.manual_seed(99)  # the new head depends on the run's seed alone
+    run(finetune_cifar, tmp_path, "--overwrite", dataset=str(images), model=str(checkpoint), method="base", lr=0.0)
+    assert torch.equal(load_file(tmp_path / "run/best/model.safetensors")["fc.weight"], after["fc.weight"])
+
+
+def test_fine_tuning_holds_out_and_streams_as_asked(tmp_path, checkpoint, images):
+    whole = write_folder(tmp_path / "images", splits=("",), images=8)
+    changes = {"model": str(checkpoint), "dataset": str(whole), "validation_share": 0.25}
+    assert run(finetune_cifar, tmp_path, "--dry-run", **changes) == {}
+    with pytest.raises(InputError, match="give --train-num-samples"):
+        run(finetune_cifar, tmp_path, "--dry-run", model=str(checkpoint), dataset=str(images), streaming=True)
 
 
 def test_fine_tuning_on_a_local_copy_of_cifar_reports_the_last_epoch_on_test(tmp_path, checkpoint):

@@ -393,6 +393,32 @@ def test_a_run_trained_otherwise_is_measured_anew(runs, tmp_path, monkeypatch):
     assert {row["m"] for row in rows(tmp_path)} == {"3"}
 
 
+@pytest.mark.usefixtures("curvature_aside")
+def test_a_model_replaced_in_place_is_measured_anew(runs, tmp_path):
+    run = altered(runs[1], tmp_path)
+    flags = ["--perturbations", "sam", "--micro-batches", "1"]
+    measure([run], tmp_path, *flags)
+    first, second = (row["sam_gap"] for row in rows(tmp_path))
+    assert first != second
+    shutil.copy(run / "epochs" / "0002" / "model.safetensors", run / "epochs" / "0001" / "model.safetensors")
+    measure([run], tmp_path, *flags)
+    assert [row["sam_gap"] for row in rows(tmp_path)] == [second, second]
+
+
+def test_a_runs_accuracy_is_that_of_its_last_epoch_on_test(tmp_path):
+    for name in ("0002", "0010", "0001"):
+        (tmp_path / "epochs" / name).mkdir(parents=True)
+        (tmp_path / "epochs" / name / "config.json").write_text('{"num_classes": 3}')
+    (tmp_path / "settings.yaml").write_text("method: sam")
+    results = {"last": {"validation": 0.1, "test": 0.2}, "best": {"validation": 0.3, "test": 0.4}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    run = measure_forgetting.read_run(tmp_path)
+    assert (run["accuracy"], run["classes"], run["settings"].method) == (0.2, 3, "sam")
+    assert [epoch.name for epoch in run["epochs"]] == ["0001", "0002", "0010"]
+    (tmp_path / "results.json").write_text(json.dumps({"last": {"validation": 0.1}}))
+    assert measure_forgetting.read_run(tmp_path)["accuracy"] == 0.1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What cannot be said
 
@@ -547,6 +573,16 @@ def test_own_is_the_runs_method_rho_m_gamma_lambda_link_and_adaptive():
     for key, value in zip(("forgetting", "relevant_change", "sam_gap"), np.mean(expected, 0)):
         assert abs(value) > 1e-4
         assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_others_than_own_have_gamma_and_lambda_of_the_flags_and_all_of_the_micro_batch():
+    flags = {"perturbations": ["sam", "obf"], "rho": None, "m": None, "gamma": 0.3, "lam": 0.1}
+    own = {"method": "asam+obf", "m": 3, "gamma": 0.5, "lam": 0.2, "link": "softmax", "perturb_fraction": 0.5}
+    run = {"settings": argparse.Namespace(**own), "folder": "run"}
+    found = measure_forgetting.perturbations(argparse.Namespace(**flags), run, 0.7)
+    for kind in ("sam", "obf"):
+        expected = {"method": kind, "m": 3, "gamma": 0.3, "lam": 0.1, "link": "softmax", "perturb_fraction": 1.0}
+        assert vars(found[kind]) == expected | {"rho": 0.7}
 
 
 def test_curvature_is_that_of_the_examples_asked_for():

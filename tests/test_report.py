@@ -1,4 +1,4 @@
-"""What the pictures show, and what they are called."""
+"""Tables and pictures: each number where its head or its axis says, and what the pictures are called."""
 
 import json
 
@@ -206,3 +206,38 @@ def test_a_picture_of_too_few_runs_says_so(drawn, tmp_path):
     )
     title = drawn["forgetting_accuracy"][0].axes[0].get_title()
     assert title == "perturbation: sam, n = 1 runs\nKendall's tau is not there: too few runs"
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def measures(top1):
+    low_and_high = {"top1_low": top1 - 0.01, "top1_high": top1 + 0.03}
+    return {"examples": 50, "top1": top1, **low_and_high, "top5": top1 + 0.1, "nll": 1.5, "ece": 0.045}
+
+
+RESULTS = {"one": {"v2": measures(0.5), "r": measures(0.2)}, "two": {"v2": measures(0.6), "r": measures(0.25)}}
+
+
+def test_measures_and_differences_stand_in_their_columns(capsys):
+    differences = {"two": {"v2": {"difference": 0.1, "low": 0.02, "high": 0.18, "p_value": 0.0321}}}
+    report.show(RESULTS, differences, markdown=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert cells(lines[0]) == ["model", "benchmark", "images", "top-1 %", "95 %", "top-5 %", "NLL", "ECE %"]
+    assert set(cells(lines[1])) == {"---"}
+    assert cells(lines[2]) == ["one", "v2", "50", "50.00", "49.00 to 53.00", "60.00", "1.500", "4.50"]
+    assert cells(lines[5]) == ["two", "r", "50", "25.00", "24.00 to 28.00", "35.00", "1.500", "4.50"]
+    assert cells(lines[6]) == ["model", "benchmark", "top-1 points", "95 %", "p"]
+    assert cells(lines[8]) == ["two", "v2", "+10.00", "+2.00 to +18.00", "0.0321"]
+
+
+def test_correlations_stand_in_their_columns(capsys):
+    found = {"perturbation": "sam", "epochs": "last", "quantity": "forgetting", "runs": 12, "tau": 0.5, "low": 0.1}
+    found |= {"high": 0.7, "p_value": 0.02, "above_rival": -0.25, "above_low": -0.4, "above_high": float("nan")}
+    report.show_correlations([found])
+    head, line = capsys.readouterr().out.splitlines()[-2:]
+    row = {"tau": "+0.50", "95 %": "+0.10 to +0.70", "p": "0.02", "above flatness": "-0.25"}
+    for name, value in row.items():
+        assert line[head.index(f" {name} ") + 1 :].startswith(f"{value} "), name
+    assert line.endswith("  -")  # of the second interval, one end is not a number

@@ -457,6 +457,24 @@ def test_checkpoint_of_a_newer_format_says_so(tmp_path, images):
         in_process(path, output, "--resume", "auto")
 
 
+def test_a_setting_that_a_checkpoint_lacks_differs(tmp_path):
+    saved = {"format": 1, "progress": {"steps": 3}, "settings": {"lr": 0.1}, "files": {}}
+    (tmp_path / "progress.json").write_text(json.dumps(saved))
+    assert checkpoints.read(tmp_path, {"lr": 0.1, "m": None}) == {"steps": 3}
+    with pytest.raises(InputError, match=r"is of a run with rho None, and this one has 0\.2"):
+        checkpoints.read(tmp_path, {"lr": 0.1, "rho": 0.2})
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
+    for step in (7, 12, 9):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "progress.json").touch()
+    newest = tmp_path / "checkpoints" / "step-00000012"
+    for folder in (tmp_path, newest.parent, newest):
+        assert checkpoints.find(str(folder), tmp_path / "elsewhere") == newest
+    assert checkpoints.find("auto", newest.parent) == newest
+
+
 def test_resume_from_a_folder_without_checkpoints(tmp_path, images):
     with pytest.raises(InputError, match="there is no checkpoint in /nowhere"):
         in_process(recipe(tmp_path, images), tmp_path / "run", "--resume", "/nowhere")

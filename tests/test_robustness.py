@@ -593,6 +593,24 @@ def test_a_model_that_changed_in_place_is_evaluated_anew(tmp_path, predictions, 
     assert predictions == ["v2"] * 5
 
 
+def test_images_that_changed_in_place_are_evaluated_anew(tmp_path, predictions, capsys):
+    folder = write_folders(tmp_path / "v2", {"3": 3, "4": 4})
+    for label in (3, 5):
+        (image,) = (folder / "3").iterdir()
+        image.write_bytes(jpeg(label))
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])
+    assert "right on v2: anew, as these have changed since: revision\n" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert predictions == ["v2", "v2"] and saved["results"]["right"]["v2"]["top1"] == 0.5
+
+
+def test_models_are_compared_on_the_images_that_both_have_seen():
+    first = {"key": np.array(["a", "b", "d"]), "top1": np.array([True, False, True])}
+    other = {"key": np.array(["b", "c", "d"]), "top1": np.array([True, True, False])}
+    one, two = eval_robustness.matched(first, other)
+    assert (one.tolist(), two.tolist()) == ([False, True], [True, False])
+
+
 def test_precision_and_versions_belong_to_what_is_finished(tmp_path, predictions, monkeypatch, capsys):
     folder = write_folders(tmp_path / "v2", {"3": 3})
     for change in (

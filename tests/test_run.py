@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from test_data import write_folder
 from test_training import small_recipe
+from timm.models import save_for_hf
 
+import finetune_cifar
 import train_imagenet
 from common import training
 
@@ -22,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def processes(tmp_path_factory):
     """What two_processes.py wrote, by process, and the run's folder."""
     folder = tmp_path_factory.mktemp("two")
-    images = write_folder(folder / "images", images=8)
+    images = write_folder(folder / "images", images=7)  # of 14, two processes evaluate four at a time
     flags = [*small_recipe(folder, images), "--epochs", "2", "--scale", "0.2", "1", "--method", "random"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "tests" / "two_processes.py"), str(folder), *flags]
@@ -51,7 +54,11 @@ def test_training_accuracy_is_that_of_all_processes_images(processes):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     right = [[int(process[f"right {epoch}"]) for process in (one, two)] for epoch in (0, 1)]
     assert any(first != second for first, second in right)
-    assert [16 * line["train"] for line in lines] == [sum(both) for both in right]
+    assert [12 * line["train"] for line in lines] == [sum(both) for both in right]
+
+
+def test_two_processes_evaluate_every_image_once(processes):
+    assert [process["examples"].item() for process in processes[0]] == [14, 14]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,6 +161,24 @@ def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeyp
         assert (tmp_path / "run" / f"curves.{ending}").read_bytes().startswith(start)
 
 
+def test_metrics_have_the_mean_loss_of_each_epoch_and_the_last_epoch_is_kept_too(tmp_path, monkeypatch):
+    images = write_folder(tmp_path / "images", images=4)  # two updates an epoch
+    losses, modes, own = [], [], training.update
+
+    def update(job, *args, **options):
+        modes.append(job.model.training)
+        losses.append(own(job, *args, **options).item())
+        return torch.tensor(losses[-1])
+
+    monkeypatch.setattr(training, "update", update)
+    train_imagenet.main(small_recipe(tmp_path, images, epochs=3, save_interval=2))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = [sum(losses[start : start + 2]) / 2 for start in (0, 2, 4)]
+    assert [line["loss"] for line in lines] == pytest.approx(expected) and len(losses) == 6
+    assert all(modes)  # after an evaluation too
+    assert sorted(path.name for path in (tmp_path / "run" / "epochs").iterdir()) == ["0002", "0003"]
+
+
 def test_without_validation_images_last_is_saved_and_there_is_no_best(tmp_path):
     images = write_folder(tmp_path / "images", splits=("train", "test"), images=4)
     train_imagenet.main(small_recipe(tmp_path, images, epochs=2, save_interval=1))
@@ -163,8 +188,13 @@ def test_without_validation_images_last_is_saved_and_there_is_no_best(tmp_path):
     assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == {"last"}
 
 
-def test_head_bias_is_that_of_the_first_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", [train_imagenet, finetune_cifar])
+def test_head_bias_is_that_of_the_first_weights(tmp_path, monkeypatch, script):
     images, seen = write_folder(tmp_path / "images"), []
+    model, trained = "test_resnet", tmp_path / "trained"
+    if script is finetune_cifar:
+        save_for_hf(timm.create_model(model, num_classes=2), trained, safe_serialization=True)
+        model = str(trained)
     own = training.train_epoch
 
     def train_epoch(job, *others):
@@ -172,5 +202,5 @@ def test_head_bias_is_that_of_the_first_weights(tmp_path, monkeypatch):
         own(job, *others)
 
     monkeypatch.setattr(training, "train_epoch", train_epoch)
-    train_imagenet.main(small_recipe(tmp_path, images, head_bias=-3.5))
+    script.main(small_recipe(tmp_path, images, head_bias=-3.5, model=model))
     assert torch.equal(seen[0], torch.full((2,), -3.5))

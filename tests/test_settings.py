@@ -58,6 +58,10 @@ def test_methods_resolve_their_own_settings_and_no_others(tmp_path, method):
     assert (args.gamma is None) == ("obf" not in method)
     assert (args.adaptive is None) == ("asam" not in method)
     assert (args.gsam_alpha is None) == ("gsam" not in method)
+    defaults = {"rho": 0.05, "gamma": 1.0, "link": "sigmoid", "adaptive": "both", "gsam_alpha": 0.4}
+    assert all(getattr(args, key) in (None, value) for key, value in defaults.items())
+    p, flags = settings.parser("test", "a model"), ["--method", method, "--dry-run"]
+    assert settings.parse(p, flags).output == f"outputs/imagenet-1k-{method}"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,10 @@ def test_methods_resolve_their_own_settings_and_no_others(tmp_path, method):
         ({"epochs": 3, "warmup_epochs": 3}, (), "warmup_epochs is 3"),
         ({"rho_min": 0.0, "lr": 0.1, "min_lr": 0.1}, (), "min_lr below lr"),
         ({"perturb_fraction": 1.5}, (), "perturb_fraction is 1.5"),
+        ({"perturb_fraction": 0.0}, (), r"perturb_fraction is 0.0; it must lie in \(0, 1\]"),
+        ({"smoothing": 1.0}, (), r"smoothing is 1.0; it must lie in \[0, 1\)"),
+        ({"scale": [1.0, 0.5]}, (), r"scale is \[1.0, 0.5\]; give the smaller value first"),
+        ({"ratio": [2.0, 0.5]}, (), r"ratio is \[2.0, 0.5\]; give the smaller value first"),
         ({"method": "base", "perturb_fraction": 0.5}, (), "perturb_fraction contradicts method base"),
         ({"shrink_perturb": -1}, (), "shrink_perturb is -1"),
         ({"checkpoint_hist": 0}, (), "checkpoint_hist is 0"),

@@ -184,6 +184,7 @@ def test_a_point_overrides_the_sweeps_settings_they_the_recipe_and_the_command_l
     keys = ("lr", "min_lr", "momentum", "clip_grad", "hflip", "smoothing", "epochs")
     first, second = ([getattr(args, key) for key in keys] for args in parsed)
     assert first == [0.11, 0.022, 0.33, 3.3, 0.44, 0.44, 1]
+    assert [args.resume for args in parsed] == ["auto", "auto"]  # else a run that was cut off could not go on
     assert second == pytest.approx([0.12, 0.022, 0.33, 3.3, 0.22, 0.12, 1])
     with pytest.raises(InputError, match=r"momentum is 0\.5 on the command line, and the sweep varies it: drop one"):
         sweep.main([*flags, "--momentum", "0.5"])
@@ -208,7 +209,7 @@ def test_a_failed_run_is_said_does_not_stop_the_others_and_is_tried_again(tmp_pa
     grid = {"seed": [1, 2, 0, 3, 4, 5, 6]}
     calls = faked(monkeypatch, fail)
     message = "5 of 7 runs failed, as said above; the same command retries them once more"
-    for _ in range(2):
+    for _ in range(sweep.DEATHS):  # an error is not the death of a worker, however often
         with pytest.raises(InputError, match=message):
             sweep.main(write_sweep(tmp_path, grid))
         printed = capfd.readouterr()
@@ -219,13 +220,26 @@ def test_a_failed_run_is_said_does_not_stop_the_others_and_is_tried_again(tmp_pa
             assert "Traceback" in log and type(error).__name__ in log
         assert "Traceback" not in printed.out + printed.err
         assert [row["seed"] for row in table(tmp_path)] == ["0", "6"]
-    assert [point["seed"] for point in calls] == ["1", "2", "0", "3", "4", "5", "6", "1", "2", "3", "4", "5"]
-    assert len(study(tmp_path).trials) == 12
+    assert [point["seed"] for point in calls] == ["1", "2", "0", "3", "4", "5", "6"] + 2 * ["1", "2", "3", "4", "5"]
+    assert len(study(tmp_path).trials) == 17
     monkeypatch.undo()
     calls = faked(monkeypatch)
     sweep.main(write_sweep(tmp_path, grid))
     assert [point["seed"] for point in calls] == ["1", "2", "3", "4", "5"]
     assert len(table(tmp_path)) == 7
+
+
+def test_what_failed_before_comes_after_what_is_new(tmp_path, monkeypatch):
+    def fail(point):
+        raise InputError("too large")
+
+    faked(monkeypatch, fail)
+    with pytest.raises(InputError, match="1 of 1 runs failed"):
+        sweep.main(write_sweep(tmp_path, {"seed": [0]}))
+    monkeypatch.undo()
+    calls = faked(monkeypatch)
+    sweep.main(write_sweep(tmp_path, {"seed": [0, 1, 2]}))
+    assert [point["seed"] for point in calls] == ["1", "2", "0"]
 
 
 def test_a_run_that_failed_in_another_worker_is_not_tried_again_by_this_one(tmp_path, monkeypatch, capsys):
@@ -535,7 +549,16 @@ def test_a_storage_of_other_settings_is_refused(tmp_path, monkeypatch):
     sweep.main(write_sweep(tmp_path, {"seed": [0]}))
     with pytest.raises(InputError, match=r"holds a sweep with flags \[\].*'--epochs', '2'.*another --output"):
         sweep.main([*write_sweep(tmp_path, {"seed": [0, 1]}), "--epochs", "2"])
+    with pytest.raises(InputError, match="with script 'train_imagenet', and this one has 'finetune_cifar'"):
+        sweep.main([*write_sweep(tmp_path, {"seed": [0, 1]}), "--script", "finetune_cifar"])
     assert len(calls) == 1
+
+
+def test_a_value_with_slashes_is_no_folder_of_folders(tmp_path, monkeypatch):
+    calls = faked(monkeypatch)
+    sweep.main(write_sweep(tmp_path, {"model": ["hf-hub:one/model", "hf-hub:one/other"]}))
+    assert [point["model"] for point in calls] == ["hf-hub:one%2Fmodel", "hf-hub:one%2Fother"]
+    assert [row["model"] for row in table(tmp_path)] == ["hf-hub:one/model", "hf-hub:one/other"]
 
 
 def test_a_locked_storage_is_named(tmp_path, monkeypatch):

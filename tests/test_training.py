@@ -258,8 +258,9 @@ def test_top1_counts_every_example_once(accelerator, size):
     logits, labels = torch.randn(size, 4), torch.randint(0, 4, (size,))
     examples = [{"image": row, "label": label} for row, label in zip(logits, labels)]
     loader = accelerator.prepare(torch.utils.data.DataLoader(examples, batch_size=3))
-    result = training.evaluate_top1(make_job(accelerator, torch.nn.Identity(), None), loader)
-    assert result["examples"] == size
+    model = torch.nn.Identity()
+    result = training.evaluate_top1(make_job(accelerator, model, None), loader)
+    assert result["examples"] == size and not model.training
     assert result["top1"] == pytest.approx(
         sum(row.argmax() == label for row, label in zip(logits, labels)).item() / size
     )

@@ -1,8 +1,8 @@
 """A run of train_imagenet.py on two processes that writes down what each holds: ``two_processes.py OUTPUT FLAGS ...``.
 
 OUTPUT/RANK.safetensors gets each process's first random numbers, and of the first batch norm, by epoch, the statistics
-that the process has of its own at the end of the training images and those that are evaluated; and how many of the
-training images it got right.
+that the process has of its own at the end of the training images and those that are evaluated; how many of the
+training images it got right; and the number of images that were evaluated.
 """
 
 import sys
@@ -34,7 +34,9 @@ def train_epoch(job, progress, *others):
 
 def evaluate_top1(job, loader):
     seen.setdefault(f"evaluated {sum(key.startswith('evaluated') for key in seen)}", statistics(job))
-    return own_evaluate_top1(job, loader)
+    result = own_evaluate_top1(job, loader)
+    seen["examples"] = torch.tensor(result["examples"])
+    return result
 
 
 own_train_epoch, training.train_epoch = training.train_epoch, train_epoch
