@@ -5,7 +5,7 @@ Both train the same model on the same folder of JPEG files, with the same augmen
 memory format and optimizer, and evaluate and save after each epoch. Start and first epoch are left out. They take
 turns, a run each, and a ratio compares two runs of the same round. train.py is no part of timm's package:
 
-    git clone --branch v1.0.29 https://github.com/huggingface/pytorch-image-models
+    git clone --branch v1.0.28 https://github.com/huggingface/pytorch-image-models
     python benchmarks/training.py --timm pytorch-image-models
     python benchmarks/training.py --timm pytorch-image-models --amp bf16 --folder imagenet --images 1281167
 """
@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+MADE = 256  # different images, at most; an epoch has copies of them
 METHODS = {"base": 1.0, "sam": 0.5, "obf": 0.5}  # targets: images per second to those of timm
 MODELS = {  # side of the input in pixels, batch size, images of an epoch to make up, channels_last, optimizer
     "test_resnet": (32, 64, 4096, True, "sgd"),
@@ -37,9 +38,12 @@ def make_folder(folder, images, side):
     """A folder of images to train on and some to validate on; small ones for a small input."""
     for split, number in (("train", images), ("validation", 32)):
         (folder / split).mkdir(parents=True)
-        write_photographs(folder / split, number)
-        for path in (folder / split).rglob("*.jpg") if side < 64 else ():
-            Image.open(path).resize((4 * side // 3, side)).save(path, quality=92)
+        write_photographs(folder / split, min(number, MADE))
+        for path in list((folder / split).rglob("*.jpg")):
+            if side < 64:
+                Image.open(path).resize((4 * side // 3, side)).save(path, quality=92)
+            for copy in range(1, number // MADE):
+                path.with_stem(f"{path.stem}-{copy}").hardlink_to(path)
 
 
 def commands(args, model, folder, output):
@@ -91,6 +95,7 @@ def compare(args, model, folder, images):
             with tempfile.TemporaryDirectory() as output:
                 command, place, file = commands(args, model, folder, Path(output) / "out")[name]
                 seconds[name].append(seconds_per_epoch(args, command, place, file))
+                tqdm.write(f"{model} {name}: {seconds[name][-1]:.2f} s for {images} images")
     side, batch_size, *_ = MODELS[model]
     print(f"{model}, {side} pixels, batch {batch_size}, {args.amp or 'fp32'}, {args.device}, {args.rounds} rounds")
     print(f"{'timm':<5} {images / statistics.median(seconds['timm']):8.1f} images/s")

@@ -93,7 +93,7 @@ def build_accelerator(args) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         dynamo_backend=args.torchcompile,
         # Each process keeps batch norm statistics of its own, which are averaged before they are used or saved.
-        # Gradients live in the buckets in which they are exchanged, which saves a copy of them.
+        # Once exchanged, gradients live in the buckets in which they were, not in a copy.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     use_fast_kernels(accelerator.device)
