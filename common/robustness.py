@@ -180,6 +180,8 @@ def order_of(benchmark: str, ds, label_names: list[str]) -> list[int] | None:
     Raises:
         InputError: as ``outputs`` does.
     """
+    if benchmark == "digits" and len(label_names) != 10:  # ImageNet's 1000 have such numbers too
+        raise InputError(f"the 10 digits are not the {len(label_names)} outputs ({some(label_names)})")
     order = outputs(classes_of(benchmark, ds, label_names), label_names)
     order += sorted(set(range(len(label_names))) - set(order))
     return None if order == list(range(len(order))) else order
@@ -199,7 +201,7 @@ def validation_number(path: str | None) -> int:
 
 def _file_name(path):
     """Of an image, which may lie in an archive: zip://CLASS/FILE::ARCHIVE."""
-    return Path((path or "").split("::")[0]).name
+    return Path(path.split("::")[0] if "://" in (path or "") else path or "").name
 
 
 def _wordnet_id(path):

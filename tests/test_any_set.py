@@ -179,7 +179,7 @@ def test_all_outputs_compete_and_those_without_images_are_said(tmp_path, evaluat
     [
         (CIFAR, 10, r"no --benchmarks would fit, and --data NAME=PLACE, .* outputs of reader: 'airplane', 'automob"),
         ([str(i) for i in range(10)], 10, "--benchmarks digits would fit, and"),
-        (None, 1000, "--benchmarks imagenet real v2 r sketch.* would fit"),
+        (None, 1000, "--benchmarks imagenet real a-clean r-clean v2 r a sketch would fit"),
     ],
 )
 def test_without_a_benchmark_those_that_fit_are_listed(evaluate, monkeypatch, label_names, outputs, words):
