@@ -318,11 +318,12 @@ def test_finished_run_whose_best_model_was_removed_says_so(tmp_path, images):
 
 
 def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     with training.Watch(Accelerator(cpu=True)):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, previous) is signal.default_int_handler
 
 
 ONLY_THE_MAIN_PROCESS_FAILS = """

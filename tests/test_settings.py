@@ -36,6 +36,7 @@ def test_every_flag_is_a_recipe_key_and_every_recipe_key_a_flag(tmp_path):
         "push_to_hub": "a/b", "ratio": [0.8, 1.2],
         "rho": 0.6, "rho_min": 0.1, "save_interval": 6, "scale": [0.1, 0.9], "sched": "cosine",
         "seed": 5, "validation_share": 0.1, "train_share": 0.3, "channels_last": True, "torchcompile": "eager",
+        "decoder": "pil",
         "shrink_perturb": 1e-5, "smoothing": 0.1, "streaming": True, "train_num_samples": 11, "warmup_epochs": 2,
         "warmup_lr": 1e-6, "weight_decay": 0.3, "workers": 0,
     }  # fmt: skip
