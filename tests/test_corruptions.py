@@ -179,6 +179,7 @@ def run(place, output, processes=1, *flags):
     return done.stdout, json.loads((place / output / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_row_for_each_corruption_a_clean_one_beside_them_and_their_mean(place):
     printed, saved = run(place, "out")
     ((_, found),) = saved["corrupted"][str(place / "model")].items()

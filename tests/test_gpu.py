@@ -14,6 +14,7 @@ import gpu
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_gradients_error_is_small_and_that_of_another_method_is_not(capsys, monkeypatch):
     gpu.gradients(CPU)
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["ok"] * 3

@@ -499,6 +499,7 @@ def train_with_a_full_disk(recipe, output, message):
         message.write_text(str(error))
 
 
+@pytest.mark.slow
 def test_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, images):
     path, output, message = recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "run", tmp_path / "message"
     assert finished(apart(train_with_a_full_disk, path, output, message))
