@@ -472,8 +472,8 @@ def test_names_of_classes_and_files_are_not_taken_for_splits(tmp_path):
     assert {split: len(ds) for split, ds in loaded.items()} == {"train": 4, "validation": 4}
     assert loaded["train"].features["label"].names == ["n02917067_bullet_train", "n1_test"]
     script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "loader.py"))
-    args = argparse.Namespace(folder=tmp_path / "train", batch_size=2, workers=0, seed=0, train_num_samples=None)
-    epoch = script["ours"](args, Accelerator())(0)
+    args = argparse.Namespace(folder=tmp_path / "train", batch_size=2, workers=0)
+    epoch = script["ours"](args, Accelerator(), "pil")(0)
     assert sum(len(images) for images in epoch) == 4
 
 
