@@ -296,14 +296,24 @@ def test_streamed_dataset_keeps_the_splits_that_are_used(digits):
     assert len(list(splits["validation"])) == 200
 
 
+def test_shards_of_a_streamed_folder_hold_images_of_many_classes(tmp_path):
+    """Else a stream's buffer, which is filled from few shards, would hold few classes."""
+    root = write_folder(tmp_path, images=64)
+    train = data.load(str(root), streaming=True)["train"]
+    shards = [[row["label"] for row in train.shard(64, i)] for i in range(64)]
+    assert sorted(itertools.chain(*shards)) == [0] * 64 + [1] * 64
+    assert sum(len(set(labels)) == 2 for labels in shards) > 16  # of two images each
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input
 
 
-def test_class_missing_from_validation_is_named(tmp_path):
+@pytest.mark.parametrize("folder, split, other", [("val", "validation", "train"), ("train", "train", "validation")])
+def test_class_missing_from_a_split_is_named(tmp_path, folder, split, other):
     root = write_folder(tmp_path)
-    shutil.rmtree(root / "val" / "dog")
-    with pytest.raises(InputError, match=r"1 of 2 classes have images in train but none in validation \('dog'\)"):
+    shutil.rmtree(root / folder / "dog")
+    with pytest.raises(InputError, match=rf"1 of 2 classes have images in {other} but none in {split} \('dog'\)"):
         data.load(str(root))
 
 

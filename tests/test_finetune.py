@@ -36,7 +36,7 @@ def run(script, tmp_path, *flags, **settings):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "run" / "best"
-    torch.manual_seed(0)
+    torch.manual_seed(7)  # not that of the runs
     save_for_hf(timm.create_model("test_resnet", num_classes=2), folder, safe_serialization=True)
     return folder
 
@@ -282,8 +282,7 @@ def test_upload_that_fails_at_the_end_says_what_was_saved(tmp_path, images, monk
 def test_fsdp_that_saves_what_needs_unpickling_is_refused(monkeypatch):
     plugin = type("Plugin", (), {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"})
     state = type("State", (), {"fsdp_plugin": plugin})
-    monkeypatch.setattr(
-        training, "Accelerator", lambda **kwargs: type("Fake", (), {"state": state, "device": torch.device("cpu")})
-    )
+    fake = type("Fake", (), {"state": state, "device": torch.device("cpu")})
+    monkeypatch.setattr(training, "Accelerator", lambda **kwargs: fake)
     with pytest.raises(InputError, match="fsdp_state_dict_type: FULL_STATE_DICT"):
         training.build_accelerator(type("Args", (), {"log_with": None, "output": None, "torchcompile": None}))

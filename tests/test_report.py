@@ -235,9 +235,10 @@ def test_measures_and_differences_stand_in_their_columns(capsys):
 def test_correlations_stand_in_their_columns(capsys):
     found = {"perturbation": "sam", "epochs": "last", "quantity": "forgetting", "runs": 12, "tau": 0.5, "low": 0.1}
     found |= {"high": 0.7, "p_value": 0.02, "above_rival": -0.25, "above_low": -0.4, "above_high": float("nan")}
-    report.show_correlations([found])
-    head, line = capsys.readouterr().out.splitlines()[-2:]
+    report.show_correlations([found, found | {"above_high": -0.05}])
+    head, line, other = capsys.readouterr().out.splitlines()[-3:]
     row = {"tau": "+0.50", "95 %": "+0.10 to +0.70", "p": "0.02", "above flatness": "-0.25"}
     for name, value in row.items():
         assert line[head.index(f" {name} ") + 1 :].startswith(f"{value} "), name
-    assert line.endswith("  -")  # of the second interval, one end is not a number
+    assert line.rstrip().endswith("  -")  # of the second interval, one end is not a number
+    assert other.endswith("  -0.40 to -0.05")

@@ -148,16 +148,17 @@ def test_real_goes_by_file_number_in_a_flat_folder(tmp_path, named):
 
 
 def write_hub_imagenet(root, seen):
-    """Parquet as of the Hub's ILSVRC/imagenet-1k: words for classes, file names with the WordNet id."""
+    """Parquet as of the Hub's ILSVRC/imagenet-1k: words for classes, WordNet ids in file names, test without labels."""
     info = ImageNetInfo("imagenet-1k")
     names = [info.index_to_description(i) for i in range(1000)]
     names[517] = "crane2"  # there must not be two
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
     paths = [f"ILSVRC2012_val_{n:08d}_{WORDNET[index]}.JPEG" for n, index in seen.items()]
     images = [{"bytes": jpeg(index), "path": path} for index, path in zip(seen.values(), paths)]
-    ds = datasets.Dataset.from_dict({"image": images, "label": list(seen.values())}, features=features)
     (root / "data").mkdir(parents=True)
-    ds.to_parquet(root / "data" / "validation-00000-of-00001.parquet")
+    for split, labels in (("validation", list(seen.values())), ("test", [-1] * len(seen))):
+        ds = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        ds.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
     return root
 
 
@@ -248,6 +249,25 @@ def test_the_likelihood_is_that_of_all_right_answers_together():
     p = logits.softmax(-1)[0]
     nll = metrics.score(logits, torch.tensor([[True, False, True]]))["nll"]
     assert nll.item() == pytest.approx(-math.log(p[0] + p[2]))
+
+
+def test_confidence_is_that_of_the_prediction_be_it_right_or_wrong():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    for right in range(3):
+        confidence = metrics.score(logits, one_hot(torch.tensor([right]), 3))["confidence"]
+        assert confidence.item() == pytest.approx(logits.softmax(-1).max().item())
+
+
+def test_scores_stay_with_their_images_keys_and_in_their_order():
+    """Image "2" has no right answer; two processes have read two batches."""
+    parts = [{}, {}]
+    logits = torch.eye(3)[[0, 1, 0, 1]]  # predictions
+    eval_robustness.add_scores(parts[0], logits, None, [[0], [], [1, 2], [1]], ["5", "2", "7", "0"])
+    eval_robustness.add_scores(parts[1], logits[:2], None, [[2], [1, 2]], ["6", "1"])
+    merged = eval_robustness.merge(parts)
+    assert merged["key"].tolist() == ["0", "1", "5", "6", "7"]
+    assert merged["prediction"].tolist() == [1, 1, 0, 0, 0]
+    assert merged["top1"].tolist() == [True, True, True, False, False]
 
 
 def test_constant_logits_are_no_better_than_chance():
@@ -591,6 +611,9 @@ def test_a_model_that_changed_in_place_is_evaluated_anew(tmp_path, predictions, 
     (tmp_path / "best" / "config.json").write_text(json.dumps(config))
     evaluate(tmp_path, ["v2"], f"v2={folder}", models=(name,), flags=flags)
     assert predictions == ["v2"] * 5
+    (tmp_path / "best" / "config.json").write_text(json.dumps(config | {"label_names": WORDNET[::-1]}))
+    evaluate(tmp_path, ["v2"], f"v2={folder}", models=(name,), flags=flags)
+    assert predictions == ["v2"] * 6
 
 
 def test_images_that_changed_in_place_are_evaluated_anew(tmp_path, predictions, capsys):
@@ -893,9 +916,10 @@ def test_each_shift_of_the_digits_is_read_as_itself():
     assert len(seen) == len(passes)
 
 
-def test_models_evaluate_as_they_are_not_as_they_train(tmp_path):
-    _, folder = save_model(tmp_path / "best")
-    args = eval_robustness.parse(["--model", str(folder), "--benchmarks", "v2"])
+@pytest.mark.parametrize("flags", [[], ["--img-size", "48"]])
+def test_models_evaluate_as_they_are_not_as_they_train(tmp_path, flags):
+    _, folder = save_model(tmp_path / "best", architecture="vit_tiny_patch16_224", depth=1, img_size=32)
+    args = eval_robustness.parse(["--model", str(folder), "--benchmarks", "v2", *flags])
     ((model, _),) = eval_robustness.open_models(args).values()
     assert not any(module.training for module in model.modules())
 

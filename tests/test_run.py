@@ -1,5 +1,6 @@
 """What a whole run of a training script does with its epochs, its processes and its transforms."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -177,6 +178,22 @@ def test_metrics_have_the_mean_loss_of_each_epoch_and_the_last_epoch_is_kept_too
     assert [line["loss"] for line in lines] == pytest.approx(expected) and len(losses) == 6
     assert all(modes)  # after an evaluation too
     assert sorted(path.name for path in (tmp_path / "run" / "epochs").iterdir()) == ["0002", "0003"]
+
+
+def test_each_epoch_sees_the_images_in_an_order_and_crops_of_its_own(tmp_path, monkeypatch):
+    images = write_folder(tmp_path / "images", images=8)
+    seen, forward_backward = [], training.forward_backward
+
+    def recorded(job, batch, *args, **options):
+        seen.append((batch["image"].sum((1, 2, 3)).tolist(), batch["label"].tolist()))
+        return forward_backward(job, batch, *args, **options)
+
+    monkeypatch.setattr(training, "forward_backward", recorded)
+    train_imagenet.main(small_recipe(tmp_path, images, epochs=3))
+    epochs = [[list(itertools.chain(*parts)) for parts in zip(*seen[i : i + 4])] for i in (0, 4, 8)]
+    for i, (pixels, labels) in enumerate(epochs):
+        assert sorted(labels) == [0] * 8 + [1] * 8
+        assert all(not set(pixels) & set(other) and labels != order for other, order in epochs[:i])
 
 
 def test_without_validation_images_last_is_saved_and_there_is_no_best(tmp_path):

@@ -135,6 +135,7 @@ def test_an_earlier_run_is_not_replaced_unasked(tmp_path):
         parse(tmp_path)
     assert parse(tmp_path, None, "--overwrite").overwrite
     assert parse(tmp_path, None, "--resume", "auto").resume == "auto"
+    assert parse(tmp_path, None, "--dry-run").dry_run  # which writes nothing
 
 
 def test_a_run_resumed_from_elsewhere_does_not_replace_another(tmp_path):

@@ -514,9 +514,9 @@ def test_a_queue_with_a_point_twice_runs_it_once(tmp_path, monkeypatch):
     sweep.main(flags)
     for _ in range(2):  # as by two workers at once
         study(tmp_path).enqueue_trial({}, user_attrs={"point": {"seed": 2}})
-    sweep.main(write_sweep(tmp_path, {"seed": [0, 1, 2]}))
-    assert [point["seed"] for point in calls] == ["0", "1", "2"]
-    assert len(study(tmp_path).get_trials(states=[TrialState.COMPLETE])) == 3
+    sweep.main(write_sweep(tmp_path, {"seed": [0, 1, 2, 3]}))  # 3 comes after both in the queue
+    assert [point["seed"] for point in calls] == ["0", "1", "2", "3"]
+    assert len(study(tmp_path).get_trials(states=[TrialState.COMPLETE])) == 4
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,11 @@ def test_perturbation_of_a_part_of_the_micro_batch_is_that_of_its_first_examples
         torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("share, examples, part", [(0.29, 100, 29), (0.7, 8, 6), (0.01, 8, 1), (None, 8, 8)])
+def test_the_part_is_the_nearest_number_of_examples_and_one_at_least(share, examples, part):
+    assert training.ascending(argparse.Namespace(perturb_fraction=share), examples) == part
+
+
 @pytest.mark.parametrize("loss", [F.cross_entropy, BinaryCrossEntropy()], ids=["ce", "bce"])
 def test_right_answers_are_counted_at_the_weights_of_the_descent_pass(accelerator, loss):
     """A perturbation long enough to change most predictions, and two micro-batches of each of two loader batches."""
