@@ -236,11 +236,12 @@ def make_job(device, name, method):
     torch.manual_seed(0)
     os.environ |= {"ACCELERATE_MIXED_PRECISION": "bf16"} | ({"ACCELERATE_USE_CPU": "1"} if device.type == "cpu" else {})
     accelerator = training.build_accelerator(args)
-    model = train_imagenet.create_model(args, 1000).to(memory_format=torch.channels_last).train()
+    layout = torch.channels_last
+    model = train_imagenet.create_model(args, 1000).to(memory_format=layout).train()
     training.set_head_bias(args, model)
     config = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    to_input = loaders.to_input(config, torch.float32)
-    batches = loaders.Batches(None, 100, 1, args.m, {}, to_input, config, label_names=[])
+    to_input = loaders.to_input(config, torch.float32, layout)
+    batches = loaders.Batches(None, 100, 1, args.m, {}, to_input, layout, config, label_names=[])
     criterion = training.build_criterion(args)
     optimizer = training.build_optimizer(args, model)
     objective = training.build_objective(args, criterion, optimizer)
@@ -249,7 +250,7 @@ def make_job(device, name, method):
     job = training.Job(args, accelerator, model, "", criterion, objective, optimizer, schedule, batches)
     images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, device=device)
     labels = torch.randint(1000, (args.batch_size,), device=device)
-    return job, {"image": images.contiguous(memory_format=torch.channels_last), "label": labels}
+    return job, {"image": images.contiguous(memory_format=layout), "label": labels}
 
 
 def training_loop(device, name):

@@ -2,16 +2,27 @@
 
 import functools
 import importlib.util
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import gpu
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def precision_of_its_own():
+    """The training loop is measured in bf16, which neither later tests nor the programs that they start may inherit."""
+    with mock.patch.dict(os.environ):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.slow

@@ -280,6 +280,7 @@ import sys, timm, torch
 from common import data, loaders
 from timm.data import create_transform, resolve_data_config
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+model = model.to(memory_format=torch.channels_last)  # as in training: another format rounds otherwise
 images = loaders.Images(data.load("digits")["test"], create_transform(**resolve_data_config({}, model=model)))
 loader = torch.utils.data.DataLoader(images, 100)
 with torch.no_grad():
