@@ -42,7 +42,7 @@ def parse(flags):
         return project_settings.parse(project_settings.parser("", ""), [*flags, "--output", "/nowhere/run"])
 
 
-@settings(max_examples=300, **fuzz)
+@settings(max_examples=100, **fuzz)
 @given(st.dictionaries(st.one_of(st.sampled_from(KEYS), words, numbers), values, max_size=3))
 @example({"model_kwargs": "depth"})
 def test_recipes(tmp_path, recipe):

@@ -374,6 +374,7 @@ def short_run(tmp_path, images, **changes):
     return path, tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -413,6 +414,7 @@ def test_checkpoint_of_other_classes_is_refused(tmp_path, images):
             shutil.rmtree(images / split / "emu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json"])
 def test_truncated_checkpoint_is_named_and_the_one_before_resumes(tmp_path, images, file):
     path, output = short_run(tmp_path, images)

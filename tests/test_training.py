@@ -346,6 +346,7 @@ def test_every_method_trains_on_a_folder(tmp_path, method, accelerator):
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, accelerator):
     dataset = write_folder(tmp_path / "images", images=8)
     weights = []
