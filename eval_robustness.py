@@ -353,10 +353,10 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def request_of(args, accelerator, model_name, weights, config, name, ds, revision):
+def request_of(args, accelerator, model_name, weights, config, name, benchmarks, ds, revision):
     """All that the result of a pass depends on, as JSON has it."""
     request = {
-        "model": model_name, "weights": weights, "benchmarks": robustness.passes(args.benchmarks, args.data)[name],
+        "model": model_name, "weights": weights, "benchmarks": benchmarks,
         "data": robustness.place_of(name, args.data) or robustness.HUB.get(name, "digits"), "revision": revision,
         "preprocessing": {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")},
         "mean": config["mean"], "std": config["std"], "precision": accelerator.mixed_precision,
@@ -368,8 +368,8 @@ def request_of(args, accelerator, model_name, weights, config, name, ds, revisio
     return json.loads(json.dumps(request))
 
 
-def evaluate_all(args, accelerator, models, sets):
-    """Every model on every pass: columns by model and protocol, and what to say about each pass.
+def evaluate_all(args, accelerator, models, plan, sets):
+    """Every model on every pass of ``plan``: columns by model and protocol, and what to say about each pass.
 
     What was finished before is known to the main process alone, and so are columns and notes.
 
@@ -377,12 +377,8 @@ def evaluate_all(args, accelerator, models, sets):
         InputError: images cannot be read, have no right answer, or have logits that are not finite.
     """
     tables, notes, main = {}, {}, accelerator.is_main_process
-    plan = robustness.passes(args.benchmarks, args.data)
-    revisions = (
-        {name: robustness.revision(name, sets[name], robustness.place_of(name, args.data)) for name in plan}
-        if main
-        else {}
-    )
+    places = {name: robustness.place_of(name, args.data) for name in plan if main}
+    revisions = {name: robustness.revision(name, sets[name], place) for name, place in places.items()}
     for model_name, (model, config) in models.items():
         folder, tables[model_name] = predictions_folder(args, model_name), {}
         weights = fingerprint(model) if main else None
@@ -391,7 +387,8 @@ def evaluate_all(args, accelerator, models, sets):
         for name, benchmarks in plan.items():
             columns, unreadable = None, []
             if main:
-                request = request_of(args, accelerator, model_name, weights, config, name, sets[name], revisions[name])
+                which = (name, benchmarks, sets[name], revisions[name])
+                request = request_of(args, accelerator, model_name, weights, config, *which)
                 columns, record, changed = finished(folder, name, request)
                 why = f": anew, as these have changed since: {', '.join(changed)}" if changed else ""
                 print(f"{model_name} on {name}{why if columns is None else ': finished before'}")
@@ -425,10 +422,11 @@ def announce_replacement(output, models, plan):
         )
 
 
-def corrupted(tables: dict) -> dict:
+def corrupted(tables: dict, means: dict) -> dict:
     """By set: top-1 on it as it is (``clean``) and by corruption and severity, and the corruptions' ``mean``.
 
     ``tables`` are one model's, by protocol; those of corrupted images are called PROTOCOL.CORRUPTION-SEVERITY.
+    ``means`` are ``by_image`` of them.
     """
     found = {}
     for name in (name for name in tables if "." in name):
@@ -440,17 +438,23 @@ def corrupted(tables: dict) -> dict:
             "clean": float(tables[protocol]["top1"].mean()) if protocol in tables else None,
             "corruptions": rows,
             **({"mce": corruptions.mce(rows)} if protocol == "c" else {}),
-            **metrics.mean(by_image(tables, protocol)["top1"]),
+            **metrics.mean(means[protocol]["top1"]),
         }
         for protocol, rows in found.items()
     }
 
 
-def by_image(tables, protocol):
-    """The images' keys, and for each the share of its corruptions on which one model was right."""
-    parts = [table for name, table in tables.items() if name.startswith(f"{protocol}.")]
-    keys = functools.reduce(np.intersect1d, [table["key"] for table in parts])
-    return {"key": keys, "top1": np.mean([table["top1"][np.isin(table["key"], keys)] for table in parts], 0)}
+def by_image(tables) -> dict:
+    """By set: the images' keys, and for each the share of its corruptions on which one model was right."""
+    parts, found = {}, {}
+    for name, table in tables.items():
+        protocol, _, kind = name.partition(".")
+        if kind:
+            parts.setdefault(protocol, []).append(table)
+    for protocol, own in parts.items():
+        keys = functools.reduce(np.intersect1d, [table["key"] for table in own])
+        found[protocol] = {"key": keys, "top1": np.mean([t["top1"][np.isin(t["key"], keys)] for t in own], 0)}
+    return found
 
 
 # timm's tables of results, by protocol.
@@ -516,21 +520,24 @@ def effective_robustness(args, tables) -> dict:
 
     For the others it is said what they lack.
     """
-    found, lacking = {}, {}
-    for model, protocols in tables.items():
-        for shifted, (clean, *_) in published.SHIFTS.items():
-            if shifted in protocols and clean in protocols:
-                pair = (protocols[protocol]["top1"] for protocol in (clean, shifted))
-                found.setdefault(model, {})[shifted] = published.effective_robustness(*pair, shifted)
-            elif shifted in protocols:
-                lacking[shifted] = clean
+    evaluated = next(iter(tables.values()))
+    shifts = {shifted: clean for shifted, (clean, *_) in published.SHIFTS.items() if shifted in evaluated}
+    lacking = {shifted: clean for shifted, clean in shifts.items() if clean not in evaluated}
     if lacking:
         needed = ", ".join(dict.fromkeys(lacking.values()))
         print(f"\nno effective robustness on {', '.join(lacking)}: it needs {needed} among --benchmarks")
-    if found and args.allow_partial:
+    pairs = {shifted: clean for shifted, clean in shifts.items() if shifted not in lacking}
+    if pairs and args.allow_partial:
         print("\nno effective robustness with --allow-partial: timm's accuracies are those of whole sets")
+    if not pairs or args.allow_partial:
         return {}
-    return found
+    return {
+        model: {
+            shifted: published.effective_robustness(protocols[clean]["top1"], protocols[shifted]["top1"], shifted)
+            for shifted, clean in pairs.items()
+        }
+        for model, protocols in tables.items()
+    }
 
 
 def main(argv=None):
@@ -552,7 +559,7 @@ def main(argv=None):
             check_answers(name, ds, plan[name])
     if accelerator.is_main_process:
         announce_replacement(Path(args.output), models, plan)
-    tables, notes = evaluate_all(args, accelerator, models, sets)
+    tables, notes = evaluate_all(args, accelerator, models, plan, sets)
     if not accelerator.is_main_process:
         return None
     clean = {model: {p: table for p, table in ts.items() if "." not in p} for model, ts in tables.items()}
@@ -562,9 +569,10 @@ def main(argv=None):
         model: {p: metrics.paired(*matched(clean[first][p], table)) for p, table in clean[model].items()}
         for model in others
     }
-    corruption = {model: corrupted(ts) for model, ts in tables.items() if args.corrupt or "c" in args.data}
-    for model, p in itertools.product(others, corruption.get(first, ())):
-        one, two = matched(by_image(tables[first], p), by_image(tables[model], p))
+    means = {model: by_image(ts) for model, ts in tables.items() if args.corrupt or "c" in args.data}
+    corruption = {model: corrupted(tables[model], own) for model, own in means.items()}
+    for model, p in itertools.product(others, means.get(first, ())):
+        one, two = matched(means[first][p], means[model][p])
         corruption[model][p]["difference_to_first"] = metrics.mean(two - one)
     versions = {module.__name__: module.__version__ for module in (torch, timm, datasets, evaluate)}
     for old in Path(args.output).glob("effective_robustness.*"):
@@ -577,19 +585,18 @@ def main(argv=None):
     report.show_corrupted(corruption, args.markdown)
     if effective:
         report.show_effective(effective, args.markdown)
+        report.draw_effective(effective, Path(args.output) / "effective_robustness.png")
     report.show_published(published_beside(models, results), args.markdown)
     if args.csv:
         write_csv(Path(args.output), models, results)
     for name, note in notes.items():
         if note["unreadable"]:
             print(f"{name}: left out {len(note['unreadable'])} images that cannot be read: {note['unreadable'][:5]}")
-    drawn = ["accuracy"] * any(results.values()) + ["effective_robustness"] * bool(effective)
-    if "accuracy" in drawn:
+    if any(results.values()):
         report.draw(results, Path(args.output) / "accuracy.png")
-    if effective:
-        report.draw_effective(effective, Path(args.output) / "effective_robustness.png")
-    pictures = "".join(f", {name}.png, {name}.svg" for name in drawn)
-    print(f"\nwritten: {args.output}/results.json{pictures}, predictions/")
+    pictures = {"accuracy": any(results.values()), "effective_robustness": effective}
+    drawn = "".join(f", {name}.png, {name}.svg" for name, there in pictures.items() if there)
+    print(f"\nwritten: {args.output}/results.json{drawn}, predictions/")
     return results
 
 

@@ -99,7 +99,7 @@ def gradient(name, device, precision):
     model, x, y = model.to(device, dtype), x.to(device, dtype), y.to(device)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, RHO, **OURS[name])
-    # At torch's own first scale, 65536, the ascent of OBF overflows here, after which there is no perturbation.
+    # At torch's own first scale, 65536, the ascent of OBF overflows here: no step, and a lower scale for the next.
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=precision == "fp16")
     with torch.autocast(device.type, TYPES.get(precision), enabled=precision in TYPES):
         with optimizer.perturbed(lambda: ascent(name, model, x, y), grad_scaler=scaler):

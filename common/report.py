@@ -388,8 +388,9 @@ def described(found, kind, quantity) -> str:
         return "is not there: too few runs"
     if np.isnan(own[0]["tau"]):
         return "is not there: all values are equal"
-    interval = f"{own[0]['low']:+.2f} to {own[0]['high']:+.2f}"
-    return f"{own[0]['tau']:+.2f} ({'too few runs for an interval' if 'nan' in interval else interval})"
+    few = np.isnan(own[0]["low"])
+    interval = "too few runs for an interval" if few else f"{own[0]['low']:+.2f} to {own[0]['high']:+.2f}"
+    return f"{own[0]['tau']:+.2f} ({interval})"
 
 
 def pairs(point: dict) -> str:

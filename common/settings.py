@@ -52,7 +52,7 @@ PERTURBATION = {
 
 # Flags about one execution of a run; the others are settings, which a recipe may hold and a resumed run must share.
 NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
-INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval")
+INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval", "val_interval")
 FREE_ON_RESUME = ("output", "workers", "channels_last", "torchcompile", *INTERVALS, "log_with", "push_to_hub")
 # Where a setting's value, or each of its values, must lie.
 RANGES = {
@@ -214,6 +214,7 @@ def parser(description: str, model_help: str, **defaults) -> argparse.ArgumentPa
     g.add_argument("--resume", help="a checkpoint, or 'auto': the output folder's newest, if there is any (none)")
     g.add_argument("--checkpoint-interval", type=int, help="updates between checkpoints (an epoch's)")
     g.add_argument("--checkpoint-hist", type=int, default=2, help="newest checkpoints to keep (%(default)s)")
+    g.add_argument("--val-interval", type=int, default=1, help="epochs between validations (%(default)s)")
     g.add_argument("--save-interval", type=int, help="epochs between models to keep in OUTPUT/epochs (none)")
     g.add_argument("--log-with", choices=TRACKERS, help="experiment tracker, beside metrics.jsonl (none)")
     g.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the final model, with a card (no)")

@@ -425,13 +425,15 @@ def fit(job: Job) -> None:
             if not save_checkpoint(job, progress):
                 raise watch.diverged(progress.steps)
             save_model(job, "last")
-            number, interval = progress.epoch + 1, args.save_interval
-            if interval and (number % interval == 0 or number == args.epochs):
+            number, top1 = progress.epoch + 1, None
+            if args.save_interval and (number % args.save_interval == 0 or number == args.epochs):
                 save_model(job, f"epochs/{number:04d}")
-            top1 = evaluate_top1(job, job.batches.evaluation[held_out])["top1"]
-            accelerator.log({f"{held_out}/top1": top1}, progress.steps)
-            if top1 > progress.best and held_out == "validation":
-                save_model(job, "best")
+            if number % args.val_interval == 0 or number == args.epochs:
+                top1 = evaluate_top1(job, job.batches.evaluation[held_out])["top1"]
+                accelerator.log({f"{held_out}/top1": top1}, progress.steps)
+                if top1 > progress.best and held_out == "validation":
+                    save_model(job, "best")
+                progress.best = max(progress.best, top1)
             loss = progress.loss / job.batches.steps
             line = {"epoch": progress.epoch, "loss": loss if math.isfinite(loss) else None}
             line |= {"train": progress.right / (job.batches.steps * args.batch_size), held_out: top1}
@@ -441,7 +443,6 @@ def fit(job: Job) -> None:
                 if accelerator.is_main_process:
                     with (Path(args.output) / "metrics.jsonl").open("a") as file:
                         file.write(json.dumps(line) + "\n")
-            progress.best = max(progress.best, top1)
             progress = dataclasses.replace(progress, epoch=progress.epoch + 1, step=0, loss=0.0, right=0.0, seconds=0.0)
 
 

@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 import finetune_cifar
 import train_imagenet
-from common import training
+from common import report, training
 
 ROOT = Path(__file__).parent.parent
 
@@ -178,6 +178,20 @@ def test_metrics_have_the_mean_loss_of_each_epoch_and_the_last_epoch_is_kept_too
     assert [line["loss"] for line in lines] == pytest.approx(expected) and len(losses) == 6
     assert all(modes)  # after an evaluation too
     assert sorted(path.name for path in (tmp_path / "run" / "epochs").iterdir()) == ["0002", "0003"]
+
+
+def test_epochs_between_validations_and_the_last_one_are_validated_and_the_weights_are_the_same(tmp_path):
+    images, outputs = write_folder(tmp_path / "images", images=4), {}
+    for interval in (1, 2, 9):
+        outputs[interval] = tmp_path / str(interval)
+        output = str(outputs[interval])
+        train_imagenet.main(small_recipe(tmp_path, images, epochs=5, val_interval=interval, output=output))
+    rows = {key: [row["validation"] for row in report.read_metrics(output)] for key, output in outputs.items()}
+    every = rows[1]
+    assert rows[2] == [None, every[1], None, every[3], every[4]] and rows[9] == [None] * 4 + [every[4]]
+    for interval in (2, 9):
+        assert same(saved(outputs[1] / "last"), saved(outputs[interval] / "last"))
+        assert (outputs[interval] / "best").exists() and (outputs[interval] / "curves.png").exists()
 
 
 def test_each_epoch_sees_the_images_in_an_order_and_crops_of_its_own(tmp_path, monkeypatch):
