@@ -69,7 +69,9 @@ def adjusted_thresholds(labels: torch.Tensor, perturbed: torch.Tensor) -> torch.
     return F.pad(values, (1, 0), value=-math.inf)[len(values) - labels]
 
 
-def forgetting(batches: Iterable, thresholds: torch.Tensor, *, miller_madow: bool = False) -> dict[str, torch.Tensor]:
+def forgetting(
+    batches: Iterable, thresholds: torch.Tensor, *, miller_madow: bool = False, adjust: bool = True
+) -> dict[str, torch.Tensor]:
     """What a perturbation makes a model forget, from its predictions without and with the perturbation.
 
     It keeps the perturbed predictions, and one number for each example and threshold.
@@ -78,6 +80,7 @@ def forgetting(batches: Iterable, thresholds: torch.Tensor, *, miller_madow: boo
         batches: of predictions (n, classes) in [0, 1], perturbed predictions (n, classes), and class indices (n,).
         thresholds: (thresholds,), each inside (0, 1).
         miller_madow: see ``conditional_entropy``.
+        adjust: take the perturbed model's labels at ``adjusted_thresholds``, as the paper does, not at the same ones.
 
     Returns:
         ``forgetting``, the mean over thresholds of I(X; Y_tau | Y) - I(X; Yp_tau' | Y), and (thresholds,) each:
@@ -100,7 +103,7 @@ def forgetting(batches: Iterable, thresholds: torch.Tensor, *, miller_madow: boo
     missing = set(range(perturbed.shape[-1])) - set(target.tolist())
     if missing:
         raise ValueError(f"class {min(missing)} has no example: I(X; Y_tau | Y) needs some of every class")
-    adjusted = adjusted_thresholds(labels, perturbed)
+    adjusted = adjusted_thresholds(labels, perturbed) if adjust else thresholds.to(perturbed)
     result = {"adjusted": adjusted}
     for name, patterns in (("", clean), ("_perturbed", label_patterns(perturbed, adjusted))):
         result["information" + name] = conditional_entropy(patterns, target, miller_madow=miller_madow)

@@ -15,7 +15,6 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from scipy.stats import DegenerateDataWarning, bootstrap, kendalltau
 from sklearn.model_selection import train_test_split
 from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
@@ -28,7 +27,9 @@ from forgetting import forgetting
 from sam_obf import SAM
 
 MIN_RUNS = 4  # for a rank correlation
-MIN_RUNS_INTERVAL = 10  # for its bootstrap interval
+MIN_SETTINGS = 10  # for its bootstrap interval
+RESAMPLES = 2000
+MEASURES = ("forgetting", "relevant_change", "lambda_max", "sam_gap")  # of a model
 # What is compared with test accuracy; flat models have a small largest eigenvalue, and a small gap.
 QUANTITIES = {
     "forgetting": lambda row: row["forgetting"],
@@ -36,6 +37,10 @@ QUANTITIES = {
     "flatness": lambda row: -row["lambda_max"],
     "-sam_gap": lambda row: -row["sam_gap"],
 }
+# What they are compared with: good models have high accuracy on test, and a small gap to that on training images.
+TARGETS = {"accuracy": lambda row: row["accuracy"], "-gap": lambda row: row["accuracy"] - row["measured_accuracy"]}
+# Settings of the runs, each of which alone may be what drives both, and where a row has them.
+FIXED = {"m": "trained_m", "rho": "trained_rho", "method": "method"}
 
 
 def parser() -> settings.Parser:
@@ -67,7 +72,10 @@ def parser() -> settings.Parser:
     links = ["sigmoid", "softmax"]
     g.add_argument("--link", choices=links, default=links[0], help="from logits to predictions (%(default)s)")
     g.add_argument("--miller-madow", action="store_true", help="correct the entropies' bias (no)")
-    g.add_argument("--examples", type=int, default=8192, help="training images, all classes alike (%(default)s)")
+    equal = "thresholds of the perturbed model at which it predicts as many labels, not the same ones (yes)"
+    g.add_argument("--adjust-thresholds", action=argparse.BooleanOptionalAction, default=True, help=equal)
+    g.add_argument("--split", default="train", help="labelled images to measure on: train, test, ... (%(default)s)")
+    g.add_argument("--examples", type=int, default=8192, help="of these images, all classes alike (%(default)s)")
     g.add_argument("--hessian-examples", type=int, help="how many of them for lambda_max (all)")
     g.add_argument("--batch-size", type=int, default=256, help="images at once (%(default)s)")
     g.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
@@ -172,7 +180,7 @@ def perturbations(args, run, rho) -> dict[str, argparse.Namespace]:
 
 
 def choose_images(args, split):
-    """Training images to measure on, undecoded, with all classes in the proportions of the split."""
+    """Images to measure on, undecoded, with all classes in the proportions of the split."""
     labels = np.asarray(split["label"])
     classes = len(split.features["label"].names)
     if args.examples < classes:
@@ -229,6 +237,7 @@ def measure(args, run, epoch: int, model, batches) -> dict:
     labels = torch.cat([y for _, y in everything])
     clean = predict(model, everything, args.link)
     result = {"lambda_max": flatness.largest_eigenvalue(model, criterion, batches(0, flat), flat), "perturbations": {}}
+    result["measured_accuracy"] = (clean.argmax(-1) == labels).double().mean().item()
     for kind, own in perturbations(args, run, rho_at(run["settings"], epoch, run["images"])).items():
         adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
         optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)
@@ -243,7 +252,8 @@ def measure(args, run, epoch: int, model, batches) -> dict:
             with optimizer.perturbed(lambda: objective(model, x[:part], y[:part])), torch.no_grad():
                 gap = criterion(model(x), y) - before
                 perturbed = predict(model, everything, args.link)
-            info = forgetting([(clean, perturbed, labels)], thresholds, miller_madow=args.miller_madow)
+            options = {"miller_madow": args.miller_madow, "adjust": args.adjust_thresholds}
+            info = forgetting([(clean, perturbed, labels)], thresholds, **options)
             lost = info["information"] - info["information_perturbed"]
             gained = info["relevant_perturbed"] - info["relevant"]
             each.append({"by_threshold": lost, "relevant_change": gained.mean(), "sam_gap": gap})
@@ -296,73 +306,107 @@ def record_file(args, epoch):
 
 
 def table_of(measured) -> list[dict]:
-    """One row for each run, epoch and perturbation."""
+    """One row for each run, epoch and perturbation; ``setting`` is what runs differ in, but for their seeds."""
+    trained = {run["folder"]: settings.shared_on_resume(run["settings"]) for run, *_ in measured}
+    first = next(iter(trained.values()))
+    varied = [key for key in first if key != "seed" and any(own[key] != first[key] for own in trained.values())]
     rows = []
     for run, epoch, record in measured:
+        own = trained[run["folder"]]
+        row = {"run": str(run["folder"]), "setting": report.pairs({key: own[key] for key in varied})}
+        row |= {"seed": own["seed"], "method": own["method"], "trained_m": own["m"], "trained_rho": own["rho"]}
         for kind, values in record["perturbations"].items():
-            row = {"run": str(run["folder"]), "method": run["settings"].method, "epoch": int(epoch.name)}
-            row |= {"perturbation": kind} | {key: value for key, value in values.items() if key != "by_threshold"}
-            rows.append(row | {"lambda_max": record["lambda_max"], "accuracy": run["accuracy"]})
+            found = {key: value for key, value in values.items() if key != "by_threshold"}
+            found |= {key: record[key] for key in ("lambda_max", "measured_accuracy")}
+            rows.append({**row, "epoch": int(epoch.name), "perturbation": kind, **found, "accuracy": run["accuracy"]})
     return rows
 
 
-def kendall(quantities: dict, accuracy: list, rival: str, seed: int, resamples: int = 1000) -> dict[str, dict]:
-    """Kendall's tau-b between each of ``quantities`` (name: one value for each run) and ``accuracy``.
+def kendall(x, y, strata, weights) -> np.ndarray:
+    """Kendall's tau-b between x and y over those pairs of runs that share their stratum.
+
+    Args:
+        x, y, strata: (runs,) each.
+        weights: (draws, runs), how often a draw has each run.
 
     Returns:
-        For each: ``tau``; ``p_value`` of no association (two-sided); ``low`` and ``high``, its 95 % bootstrap interval
-        (percentiles over resampled runs); ``above_rival``, by how much tau exceeds that of the quantity ``rival``, with
-        ``above_low`` and ``above_high`` likewise. NaN where there is none: tau of equal values, the intervals of fewer
-        than ``MIN_RUNS_INTERVAL`` runs.
+        (draws,), NaN where all of x or all of y are equal.
     """
-    taus, draws = {}, {}
-    for name, values in quantities.items():
-        taus[name] = kendalltau(values, accuracy)
-        draws[name] = np.array([])
-        if len(accuracy) < MIN_RUNS_INTERVAL:
-            continue
-        options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": resamples}
-        # The same seed resamples the same runs for each quantity, which pairs their differences.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DegenerateDataWarning)  # resampled runs of equal values, left out below
-            resampled = bootstrap((values, accuracy), lambda x, y: kendalltau(x, y).statistic, rng=seed, **options)
-        draws[name] = resampled.bootstrap_distribution
+    x, y, strata = (np.subtract.outer(values, values) for values in map(_ranks, (x, y, strata)))
+    x, y = (np.sign(differences) * (strata == 0) for differences in (x, y))
+    agreement, xs, ys = (((weights @ pairs) * weights).sum(1) for pairs in (x * y, x * x, y * y))
+    with np.errstate(invalid="ignore"):
+        return agreement / np.sqrt(xs * ys)
+
+
+def _ranks(values):
+    return np.unique(np.asarray(values), return_inverse=True)[1]
+
+
+def draws(groups, seed: int) -> np.ndarray:
+    """(1 + ``RESAMPLES``, runs): how often each run counts, first once, then with its group, drawn with replacement."""
+    _, group = np.unique(groups, return_inverse=True)
+    rng, size = np.random.default_rng(seed), group.max() + 1
+    counts = rng.multinomial(size, np.full(size, 1 / size), RESAMPLES)
+    return np.concatenate([np.ones((1, len(group))), counts[:, group]]).astype(float)
+
+
+def correlate(rows: list[dict], target, seed: int, fixed: str | None = None) -> dict[str, dict]:
+    """Kendall's tau-b of each of ``QUANTITIES`` with a target over runs, or over pairs of runs that share a setting.
+
+    Args:
+        rows: one for each run.
+        target: a function of a row, as of ``TARGETS``.
+        fixed: None, or one of ``FIXED``, as in the conditional measures of Jiang et al. 2020.
+
+    Returns:
+        By quantity ``tau``; ``low`` and ``high``, its 95 % bootstrap interval; ``above_rival``, by how much tau exceeds
+        flatness', with ``above_low`` and ``above_high`` likewise. Intervals are percentiles over resampled settings,
+        each with all its seeds, and NaN with fewer than ``MIN_SETTINGS``. NaN too is the tau of equal values.
+    """
+    groups = [row["setting"] for row in rows]
+    weights = draws(groups, seed)
+    strata = [str(row.get(FIXED.get(fixed))) for row in rows]
+    y = [target(row) for row in rows]
+    taus = {name: kendall([of(row) for row in rows], y, strata, weights) for name, of in QUANTITIES.items()}
+    enough = len(set(groups)) >= MIN_SETTINGS
     found = {}
     for name, tau in taus.items():
-        low, high = _interval(draws[name])
-        above_low, above_high = _interval(draws[name] - draws[rival])
-        found[name] = {
-            "tau": tau.statistic, "p_value": tau.pvalue, "low": low, "high": high,
-            "above_rival": tau.statistic - taus[rival].statistic, "above_low": above_low, "above_high": above_high,
-        }  # fmt: skip
+        above = tau - taus["flatness"]
+        (low, high), (above_low, above_high) = (_interval(d[1:]) if enough else [math.nan] * 2 for d in (tau, above))
+        found[name] = {"tau": tau[0], "low": low, "high": high, "above_rival": above[0]}
+        found[name] |= {"above_low": above_low, "above_high": above_high}
     return {name: {key: float(value) for key, value in values.items()} for name, values in found.items()}
 
 
-def _interval(draws):
-    draws = draws[np.isfinite(draws)]  # runs of equal values have no tau
-    return np.percentile(draws, [2.5, 97.5]) if len(draws) else (math.nan, math.nan)
+def _interval(drawn):
+    drawn = drawn[np.isfinite(drawn)]  # runs of equal values have no tau
+    return np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (math.nan, math.nan)
 
 
-def correlations(rows: list[dict], seed: int) -> list[dict]:
-    """``kendall`` for each perturbation in ``measure_forgetting.py``'s rows, if it has enough runs.
+def correlations(rows: list[dict], seed: int, gap: bool = True) -> list[dict]:
+    """``correlate`` for each perturbation in ``table_of``'s rows that has enough runs, and for each of ``TARGETS``.
 
-    A run counts with its last epoch, and besides that with the mean over its epochs.
+    A run counts with its last epoch, and besides that with the mean over its epochs. Without ``gap``, it is left out:
+    the images were no training images. Nothing is fixed but what varies.
     """
-    found = []
+    found, targets = [], [name for name in TARGETS if name == "accuracy" or gap]
     for kind in dict.fromkeys(row["perturbation"] for row in rows):
         runs = {}
         for row in rows:
             if row["perturbation"] == kind:
                 runs.setdefault(row["run"], []).append(row)
-        for epochs, reduce in (("last", lambda values: values[-1]), ("mean", np.mean)):
-            quantities = {
-                name: [reduce([quantity(row) for row in of_run]) for of_run in runs.values()]
-                for name, quantity in QUANTITIES.items()
-            }
-            accuracy = [of_run[0]["accuracy"] for of_run in runs.values()]
-            if len(runs) >= MIN_RUNS:
-                for name, tau in kendall(quantities, accuracy, "flatness", seed).items():
-                    found.append({"perturbation": kind, "epochs": epochs, "quantity": name, "runs": len(runs), **tau})
+        if len(runs) < MIN_RUNS:
+            continue
+        last = [max(own, key=lambda row: row["epoch"]) for own in runs.values()]
+        means = [{**row, **{key: np.mean([r[key] for r in runs[row["run"]]]) for key in MEASURES}} for row in last]
+        varied = [key for key, column in FIXED.items() if len({row[column] for row in last}) > 1]
+        for (epochs, own), target, fixed in itertools.product(
+            (("last", last), ("mean", means)), targets, (None, *varied)
+        ):
+            for name, tau in correlate(own, TARGETS[target], seed, fixed).items():
+                which = {"perturbation": kind, "epochs": epochs, "quantity": name, "target": target, "fixed": fixed}
+                found.append({**which, "runs": len(own), "settings": len({row["setting"] for row in own}), **tau})
     return found
 
 
@@ -378,10 +422,12 @@ def main(argv=None):
         perturbations(args, run, run["settings"].rho)
     shared = runs[0]["settings"]
     shares = {"validation_share": shared.validation_share, "train_share": shared.train_share}
-    train = data.load(shared.dataset, **shares)["train"]
-    split = choose_images(args, train)
+    splits = data.load(shared.dataset, **shares)
+    if args.split not in splits:
+        raise InputError(f"{shared.dataset!r} has no split {args.split!r}: choose --split {' or '.join(splits)}")
+    split = choose_images(args, splits[args.split])
     for run in runs:
-        run["images"] = (run["settings"].streaming and run["settings"].train_num_samples) or len(train)
+        run["images"] = (run["settings"].streaming and run["settings"].train_num_samples) or len(splits["train"])
         for kind, own in perturbations(args, run, run["settings"].rho).items():
             if own.m > args.examples:
                 raise InputError(f"{args.examples} images hold no micro-batch of m {own.m}: raise --examples")
@@ -395,7 +441,7 @@ def main(argv=None):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    found = correlations(rows, args.seed)
+    found = correlations(rows, args.seed, gap=args.split == "train")
     versions = {module.__name__: module.__version__ for module in (torch, timm, datasets)}
     # JSON has no NaN.
     plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in one.items()} for one in found]
@@ -404,8 +450,8 @@ def main(argv=None):
     report.show_correlations(found)
     if not found:
         print(f"no rank correlation: it needs at least {MIN_RUNS} runs with the same perturbation")
-    if any(one["runs"] < MIN_RUNS_INTERVAL for one in found):
-        print(f"no interval: of fewer than {MIN_RUNS_INTERVAL} runs it would mean nothing")
+    if any(one["settings"] < MIN_SETTINGS for one in found):
+        print(f"no interval: of fewer than {MIN_SETTINGS} settings, each with all its seeds, it would mean nothing")
     report.draw_forgetting(measured, rows, found, args.thresholds, output)
     pictures = len(list(output.glob("*.png")))
     print(f"\nwritten: {output}/measurements.csv, correlations.json and {pictures} pictures, as png and svg")

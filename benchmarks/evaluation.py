@@ -80,7 +80,7 @@ def main():
         ds = robustness.open_set("imagenet", args.folder, allow_partial=True)
 
         def ours(*benchmarks, ds=ds, corrupt=False):
-            args.corrupt = corrupt
+            args.corrupt, args.channels_last = corrupt, None
             eval_robustness.predict(accelerator, model, config, "imagenet", ds, benchmarks, args)
 
         part = ds.select(range(min(args.corrupt_images, len(ds))))

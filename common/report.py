@@ -294,16 +294,22 @@ def draw_curves(groups, path):
 
 
 def show_correlations(found):
-    """Print Kendall's tau of every quantity with accuracy; "-" is what there is not."""
-    lines = [["perturbation", "epochs", "quantity", "runs", "tau", "95 %", "p", "above flatness", "95 %"]]
-    for c in found:
-        names = [c["perturbation"], c["epochs"], c["quantity"], str(c["runs"])]
-        tau = [f"{c['tau']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}", f"{c['p_value']:.2g}"]
-        above = [f"{c['above_rival']:+.2f}", f"{c['above_low']:+.2f} to {c['above_high']:+.2f}"]
-        lines.append([*names, *("-" if "nan" in cell else cell for cell in tau + above)])
-    if found:
-        print("\nKendall's tau with test accuracy (bootstrap intervals over runs):\n")
-        table(lines, False)
+    """Print Kendall's tau of every quantity with each target; "-" is what there is not."""
+    fixed = list(dict.fromkeys(c["fixed"] for c in found if c["fixed"]))
+    for target, name in (("accuracy", "test accuracy"), ("-gap", "a small generalisation gap")):
+        lines = [["perturbation", "epochs", "quantity", "runs", "tau", "95 %", "above flatness", "95 %"]]
+        lines[0] += [f"{key} fixed" for key in fixed]
+        own = {(c["perturbation"], c["epochs"], c["quantity"], c["fixed"]): c for c in found if c["target"] == target}
+        for (*names, given), c in own.items():
+            if given:
+                continue
+            tau = [f"{c['tau']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}"]
+            above = [f"{c['above_rival']:+.2f}", f"{c['above_low']:+.2f} to {c['above_high']:+.2f}"]
+            partial = [f"{own[(*names, key)]['tau']:+.2f}" if (*names, key) in own else "nan" for key in fixed]
+            lines.append([*names, str(c["runs"]), *("-" if "nan" in cell else cell for cell in tau + above + partial)])
+        if own:
+            print(f"\nKendall's tau with {name} (bootstrap intervals over settings, each with all its seeds):\n")
+            table(lines, False)
 
 
 def forgetting_styles(rows):
@@ -352,7 +358,7 @@ def draw_forgetting(measured, rows, found, thresholds, folder):
         save(figure, folder / name, caption)
 
     def against_accuracy(name, kinds, xlabel, quantity, value):
-        caption = "A marker is a run, after its last epoch; Kendall's tau has a 95 % bootstrap interval over runs."
+        caption = "A marker is a run, after its last epoch; Kendall's tau has a 95 % bootstrap interval over settings."
 
         def draw(axis, kind, own):
             for row in own.values():
@@ -383,13 +389,14 @@ def draw_forgetting(measured, rows, found, thresholds, folder):
 
 def described(found, kind, quantity) -> str:
     """A tau after the last epoch, with its interval, or why there is none."""
-    own = [c for c in found if (c["perturbation"], c["epochs"], c["quantity"]) == (kind, "last", quantity)]
+    which = {"perturbation": kind, "epochs": "last", "quantity": quantity, "target": "accuracy", "fixed": None}
+    own = [c for c in found if which.items() <= c.items()]
     if not own:
         return "is not there: too few runs"
     if np.isnan(own[0]["tau"]):
         return "is not there: all values are equal"
     few = np.isnan(own[0]["low"])
-    interval = "too few runs for an interval" if few else f"{own[0]['low']:+.2f} to {own[0]['high']:+.2f}"
+    interval = "too few settings for an interval" if few else f"{own[0]['low']:+.2f} to {own[0]['high']:+.2f}"
     return f"{own[0]['tau']:+.2f} ({interval})"
 
 

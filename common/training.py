@@ -197,6 +197,7 @@ def build_optimizer(args, model):
         own = {"gsam_alpha": args.gsam_alpha, "gsam_normalize": args.gsam_normalize}
     try:
         base = create_optimizer_v2(model, args.opt, **options)
+        base._step_supports_amp_scaling = False  # else a GradScaler lets a fused one skip its step, and nobody sees it
         return SAM(base, model, args.rho, **own) if variant else base
     except (ValueError, TypeError, AssertionError) as error:
         message, known = str(error), list_optimizers()

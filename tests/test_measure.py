@@ -3,6 +3,7 @@
 import argparse
 import copy
 import csv
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from scipy.stats import bootstrap, kendalltau
+from scipy.stats import kendalltau
 from test_data import write_folder
 from test_forgetting import counted_entropy
 from test_training import small_recipe
@@ -68,23 +69,75 @@ def test_largest_eigenvalue_is_that_of_the_explicit_hessian(norm, criterion, siz
     assert flatness.largest_eigenvalue(model, criterion, batches, 12) == pytest.approx(expected, rel=1e-4)
 
 
-def test_kendall_is_scipys_also_with_ties_and_its_interval_holds_it():
+def once(runs):
+    return np.ones((1, runs))
+
+
+def test_kendall_is_scipys_also_with_ties_and_of_runs_drawn_several_times():
     rng = np.random.default_rng(0)
-    accuracy = rng.integers(0, 6, 40).tolist()
-    quantities = {"good": [a + rng.integers(0, 3) for a in accuracy], "noise": rng.integers(0, 5, 40).tolist()}
-    found = measure_forgetting.kendall(quantities, accuracy, "noise", seed=0)
-    for name, values in quantities.items():
-        pairs = [(i, j) for i in range(40) for j in range(i)]
-        signs = [(np.sign(values[i] - values[j]), np.sign(accuracy[i] - accuracy[j])) for i, j in pairs]
-        agreement = sum(a * b for a, b in signs)
-        tau = agreement / np.sqrt(sum(a != 0 for a, _ in signs) * sum(b != 0 for _, b in signs))
-        assert found[name]["tau"] == pytest.approx(tau) == pytest.approx(kendalltau(values, accuracy).statistic)
-        assert found[name]["p_value"] == kendalltau(values, accuracy).pvalue
-        assert found[name]["low"] < tau < found[name]["high"]
-    good, noise = found["good"], found["noise"]
-    assert good["above_rival"] == pytest.approx(good["tau"] - noise["tau"])
-    assert good["above_low"] < good["above_rival"] < good["above_high"]
-    assert noise["above_rival"] == noise["above_low"] == noise["above_high"] == 0
+    x, y = rng.integers(0, 6, (2, 40))
+    weights = np.concatenate([once(40), rng.integers(0, 4, (5, 40))])
+    found = measure_forgetting.kendall(x, y, [0] * 40, weights)
+    for tau, times in zip(found, weights.astype(int), strict=True):
+        assert tau == pytest.approx(kendalltau(np.repeat(x, times), np.repeat(y, times)).statistic)
+
+
+def test_with_a_setting_fixed_kendall_compares_runs_that_share_it():
+    rng = np.random.default_rng(1)
+    x, y, strata = rng.integers(0, 9, (3, 30))
+    pairs = [(i, j) for i in range(30) for j in range(i) if strata[i] == strata[j]]
+    signs = np.array([(np.sign(x[i] - x[j]), np.sign(y[i] - y[j])) for i, j in pairs])
+    expected = (signs[:, 0] * signs[:, 1]).sum() / np.sqrt((signs[:, 0] ** 2).sum() * (signs[:, 1] ** 2).sum())
+    assert measure_forgetting.kendall(x, y, strata.astype(str), once(30))[0] == pytest.approx(expected)
+    rho = np.repeat([0.1, 0.2], 10)  # drives both, which have nothing else in common: opposite at each rho
+    inside = np.tile(np.arange(10), 2)
+    assert measure_forgetting.kendall(rho * 1000 + inside, rho * 1000 - inside, [0] * 20, once(20))[0] > 0
+    assert measure_forgetting.kendall(rho * 1000 + inside, rho * 1000 - inside, rho, once(20))[0] == -1
+
+
+def one_run(run, setting, seed, epoch=1, **values):
+    """A row of ``table_of``."""
+    usual = {"forgetting": 0.0, "relevant_change": 0.0, "lambda_max": 0.0, "sam_gap": 0.0, "measured_accuracy": 1.0}
+    names = {"run": run, "setting": setting, "seed": seed, "epoch": epoch, "perturbation": "sam", "method": "sam"}
+    return names | {"trained_m": 8, "trained_rho": 0.1, "accuracy": 0.5} | usual | values
+
+
+def random_runs(settings, seeds, noise=1.0):
+    """Rows of as many settings with as many seeds each, which differ by noise."""
+    rng, rows = np.random.default_rng(2), []
+    for setting in range(settings):
+        base = rng.normal(size=3)
+        for seed in range(seeds):
+            values = dict(zip(("forgetting", "lambda_max", "accuracy"), base + noise * rng.normal(size=3)))
+            rows.append(one_run(f"{setting}-{seed}", str(setting), seed, **values))
+    return rows
+
+
+def test_intervals_resample_settings_with_all_their_seeds_and_differences_are_paired():
+    rows = random_runs(12, 3)
+    found = measure_forgetting.correlate(rows, measure_forgetting.TARGETS["accuracy"], seed=5)
+    drawn = measure_forgetting.draws([row["setting"] for row in rows], seed=5)[1:].astype(int)
+    assert (drawn.reshape(-1, 12, 3) == drawn.reshape(-1, 12, 3)[..., :1]).all() and (drawn.sum(1) == 36).all()
+    taus = {"forgetting": [], "flatness": []}
+    for times in drawn:
+        sample = [row for row, count in zip(rows, times) for _ in range(count)]
+        accuracy = [row["accuracy"] for row in sample]
+        taus["forgetting"].append(kendalltau([row["forgetting"] for row in sample], accuracy).statistic)
+        taus["flatness"].append(kendalltau([-row["lambda_max"] for row in sample], accuracy).statistic)
+    own = found["forgetting"]
+    assert [own["low"], own["high"]] == pytest.approx(np.percentile(taus["forgetting"], [2.5, 97.5]))
+    above = np.subtract(taus["forgetting"], taus["flatness"])
+    assert [own["above_low"], own["above_high"]] == pytest.approx(np.percentile(above, [2.5, 97.5]))
+    assert own["above_rival"] == pytest.approx(own["tau"] - found["flatness"]["tau"])
+    assert [found["flatness"][key] for key in ("above_rival", "above_low", "above_high")] == [0, 0, 0]
+
+
+def test_seeds_that_tell_nothing_new_narrow_no_interval():
+    one, three = ((random_runs(12, 1), 1), (random_runs(12, 1), 3))
+    repeated = [row | {"run": f"{row['run']}-{i}", "seed": i} for row in three[0] for i in range(3)]
+    target = measure_forgetting.TARGETS["accuracy"]
+    found = [measure_forgetting.correlate(rows, target, seed=0)["forgetting"] for rows in (one[0], repeated)]
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +252,8 @@ def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsy
     expected = kendalltau(
         [-float(row["lambda_max"]) for row in last], [float(row["accuracy"]) for row in last]
     ).statistic
-    (flatness,) = (c for c in found if (c["perturbation"], c["epochs"], c["quantity"]) == ("sam", "last", "flatness"))
+    which = {"perturbation": "sam", "epochs": "last", "quantity": "flatness", "target": "accuracy", "fixed": None}
+    (flatness,) = (c for c in found if which.items() <= c.items())
     assert flatness["tau"] == pytest.approx(expected, nan_ok=True)
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert pictures == {f"{name}.png" for name in (
@@ -274,6 +328,18 @@ def test_a_run_without_epochs_and_an_unfinished_one_are_refused(runs, tmp_path):
         measure([other], tmp_path)
     with pytest.raises(InputError, match=r"no output folder.*settings\.yaml"):
         measure([tmp_path], tmp_path)
+
+
+@pytest.mark.usefixtures("curvature_aside")
+def test_held_out_images_can_be_measured_on(runs, images, tmp_path, monkeypatch):
+    seen, own = [], measure_forgetting.choose_images
+    monkeypatch.setattr(measure_forgetting, "choose_images", lambda args, ds: seen.append(ds) or own(args, ds))
+    found = measure(runs, tmp_path, "--perturbations", "sam", "--micro-batches", "1", "--split", "test")
+    assert {image["path"] for image in seen[0]["image"]} == {str(p) for p in (images / "test").rglob("*.png")}
+    assert {c["target"] for c in found} == {"accuracy"}  # no gap: these are no training images
+    assert all(row["accuracy"] == row["measured_accuracy"] for row in rows(tmp_path) if row["epoch"] == "2")
+    with pytest.raises(InputError, match="has no split 'tset': choose --split train or validation or test"):
+        measure(runs, tmp_path, "--split", "tset")
 
 
 def test_base_needs_a_rho(runs, tmp_path):
@@ -446,24 +512,24 @@ def test_an_output_that_cannot_be_written(runs, tmp_path):
 
 @pytest.mark.parametrize("count", [4, 9, 10])
 @pytest.mark.parametrize("accuracy", ["equal", "ties"])
-def test_few_runs_have_no_interval_and_equal_ones_no_tau_without_a_warning(count, accuracy):
-    accuracies = [0.5] * count if accuracy == "equal" else [i // 2 for i in range(count)]
+def test_few_settings_have_no_interval_and_equal_values_no_tau_without_a_warning(count, accuracy):
+    values = [0.5] * count if accuracy == "equal" else [i // 2 for i in range(count)]
+    rows = [one_run(str(i), str(i), 0, forgetting=i, accuracy=value) for i, value in enumerate(values)]
+    rows += [row | {"run": f"{row['run']}-1", "seed": 1} for row in rows]  # more seeds are no more settings
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = measure_forgetting.kendall(
-            {"a": list(range(count)), "flatness": [1.0] * count}, accuracies, "flatness", 0
-        )
-    assert math.isnan(found["a"]["tau"]) == (accuracy == "equal")
-    assert math.isnan(found["flatness"]["tau"]) and math.isnan(found["a"]["above_low"])
-    assert math.isnan(found["a"]["low"]) == (count < 10 or accuracy == "equal")
+        found = measure_forgetting.correlate(rows, measure_forgetting.TARGETS["accuracy"], 0)
+    assert math.isnan(found["forgetting"]["tau"]) == (accuracy == "equal")
+    assert math.isnan(found["flatness"]["tau"]) and math.isnan(found["forgetting"]["above_low"])
+    assert math.isnan(found["forgetting"]["low"]) == (count < 10 or accuracy == "equal")
 
 
 @pytest.mark.usefixtures("curvature_aside")
 def test_what_there_is_not_is_said_and_is_null_in_json(runs, tmp_path, capsys):
     found = measure(runs, tmp_path, "--perturbations", "sam", "--micro-batches", "1")
-    assert len(found) == 2 * len(measure_forgetting.QUANTITIES)
+    assert len(found) == 2 * 2 * 3 * len(measure_forgetting.QUANTITIES)  # epochs, targets; nothing, rho or method fixed
     printed = capsys.readouterr().out
-    assert "no interval: of fewer than 10 runs it would mean nothing" in printed and "nan" not in printed
+    assert "no interval: of fewer than 10 settings" in printed and "nan" not in printed
     text = (tmp_path / "out" / "correlations.json").read_text()
     saved = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert all(one["low"] is None and one["runs"] == 4 for one in saved["correlations"])
@@ -479,26 +545,16 @@ def test_a_loss_without_curvature_has_no_largest_eigenvalue():
 # Statistics
 
 
-def test_intervals_are_scipys_and_differences_are_paired():
-    rng = np.random.default_rng(1)
-    accuracy, one = rng.random(12).tolist(), rng.random(12).tolist()
-    quantities = {"one": one, "same": list(one), "flatness": rng.random(12).tolist()}
-    found = measure_forgetting.kendall(quantities, accuracy, "flatness", seed=5)
-    options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 1000, "rng": 5}
-    theirs = bootstrap((one, accuracy), lambda x, y: kendalltau(x, y).statistic, **options).confidence_interval
-    assert (found["one"]["low"], found["one"]["high"]) == pytest.approx((theirs.low, theirs.high))
-    paired = measure_forgetting.kendall(quantities, accuracy, "same", seed=5)["one"]
-    assert paired["above_low"] == paired["above_high"] == 0  # the same runs in each resample
-
-
 def test_a_run_counts_with_its_last_epoch_and_with_the_mean_over_epochs():
     made = [(1, 9, 0), (2, 0, 8), (3, 6, 6), (4, 1, 9)]  # accuracy, and forgetting after two epochs
     rows = [
-        {"perturbation": "sam", "run": f"run{a}", "epoch": epoch, "accuracy": a, "forgetting": value,
-         "relevant_change": 0, "lambda_max": -a, "sam_gap": a}
+        one_run(f"run{a}", str(a), 0, epoch, accuracy=a, forgetting=value, lambda_max=-a, sam_gap=a)
         for a, *values in made for epoch, value in enumerate(values, 1)
     ]  # fmt: skip
-    found = {(c["epochs"], c["quantity"]): c["tau"] for c in measure_forgetting.correlations(rows, 0)}
+    found = {
+        (c["epochs"], c["quantity"]): c["tau"]
+        for c in measure_forgetting.correlations(rows, 0) if c["target"] == "accuracy"
+    }  # fmt: skip
     accuracy = [a for a, _, _ in made]
     assert found["last", "forgetting"] == pytest.approx(kendalltau([0, 8, 6, 9], accuracy).statistic)
     assert found["last", "forgetting"] != pytest.approx(kendalltau([9, 0, 6, 1], accuracy).statistic)  # the first
@@ -507,6 +563,31 @@ def test_a_run_counts_with_its_last_epoch_and_with_the_mean_over_epochs():
     assert found["mean", "forgetting"] != pytest.approx(found["last", "forgetting"])
     assert found["last", "-sam_gap"] == pytest.approx(-1)
     assert found["last", "flatness"] == pytest.approx(1)
+
+
+def test_the_gap_is_that_after_the_last_epoch_to_the_images_measured_on():
+    made = [(0.5, 0.9), (0.6, 0.8), (0.7, 1.0), (0.8, 0.9)]  # accuracy on test, and in training
+    rows = [
+        one_run(str(i), str(i), 0, epoch, accuracy=test, measured_accuracy=train * epoch / 2, forgetting=i)
+        for i, (test, train) in enumerate(made) for epoch in (1, 2)
+    ]  # fmt: skip
+    gaps = [train - test for test, train in made]
+    expected = kendalltau(range(4), np.negative(gaps)).statistic
+    assert expected != kendalltau(range(4), [test for test, _ in made]).statistic
+    found = [c for c in measure_forgetting.correlations(rows, 0) if c["quantity"] == "forgetting"]
+    assert [c["tau"] for c in found if c["target"] == "-gap"] == pytest.approx([expected] * 2)
+    assert {c["target"] for c in measure_forgetting.correlations(rows, 0, gap=False)} == {"accuracy"}
+
+
+def test_what_varies_is_fixed_in_turn():
+    rows = []
+    for i, (m, rho) in enumerate(itertools.product((8, 16), (0.1, 0.2, 0.4))):
+        rows.append(one_run(str(i), str(i), 0, trained_m=m, trained_rho=rho, forgetting=rho * 10 + m, accuracy=rho - m))
+    found = {
+        c["fixed"]: c["tau"] for c in measure_forgetting.correlations(rows, 0)
+        if (c["epochs"], c["target"], c["quantity"]) == ("last", "accuracy", "forgetting")
+    }  # fmt: skip
+    assert set(found) == {None, "m", "rho"} and found["m"] == 1 and found["rho"] == -1
 
 
 def test_the_largest_eigenvalue_is_not_that_of_largest_magnitude():
@@ -536,6 +617,7 @@ def measured(**changes):
     x, y = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
     usual = {"examples": 12, "hessian_examples": 4, "thresholds": [0.2, 0.35, 0.5], "link": "softmax", "rho": None}
     usual |= {"micro_batches": 2, "seed": 3, "miller_madow": True, "perturbations": ["own"], "m": None}
+    usual |= {"adjust_thresholds": True}
     args = argparse.Namespace(**usual | {"gamma": 1.0, "lam": None} | changes)
     own = argparse.Namespace(
         method="asam+obf", adaptive="before", rho=0.7, rho_min=None, m=3, perturb_fraction=1.0, gamma=0.5, lam=0.2,
@@ -576,6 +658,30 @@ def test_own_is_the_runs_method_rho_m_gamma_lambda_link_and_adaptive():
     for key, value in zip(("forgetting", "relevant_change", "sam_gap"), np.mean(expected, 0)):
         assert abs(value) > 1e-4
         assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_the_same_thresholds_hold_for_the_perturbed_model_if_asked_for():
+    found = {adjust: measured(adjust_thresholds=adjust, perturbations=["sam"], rho=0.7)[0] for adjust in (True, False)}
+    same, adjusted = (found[adjust]["perturbations"]["sam"]["by_threshold"] for adjust in (False, True))
+    assert same != adjusted
+    _, model, x, y = measured()
+    lost = []
+    for part in (slice(0, 3), slice(3, 6)):
+        grads = torch.autograd.grad(LabelSmoothingCrossEntropy(0.1)(model(x[part]), y[part]), list(model.parameters()))
+        norm = sum(g.square().sum() for g in grads).sqrt()
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for w, g in zip(moved.parameters(), grads):
+                w += 0.7 * g / norm
+            clean, perturbed = model(x).softmax(-1), moved(x).softmax(-1)
+        lost.append([counted_entropy(clean, y, t) - counted_entropy(perturbed, y, t) for t in (0.2, 0.35, 0.5)])
+    corrected = measured(adjust_thresholds=False, perturbations=["sam"], rho=0.7, miller_madow=False)[0]
+    assert corrected["perturbations"]["sam"]["by_threshold"] == pytest.approx(np.mean(lost, 0))
+
+
+def test_accuracy_on_the_images_measured_is_the_share_whose_most_likely_class_is_right():
+    result, model, x, y = measured()
+    assert result["measured_accuracy"] == (model(x).argmax(-1) == y).double().mean().item()
 
 
 def test_others_than_own_have_gamma_and_lambda_of_the_flags_and_all_of_the_micro_batch():

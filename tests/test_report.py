@@ -179,6 +179,7 @@ def test_pictures_of_forgetting_tell_methods_m_rho_and_seeds_apart(drawn, tmp_pa
         records = [{"perturbations": {"sam": {"by_threshold": [i + epoch, i]}}} for epoch in (1, 2)]
         measured += [({"folder": str(i)}, None, record) for record in records]
     tau = {"perturbation": "sam", "epochs": "last", "tau": 0.25, "low": -0.1, "high": 0.5}
+    tau |= {"target": "accuracy", "fixed": None}
     found = [tau | {"quantity": "forgetting"}, tau | {"quantity": "flatness", "low": np.nan, "high": np.nan}]
     report.draw_forgetting(measured, table, found, [0.3, 0.6], tmp_path)
     figure, _ = drawn["forgetting_accuracy"]
@@ -193,7 +194,7 @@ def test_pictures_of_forgetting_tell_methods_m_rho_and_seeds_apart(drawn, tmp_pa
         "rho 0.1",
         "rho 0.2",
     ]
-    assert drawn["flatness_accuracy"][0].axes[0].get_title().endswith("+0.25 (too few runs for an interval)")
+    assert drawn["flatness_accuracy"][0].axes[0].get_title().endswith("+0.25 (too few settings for an interval)")
     epochs, thresholds = (drawn[f"forgetting_{x}s"][0].axes[0] for x in ("epoch", "threshold"))
     assert epochs.lines[0].get_xydata().tolist() == [[1, 10.5], [2, 20.5]] and len(epochs.collections) == 1
     assert thresholds.lines[0].get_xydata().tolist() == [[0.3, 2.5], [0.6, 0.5]]  # of the last epoch
@@ -234,11 +235,17 @@ def test_measures_and_differences_stand_in_their_columns(capsys):
 
 def test_correlations_stand_in_their_columns(capsys):
     found = {"perturbation": "sam", "epochs": "last", "quantity": "forgetting", "runs": 12, "tau": 0.5, "low": 0.1}
-    found |= {"high": 0.7, "p_value": 0.02, "above_rival": -0.25, "above_low": -0.4, "above_high": float("nan")}
-    report.show_correlations([found, found | {"above_high": -0.05}])
-    head, line, other = capsys.readouterr().out.splitlines()[-3:]
-    row = {"tau": "+0.50", "95 %": "+0.10 to +0.70", "p": "0.02", "above flatness": "-0.25"}
+    found |= {"high": 0.7, "above_rival": -0.25, "above_low": -0.4, "above_high": float("nan")}
+    found |= {"target": "accuracy", "fixed": None}
+    others = [found | {"fixed": "m", "tau": 0.75}, found | {"epochs": "mean", "above_high": -0.05}]
+    gap = found | {"target": "-gap", "tau": -0.5}
+    report.show_correlations([found, *others, gap])
+    of_accuracy, of_gap = capsys.readouterr().out.split("Kendall's tau with ")[1:]
+    assert of_accuracy.startswith("test accuracy") and of_gap.startswith("a small generalisation gap")
+    head, line, other = of_accuracy.strip().splitlines()[-3:]
+    row = {"tau": "+0.50", "95 %": "+0.10 to +0.70", "above flatness": "-0.25", "m fixed": "+0.75"}
     for name, value in row.items():
-        assert line[head.index(f" {name} ") + 1 :].startswith(f"{value} "), name
-    assert line.rstrip().endswith("  -")  # of the second interval, one end is not a number
-    assert other.endswith("  -0.40 to -0.05")
+        assert f"{line} "[head.index(f" {name}") + 1 :].startswith(f"{value} "), name
+    assert line.split()[-2:] == ["-", "+0.75"]  # of the second interval, one end is not a number
+    assert other.endswith("-0.40 to -0.05  -")  # nothing fixed
+    assert " -0.50 " in of_gap

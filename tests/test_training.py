@@ -160,17 +160,21 @@ def test_shrink_and_perturb_pulls_to_the_first_weights_in_proportion_to_lr(accel
     torch.testing.assert_close(model.weight.data, factor * 7 + (1 - factor) * (weight.detach() - 0.05 * g))
 
 
-def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerator):
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("method", ["base", "sam"])
+def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerator, method, fused):
     """fp16's loss scaling, which works on a CPU too: the second of three steps overflows."""
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     model = torch.nn.Linear(3, 2)
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    flags = ["--method", method, "--opt-kwargs", f"fused={fused}", "--output", "nowhere"]
+    args = settings.parse(settings.parser("", ""), flags)
+    model, optimizer = accelerator.prepare(model, training.build_optimizer(args, model))
     scheduled, weights = [], []
     images = [torch.ones(4, 3), torch.full((4, 3), 1e37), torch.ones(4, 3)]
     job = make_job(
-        accelerator, model, optimizer, objective=ascend_the_loss, steps=3, schedule=scheduled.append,
+        accelerator, model, optimizer, objective=None if method == "base" else ascend_the_loss, steps=3,
         train=lambda epoch, first: iter([{"image": x, "label": torch.tensor([0, 1, 1, 0])} for x in images]),
+        schedule=scheduled.append,
         to_input=lambda x: weights.append(model.weight.detach().clone()) or x,
     )  # fmt: skip
     progress = training.Progress()

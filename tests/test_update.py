@@ -258,6 +258,27 @@ def test_schedules_equal_their_closed_forms():
             assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9), (sched, update)
 
 
+@pytest.mark.parametrize("opt", ["sgd", "momentum", "adamw", "lookahead_adam"])
+def test_fused_kernels_give_the_weights_of_the_plain_ones(opt):
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU(), torch.nn.Conv2d(4, 5, 2)).double()
+        model = model.to(memory_format=torch.channels_last)
+        flags = ["--opt", opt, "--opt-kwargs", f"fused={fused}", "--method", "sam", "--weight-decay", "0.1"]
+        optimizer = training.build_optimizer(settings.parse(settings.parser("", ""), [*flags, "--output", "x"]), model)
+        assert all(group["fused"] is fused for group in optimizer.param_groups)
+        for _ in range(8):
+            x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+            with optimizer.perturbed(lambda: model(x).square().mean()):
+                model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([p.detach() for p in model.parameters()])
+    for fused, plain in zip(*weights, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-13)
+
+
 def test_the_base_optimizer_gets_its_own_settings():
     flags = ["--opt", "adamw", "--opt-kwargs", "betas=(0.5,0.6)", "eps=0.125", "--method", "sam", "--output", "nowhere"]
     args = settings.parse(settings.parser("", ""), flags)

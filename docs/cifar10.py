@@ -1,0 +1,297 @@
+"""The tables and pictures of CIFAR-10 in docs/results.md, from the data files in docs/cifar10/.
+
+python docs/cifar10.py                    # rebuild them
+python docs/cifar10.py --folders outputs  # write the folders of images that some of the experiments take
+python docs/cifar10.py --collect outputs  # make the data files anew, from the finished experiments in outputs/
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.special import expit, logit
+from scipy.stats import linregress
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import data, metrics, report
+
+HERE = Path(__file__).resolve().parent
+FILES, PAGE, PICTURES = HERE / "cifar10", HERE / "results.md", HERE / "pictures"
+TINY = "1e-12"  # OBF's gamma towards 0
+# What a row of the table is: its name, the settings that are its own, forward and backward passes of a step.
+ROWS = {
+    "base": ({"method": "base"}, "1"),
+    "base, twice the epochs": ({"method": "base", "epochs": "48"}, "1"),
+    "label smoothing 0.1": ({"method": "base", "smoothing": "0.1"}, "1"),
+    "random": ({"method": "random"}, "1 and a forward"),
+    "SAM": ({"method": "sam"}, "2"),
+    "OBF, gamma 1": ({"method": "obf", "gamma": "1.0"}, "2"),
+    "OBF, gamma to 0": ({"method": "obf", "gamma": TINY}, "2"),
+    "ASAM": ({"method": "asam"}, "2"),
+    "ASAM + OBF, gamma to 0": ({"method": "asam+obf", "gamma": TINY}, "2"),
+    "GSAM": ({"method": "gsam"}, "2"),
+    "GSAM + OBF, gamma to 0": ({"method": "gsam+obf", "gamma": TINY}, "2"),
+    "momentum (MSAM)": ({"method": "momentum"}, "1"),
+    "SAM, from a quarter": ({"method": "sam", "perturb_fraction": "0.25"}, "1.25"),
+    "OBF, gamma 1, from a quarter": ({"method": "obf", "gamma": "1.0", "perturb_fraction": "0.25"}, "1.25"),
+    "SAM, every second step": ({"method": "sam", "perturb_interval": "2"}, "1.5"),
+    "OBF, gamma 1, every second step": ({"method": "obf", "gamma": "1.0", "perturb_interval": "2"}, "1.5"),
+}
+SUBSET = 200  # images of a class, of those that are corrupted
+
+
+def read(name: str) -> list[dict]:
+    """The rows of a data file."""
+    with (FILES / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(name: str, rows: list[dict]):
+    """Write a data file."""
+    FILES.mkdir(exist_ok=True)
+    with (FILES / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the experiments to the data files
+
+
+def write_folders(outputs: Path, dataset: str):
+    """Folders of images of CIFAR-10, as they are: some to corrupt, and both halves of the classes for transfer."""
+    splits = data.load(dataset)
+    names = splits["test"].features["label"].names
+    write_images(outputs / "cifar10_subset", splits["test"], names, SUBSET)
+    for half, own in (("first", names[:5]), ("second", names[5:])):
+        for split, ds in splits.items():
+            write_images(outputs / f"cifar10_{half}" / split, ds, own)
+
+
+def write_images(folder, ds, classes, most=None):
+    """The first ``most`` images of each of some classes, as CLASS/NUMBER in ``folder``."""
+    names, written = ds.features["label"].names, dict.fromkeys(classes, 0)
+    for number, row in enumerate(ds):
+        name = names[row["label"]]
+        if name not in written or written[name] == most:
+            continue
+        written[name] += 1
+        file = folder / name / f"{number:05d}{Path(row['image']['path'] or '.png').suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(row["image"]["bytes"])
+
+
+def row_of(point: dict) -> str:
+    """The name in ``ROWS`` of a run of a sweep's table.
+
+    Raises:
+        ValueError: there is none.
+    """
+    own = {key: value for key, value in point.items() if key in OWN and value}
+    for name, (settings, _) in ROWS.items():
+        if settings == own:
+            return name
+    raise ValueError(f"{own} is no row of the table")
+
+
+OWN = {key for settings, _ in ROWS.values() for key in settings}
+
+
+def sweep_of(folder: Path) -> list[dict]:
+    """The rows of a finished sweep's table."""
+    with (folder / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def collect(outputs: Path):
+    """Write the data files."""
+    tries = sweep_of(outputs / "cifar10_tune")
+    write("tune", [{"row": row_of(one), **{key: one[key] for key in ("lr", "rho", "validation")}} for one in tries])
+    on_test = json.loads((outputs / "cifar10_test" / "results.json").read_text())["results"]
+    on_corrupted = json.loads((outputs / "cifar10_corrupted" / "results.json").read_text())["corrupted"]
+    runs, right, shares = [], {}, {}
+    for one in sweep_of(outputs / "cifar10"):
+        model, name = f"{one['run']}/last", f"{row_of(one)}, seed {one['seed']}"
+        measures, corrupted = on_test[model]["test"], on_corrupted[model]["subset"]
+        seconds = [line["seconds"] for line in report.read_metrics(Path(one["run"]))]
+        run = {"run": name, "row": row_of(one), "seed": one["seed"], "rho": one["rho"], "seconds": sum(seconds)}
+        run |= {key: measures[key] for key in ("top1", "nll", "ece")} | {"clean": corrupted["clean"]}
+        run |= {kind: np.mean(list(top1.values())) for kind, top1 in corrupted["corruptions"].items()}
+        runs.append(run)
+        folder = "predictions/" + re.sub(r"[^\w.-]+", "_", model)
+        right[name] = pq.read_table(outputs / "cifar10_test" / folder / "test.parquet")["top1"]
+        tables = sorted((outputs / "cifar10_corrupted" / folder).glob("subset.*.parquet"))
+        shares[name] = np.sum([pq.read_table(table)["top1"].to_numpy() for table in tables], 0, dtype=np.uint8)
+    write("runs", runs)
+    pq.write_table(pa.table(right), FILES / "right.parquet", compression="zstd")
+    pq.write_table(pa.table(shares), FILES / "right_corrupted.parquet", compression="zstd")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the data files to the page
+
+
+def per_image(name: str) -> dict[str, np.ndarray]:
+    """By row of the table: (seeds, images) of a Parquet file with a column for each run, seeds in order."""
+    table, found = pq.read_table(FILES / f"{name}.parquet"), {}
+    for run in sorted(read("runs"), key=lambda run: int(run["seed"])):
+        found.setdefault(run["row"], []).append(table[run["run"]].to_numpy().astype(float))
+    return {row: np.stack(values) for row, values in found.items()}
+
+
+def points(difference: dict, digits: int = 2) -> str:
+    """A difference of shares with its interval, in points."""
+    mean, low, high = (f"{100 * difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def spread(values, factor=1.0, digits=2) -> str:
+    """Mean ± standard deviation."""
+    values = factor * np.asarray(values, dtype=float)
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in rows)
+
+
+def groups() -> dict[str, list[dict]]:
+    """The runs of each row of the table that has been run, in the order of ``ROWS``."""
+    found = {name: [run for run in read("runs") if run["row"] == name] for name in ROWS}
+    return {name: own for name, own in found.items() if own}
+
+
+def against(values: dict, name: str, reference: str) -> dict:
+    """The difference in accuracy between two rows, over seeds and images."""
+    return metrics.crossed(values[name] - values[reference])
+
+
+def methods_table() -> str:
+    """What each method is worth, for what it costs."""
+    right, runs, lines = per_image("right"), groups(), []
+    plain = np.mean([float(run["seconds"]) for run in runs["base"]])
+    for name, own in runs.items():
+        top1, nll, ece, seconds = (
+            np.array([run[key] for run in own], float) for key in ("top1", "nll", "ece", "seconds")
+        )
+        differences = [
+            "" if name == other else points(against(right, name, other)) for other in ("SAM", "base, twice the epochs")
+        ]
+        cost = [ROWS[name][1], f"{seconds.mean() / plain:.2f}"]
+        lines.append(
+            [name, own[0]["rho"], *cost, spread(top1, 100), *differences, spread(nll), f"{100 * ece.mean():.1f}"]
+        )
+    head = [
+        "method",
+        "rho",
+        "passes",
+        "time",
+        "test, %",
+        "points above SAM",
+        "above base for twice the epochs",
+        "NLL",
+        "ECE, %",
+    ]
+    return markdown(head, lines)
+
+
+def tuning_table() -> str:
+    """What was tried for lr and rho."""
+    lines = []
+    for name in ROWS:
+        tries = [one for one in read("tune") if one["row"] == name]
+        cells = [f"{one['rho'] or 'lr ' + one['lr']}: {100 * float(one['validation']):.2f}" for one in tries]
+        if tries:
+            best = int(np.argmax([float(one["validation"]) for one in tries]))
+            cells[best] = f"**{cells[best]}**"
+            lines.append([name, *cells])
+    return markdown(["method", "rho: top-1 on validation, %", "", ""], lines)
+
+
+def above_line() -> dict[str, np.ndarray]:
+    """By row: points of each seed above the line of all runs, corrupted against clean accuracy on the logit scale."""
+    runs = read("runs")
+    kinds = list(runs[0])[list(runs[0]).index("clean") + 1 :]
+    clean, shifted = (
+        np.array(values) for values in zip(*((float(r["clean"]), np.mean([float(r[k]) for k in kinds])) for r in runs))
+    )
+    line = linregress(logit(clean), logit(shifted))
+    above = shifted - expit(line.slope * logit(clean) + line.intercept)
+    return {name: np.array([a for a, run in zip(above, runs) if run["row"] == name]) for name in groups()}
+
+
+def robustness_table() -> str:
+    """Accuracy on corrupted images."""
+    shares, lines, above = per_image("right_corrupted"), [], above_line()
+    kinds = list(read("runs")[0])
+    kinds = kinds[kinds.index("clean") + 1 :]
+    most = 3 * len(kinds)  # severities
+    for name, own in groups().items():
+        difference = "" if name == "SAM" else points(metrics.crossed((shares[name] - shares["SAM"]) / most))
+        clean = spread([run["clean"] for run in own], 100)
+        lines.append([name, clean, spread(shares[name].mean(1) / most, 100), difference, spread(above[name], 100)])
+    return markdown(["method", "clean, %", "corrupted, %", "points above SAM", "points above the line"], lines)
+
+
+def draw_methods(path):
+    """Test accuracy of every run, and each method's difference to SAM."""
+    right, runs = per_image("right"), groups()
+    figure, (left, middle) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.36 * len(runs)), sharey=True, layout="constrained")
+    for i, (name, own) in enumerate(runs.items()):
+        values = 100 * np.array([float(run["top1"]) for run in own])
+        left.plot(values, [i] * len(values), "o", color="C0", alpha=0.4, markeredgecolor="none")
+        left.plot([values.mean()], [i], "|", color="C0", markersize=16, markeredgewidth=2)
+        if name != "SAM":
+            d = {key: 100 * value for key, value in against(right, name, "SAM").items()}
+            middle.errorbar(
+                d["mean"], i, xerr=[[d["mean"] - d["low"]], [d["high"] - d["mean"]]], fmt="o", color="C1", capsize=3
+            )
+    seeds = sorted({len(own) for own in runs.values()})
+    left.set(
+        yticks=range(len(runs)), yticklabels=runs, xlabel="top-1 on 10,000 test images, %", ylim=(len(runs) - 0.5, -0.5)
+    )
+    left.set_title(f"every seed (n = {' or '.join(map(str, seeds))}) and the mean", fontsize=10)
+    middle.set(xlabel="points above SAM")
+    middle.set_title("difference to SAM, paired", fontsize=10)
+    middle.axvline(0, color="0.6", linewidth=1, zorder=0)
+    for axis in (left, middle):
+        axis.spines[["top", "right"]].set_visible(False)
+    report.save(
+        figure, path, "Whiskers are 95 % intervals over seeds and images, of the same seeds and images in both methods."
+    )
+
+
+def main(argv=None):
+    """Run as from the command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--folders", type=Path, metavar="OUTPUTS", help="write the folders of images there")
+    p.add_argument("--collect", type=Path, metavar="OUTPUTS", help="make the data files from the experiments there")
+    p.add_argument("--dataset", default="uoft-cs/cifar10", help="CIFAR-10, for --folders (%(default)s)")
+    args = p.parse_args(argv)
+    if args.folders:
+        write_folders(args.folders, args.dataset)
+        return
+    if args.collect:
+        collect(args.collect)
+    text = PAGE.read_text()
+    for name, table in {"methods": methods_table, "tuning": tuning_table, "robustness": robustness_table}.items():
+        section = re.compile(rf"(<!-- docs/cifar10.py: {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        if not section.search(text):
+            raise SystemExit(f"{PAGE} has no section {name}")
+        text = section.sub(lambda found: f"{found[1]}\n{table()}\n\n", text)
+    PAGE.write_text(text)
+    draw_methods(PICTURES / "cifar10_methods.png")
+
+
+if __name__ == "__main__":
+    main()
