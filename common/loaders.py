@@ -433,13 +433,29 @@ def train_batches(args, accelerator, split, transform, loaded):
     images = Images(split, transform, args.seed, _decoder(args))
     options = {"sampler": EpochSampler(len(images), args.batch_size, args.seed), "drop_last": True}
     options["persistent_workers"] = args.workers > 0
-    loader = accelerator.prepare(_loader(args, accelerator, images, batch_size=loaded, **options))
+    loader = _loader(args, accelerator, images, batch_size=loaded, **options)
+    loader = accelerator.prepare_data_loader(loader, device_placement=False)
 
     def batches(epoch, first):
         loader.set_epoch(epoch)
-        return iter(accelerator.skip_first_batches(loader, first) if first else loader)
+        return on_device(accelerator.skip_first_batches(loader, first) if first else loader, accelerator.device)
 
     return len(images), batches
+
+
+def on_device(batches, device: torch.device):
+    """The same batches on a device; a copy to a GPU does not wait for what that still computes."""
+    if device.type != "cuda":
+        yield from (send_to_device(batch, device) for batch in batches)
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            batch = send_to_device(batch, device, non_blocking=True)
+        computing.wait_stream(copying)
+        for tensor in batch.values():
+            tensor.record_stream(computing)  # or its memory could be given to the next copy while it is in use
+        yield batch
 
 
 def _streamed_batches(args, accelerator, split, transform, loaded):
@@ -454,7 +470,7 @@ def _streamed_batches(args, accelerator, split, transform, loaded):
 
     def batches(epoch, first):
         stream.epoch, stream.first = epoch, first
-        return (send_to_device(batch, accelerator.device, non_blocking=True) for batch in loader)
+        return on_device(loader, accelerator.device)
 
     return batches
 

@@ -1,5 +1,7 @@
 """From images to batches: what each transform does to pixels, and that seed, epoch, index and process all count."""
 
+import argparse
+import contextlib
 import itertools
 import multiprocessing
 import sys
@@ -321,3 +323,34 @@ def test_torchcodec_without_its_package_or_for_another_interpolation_is_an_error
     with pytest.raises(settings.InputError, match=r"cannot load its package: pip install 'torchcodec>=0\.17'"):
         opened(accelerator, images, "--decoder", "torchcodec")
     opened(accelerator, images)  # without which nothing needs it
+
+
+def test_batches_reach_a_gpu_by_a_stream_of_their_own_which_the_model_waits_for(monkeypatch):
+    """CUDA's streams as far as they can be played without one: what is copied, awaited and kept from being reused."""
+    log, copying = [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            log.append(("wait", other))
+
+    computing, own = Stream(), []
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        copying.append(chosen)
+        yield
+        copying.pop()
+
+    def send(batch, device, non_blocking):
+        log.append(("copy", copying[-1], non_blocking))
+        return {"image": argparse.Namespace(record_stream=lambda stream: log.append(("keep", stream)))}
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: own.append(Stream()) or own[-1])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(loaders, "send_to_device", send)
+    for _ in loaders.on_device([{"image": 1}, {"image": 2}], torch.device("cuda")):
+        assert not copying  # the model computes in its own stream
+        log.append("computed")
+    assert len(own) == 1
+    assert log == 2 * [("copy", own[0], True), ("wait", own[0]), ("keep", computing), "computed"]
