@@ -67,7 +67,7 @@ def write(name: str, rows: list[dict]):
 
 
 def write_folders(outputs: Path, dataset: str):
-    """Folders of images of CIFAR-10, as they are: some to corrupt, and both halves of the classes for transfer."""
+    """Folders of CIFAR-10's images, as they are: some to corrupt, and both halves of the classes for transfer."""
     splits = data.load(dataset)
     names = splits["test"].features["label"].names
     write_images(outputs / "cifar10_subset", splits["test"], names, SUBSET)
@@ -111,10 +111,14 @@ def sweep_of(folder: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def collect(outputs: Path):
-    """Write the data files."""
+def collect_tune(outputs: Path):
+    """What was tried for lr and rho."""
     tries = sweep_of(outputs / "cifar10_tune")
     write("tune", [{"row": row_of(one), **{key: one[key] for key in ("lr", "rho", "validation")}} for one in tries])
+
+
+def collect_runs(outputs: Path):
+    """What the runs of the table came to, and on which images each was right."""
     on_test = json.loads((outputs / "cifar10_test" / "results.json").read_text())["results"]
     on_corrupted = json.loads((outputs / "cifar10_corrupted" / "results.json").read_text())["corrupted"]
     runs, right, shares = [], {}, {}
@@ -282,15 +286,24 @@ def main(argv=None):
         write_folders(args.folders, args.dataset)
         return
     if args.collect:
-        collect(args.collect)
-    text = PAGE.read_text()
-    for name, table in {"methods": methods_table, "tuning": tuning_table, "robustness": robustness_table}.items():
-        section = re.compile(rf"(<!-- docs/cifar10.py: {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        if not section.search(text):
-            raise SystemExit(f"{PAGE} has no section {name}")
-        text = section.sub(lambda found: f"{found[1]}\n{table()}\n\n", text)
-    PAGE.write_text(text)
-    draw_methods(PICTURES / "cifar10_methods.png")
+        for collect, last in (
+            (collect_tune, "cifar10_tune/sweep.csv"),
+            (collect_runs, "cifar10_corrupted/results.json"),
+        ):
+            if (args.collect / last).exists():
+                collect(args.collect)
+            else:
+                print(f"left as it is: what ends with {args.collect / last}, which is not there")
+    sections = {"tuning": tuning_table, "methods": methods_table, "robustness": robustness_table}
+    page = re.sub(
+        r"(<!-- docs/cifar10.py: (\w+) -->\n).*?(?=<!-- end -->)",
+        lambda found: f"{found[1]}\n{sections[found[2]]()}\n\n",
+        PAGE.read_text(),
+        flags=re.DOTALL,
+    )
+    PAGE.write_text(page)
+    if (FILES / "runs.csv").exists():
+        draw_methods(PICTURES / "cifar10_methods.png")
 
 
 if __name__ == "__main__":
