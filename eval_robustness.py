@@ -592,9 +592,9 @@ def main(argv=None):
     for name, note in notes.items():
         if note["unreadable"]:
             print(f"{name}: left out {len(note['unreadable'])} images that cannot be read: {note['unreadable'][:5]}")
-    if any(results.values()):
-        report.draw(results, Path(args.output) / "accuracy.png")
     pictures = {"accuracy": any(results.values()), "effective_robustness": effective}
+    if pictures["accuracy"]:
+        report.draw(results, Path(args.output) / "accuracy.png")
     drawn = "".join(f", {name}.png, {name}.svg" for name, there in pictures.items() if there)
     print(f"\nwritten: {args.output}/results.json{drawn}, predictions/")
     return results

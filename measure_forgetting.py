@@ -188,6 +188,8 @@ def choose_images(args, split):
     if args.examples >= len(split):
         args.examples = len(split)
         return split.shuffle(seed=args.seed)
+    if len(split) - args.examples < classes:
+        raise InputError(f"--examples {args.examples} leaves out too few of {len(split)} images: take all of them")
     size = {"train_size": args.examples, "test_size": None, "random_state": args.seed}
     return split.select(train_test_split(range(len(split)), stratify=labels, **size)[0])
 
@@ -308,12 +310,13 @@ def record_file(args, epoch):
 def table_of(measured) -> list[dict]:
     """One row for each run, epoch and perturbation; ``setting`` is what runs differ in, but for their seeds."""
     trained = {run["folder"]: settings.shared_on_resume(run["settings"]) for run, *_ in measured}
+    keys = dict.fromkeys(key for own in trained.values() for key in own if key != "seed")
     first = next(iter(trained.values()))
-    varied = [key for key in first if key != "seed" and any(own[key] != first[key] for own in trained.values())]
+    varied = [key for key in keys if any(own.get(key) != first.get(key) for own in trained.values())]
     rows = []
     for run, epoch, record in measured:
         own = trained[run["folder"]]
-        row = {"run": str(run["folder"]), "setting": report.pairs({key: own[key] for key in varied})}
+        row = {"run": str(run["folder"]), "setting": report.pairs({key: own.get(key) for key in varied})}
         row |= {"seed": own["seed"], "method": own["method"], "trained_m": own["m"], "trained_rho": own["rho"]}
         for kind, values in record["perturbations"].items():
             found = {key: value for key, value in values.items() if key != "by_threshold"}
@@ -322,18 +325,20 @@ def table_of(measured) -> list[dict]:
     return rows
 
 
-def kendall(x, y, strata, weights) -> np.ndarray:
-    """Kendall's tau-b between x and y over those pairs of runs that share their stratum.
+def kendall(x, y, settings, strata, weights) -> np.ndarray:
+    """Kendall's tau-b between x and y over those pairs of runs that differ in their setting and share their stratum.
+
+    Seeds of one setting differ by luck alone; and a draw that has a setting twice has four times its pairs.
 
     Args:
-        x, y, strata: (runs,) each.
+        x, y, settings, strata: (runs,) each.
         weights: (draws, runs), how often a draw has each run.
 
     Returns:
         (draws,), NaN where all of x or all of y are equal.
     """
-    x, y, strata = (np.subtract.outer(values, values) for values in map(_ranks, (x, y, strata)))
-    x, y = (np.sign(differences) * (strata == 0) for differences in (x, y))
+    x, y, settings, strata = (np.subtract.outer(v, v) for v in map(_ranks, (x, y, settings, strata)))
+    x, y = (np.sign(differences) * (settings != 0) * (strata == 0) for differences in (x, y))
     agreement, xs, ys = (((weights @ pairs) * weights).sum(1) for pairs in (x * y, x * x, y * y))
     with np.errstate(invalid="ignore"):
         return agreement / np.sqrt(xs * ys)
@@ -352,7 +357,7 @@ def draws(groups, seed: int) -> np.ndarray:
 
 
 def correlate(rows: list[dict], target, seed: int, fixed: str | None = None) -> dict[str, dict]:
-    """Kendall's tau-b of each of ``QUANTITIES`` with a target over runs, or over pairs of runs that share a setting.
+    """Kendall's tau-b of each of ``QUANTITIES`` with a target, over all runs or those that share a value: ``kendall``.
 
     Args:
         rows: one for each run.
@@ -366,9 +371,9 @@ def correlate(rows: list[dict], target, seed: int, fixed: str | None = None) -> 
     """
     groups = [row["setting"] for row in rows]
     weights = draws(groups, seed)
-    strata = [str(row.get(FIXED.get(fixed))) for row in rows]
+    strata = [str(row[FIXED[fixed]]) if fixed else "" for row in rows]
     y = [target(row) for row in rows]
-    taus = {name: kendall([of(row) for row in rows], y, strata, weights) for name, of in QUANTITIES.items()}
+    taus = {name: kendall([of(row) for row in rows], y, groups, strata, weights) for name, of in QUANTITIES.items()}
     enough = len(set(groups)) >= MIN_SETTINGS
     found = {}
     for name, tau in taus.items():

@@ -448,7 +448,7 @@ def on_device(batches, device: torch.device):
     if device.type != "cuda":
         yield from (send_to_device(batch, device) for batch in batches)
         return
-    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copying, computing = _copying_stream(device), torch.cuda.current_stream(device)
     for batch in batches:
         with torch.cuda.stream(copying):
             batch = send_to_device(batch, device, non_blocking=True)
@@ -456,6 +456,11 @@ def on_device(batches, device: torch.device):
         for tensor in batch.values():
             tensor.record_stream(computing)  # or its memory could be given to the next copy while it is in use
         yield batch
+
+
+@functools.cache  # each stream keeps memory of its own
+def _copying_stream(device):
+    return torch.cuda.Stream(device)
 
 
 def _streamed_batches(args, accelerator, split, transform, loaded):

@@ -111,9 +111,15 @@ def crossed(differences: np.ndarray) -> dict[str, float]:
     """The mean of (seeds, images) differences between two methods; ``low`` and ``high``, its 95 % interval over both.
 
     Neither the seeds nor the images are all that there could be. The mean varies with either; both variances are added,
-    which counts what is peculiar to one seed on one image twice, and so errs on the wide side (as the pigeonhole
-    bootstrap, Owen 2007). Student's t, with Satterthwaite's degrees of freedom, allows for few seeds.
+    which counts what is peculiar to one seed on one image twice (as the pigeonhole bootstrap, Owen 2007). Student's t,
+    with Satterthwaite's degrees of freedom, allows for few seeds; with three whose luck outweighs the images', it holds
+    the truth in about 93 of 100 cases.
+
+    Raises:
+        ValueError: there is one seed alone.
     """
+    if len(differences) < 2:
+        raise ValueError("an interval over seeds needs at least two of them")
     variances, freedoms = [], []
     for axis in (1, 0):
         means = differences.mean(axis)

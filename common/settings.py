@@ -52,7 +52,7 @@ PERTURBATION = {
 
 # Flags about one execution of a run; the others are settings, which a recipe may hold and a resumed run must share.
 NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
-INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval", "val_interval")
+INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval")
 FREE_ON_RESUME = ("output", "workers", "channels_last", "torchcompile", *INTERVALS, "log_with", "push_to_hub")
 # Where a setting's value, or each of its values, must lie.
 RANGES = {
@@ -62,7 +62,7 @@ RANGES = {
     **dict.fromkeys(("smoothing", "lam"), "[0, 1)"),
     **dict.fromkeys(("scale", "perturb_fraction"), "(0, 1]"),
     **dict.fromkeys(("ratio", "clip_grad"), "(0, inf)"),
-    "train_num_samples": "[1, inf)", "perturb_interval": "[1, inf)",
+    "train_num_samples": "[1, inf)", "perturb_interval": "[1, inf)", "val_interval": "[1, inf)",
     "validation_share": "(0, 1)", "train_share": "(0, 1)", "head_bias": "(-inf, inf)", "workers": "[0, inf)",
     "seed": "[0, 2147483647]", "crop_pct": "[0.01, 1]",
 }  # fmt: skip

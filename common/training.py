@@ -199,7 +199,7 @@ def build_optimizer(args, model):
         base = create_optimizer_v2(model, args.opt, **options)
         base._step_supports_amp_scaling = False  # else a GradScaler lets a fused one skip its step, and nobody sees it
         return SAM(base, model, args.rho, **own) if variant else base
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         message, known = str(error), list_optimizers()
         if args.opt.lower().removeprefix("lookahead_") not in known:
             message = f"timm has no optimizer {args.opt!r}{did_you_mean(args.opt, known)}"

@@ -21,6 +21,7 @@ from scipy.stats import linregress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import data, metrics, report
+from eval_robustness import predictions_folder
 
 HERE = Path(__file__).resolve().parent
 FILES, PAGE, PICTURES = HERE / "cifar10", HERE / "results.md", HERE / "pictures"
@@ -28,7 +29,7 @@ TINY = "1e-12"  # OBF's gamma towards 0
 # What a row of the table is: its name, the settings that are its own, forward and backward passes of a step.
 ROWS = {
     "base": ({"method": "base"}, "1"),
-    "base, twice the epochs": ({"method": "base", "epochs": "48"}, "1"),
+    "base, twice the epochs": ({"method": "base", "epochs": "60"}, "1"),
     "label smoothing 0.1": ({"method": "base", "smoothing": "0.1"}, "1"),
     "random": ({"method": "random"}, "1 and a forward"),
     "SAM": ({"method": "sam"}, "2"),
@@ -44,6 +45,7 @@ ROWS = {
     "SAM, every second step": ({"method": "sam", "perturb_interval": "2"}, "1.5"),
     "OBF, gamma 1, every second step": ({"method": "obf", "gamma": "1.0", "perturb_interval": "2"}, "1.5"),
 }
+OWN = {key for settings, _ in ROWS.values() for key in settings}  # by which rows are told apart
 SUBSET = 200  # images of a class, of those that are corrupted
 
 
@@ -102,9 +104,6 @@ def row_of(point: dict) -> str:
     raise ValueError(f"{own} is no row of the table")
 
 
-OWN = {key for settings, _ in ROWS.values() for key in settings}
-
-
 def sweep_of(folder: Path) -> list[dict]:
     """The rows of a finished sweep's table."""
     with (folder / "sweep.csv").open(newline="") as file:
@@ -113,8 +112,10 @@ def sweep_of(folder: Path) -> list[dict]:
 
 def collect_tune(outputs: Path):
     """What was tried for lr and rho."""
-    tries = sweep_of(outputs / "cifar10_tune")
-    write("tune", [{"row": row_of(one), **{key: one[key] for key in ("lr", "rho", "validation")}} for one in tries])
+    rows = []
+    for one in sweep_of(outputs / "cifar10_tune"):
+        rows.append({"row": row_of(one), **{key: one.get(key, "") for key in ("lr", "rho", "validation")}})
+    write("tune", rows)
 
 
 def collect_runs(outputs: Path):
@@ -127,13 +128,16 @@ def collect_runs(outputs: Path):
         measures, corrupted = on_test[model]["test"], on_corrupted[model]["subset"]
         seconds = [line["seconds"] for line in report.read_metrics(Path(one["run"]))]
         run = {"run": name, "row": row_of(one), "seed": one["seed"], "rho": one["rho"], "seconds": sum(seconds)}
-        run |= {key: measures[key] for key in ("top1", "nll", "ece")} | {"clean": corrupted["clean"]}
-        run |= {kind: np.mean(list(top1.values())) for kind, top1 in corrupted["corruptions"].items()}
+        run |= {key: measures[key] for key in ("top1", "nll", "ece")}
+        run |= {"clean": corrupted["clean"], "corrupted": corrupted["mean"]}
         runs.append(run)
-        folder = "predictions/" + re.sub(r"[^\w.-]+", "_", model)
-        right[name] = pq.read_table(outputs / "cifar10_test" / folder / "test.parquet")["top1"]
-        tables = sorted((outputs / "cifar10_corrupted" / folder).glob("subset.*.parquet"))
-        shares[name] = np.sum([pq.read_table(table)["top1"].to_numpy() for table in tables], 0, dtype=np.uint8)
+        on_all, on_subset = (
+            predictions_folder(argparse.Namespace(output=outputs / f"cifar10_{which}"), model)
+            for which in ("test", "corrupted")
+        )
+        right[name] = pq.read_table(on_all / "test.parquet")["top1"]
+        tables = sorted(on_subset.glob("subset.*.parquet"))
+        shares[name] = np.mean([pq.read_table(table)["top1"].to_numpy() for table in tables], 0, dtype=np.float32)
     write("runs", runs)
     pq.write_table(pa.table(right), FILES / "right.parquet", compression="zstd")
     pq.write_table(pa.table(shares), FILES / "right_corrupted.parquet", compression="zstd")
@@ -143,24 +147,24 @@ def collect_runs(outputs: Path):
 # From the data files to the page
 
 
-def per_image(name: str) -> dict[str, np.ndarray]:
-    """By row of the table: (seeds, images) of a Parquet file with a column for each run, seeds in order."""
+def per_image(name: str) -> dict[str, dict[str, np.ndarray]]:
+    """By row of the table and seed: a value for each image, from a Parquet file with a column for each run."""
     table, found = pq.read_table(FILES / f"{name}.parquet"), {}
-    for run in sorted(read("runs"), key=lambda run: int(run["seed"])):
-        found.setdefault(run["row"], []).append(table[run["run"]].to_numpy().astype(float))
-    return {row: np.stack(values) for row, values in found.items()}
+    for run in read("runs"):
+        found.setdefault(run["row"], {})[run["seed"]] = table[run["run"]].to_numpy().astype(float)
+    return found
 
 
-def points(difference: dict, digits: int = 2) -> str:
+def points(difference: dict) -> str:
     """A difference of shares with its interval, in points."""
-    mean, low, high = (f"{100 * difference[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    mean, low, high = (f"{100 * difference[key]:+.2f}" for key in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"
 
 
-def spread(values, factor=1.0, digits=2) -> str:
+def spread(values, factor=1.0) -> str:
     """Mean ± standard deviation."""
     values = factor * np.asarray(values, dtype=float)
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -176,8 +180,9 @@ def groups() -> dict[str, list[dict]]:
 
 
 def against(values: dict, name: str, reference: str) -> dict:
-    """The difference in accuracy between two rows, over seeds and images."""
-    return metrics.crossed(values[name] - values[reference])
+    """The difference between two rows, over the seeds that both have, and images."""
+    shared = values[name].keys() & values[reference].keys()
+    return metrics.crossed(np.stack([values[name][seed] - values[reference][seed] for seed in sorted(shared)]))
 
 
 def methods_table() -> str:
@@ -225,54 +230,43 @@ def tuning_table() -> str:
 def above_line() -> dict[str, np.ndarray]:
     """By row: points of each seed above the line of all runs, corrupted against clean accuracy on the logit scale."""
     runs = read("runs")
-    kinds = list(runs[0])[list(runs[0]).index("clean") + 1 :]
-    clean, shifted = (
-        np.array(values) for values in zip(*((float(r["clean"]), np.mean([float(r[k]) for k in kinds])) for r in runs))
-    )
-    line = linregress(logit(clean), logit(shifted))
-    above = shifted - expit(line.slope * logit(clean) + line.intercept)
-    return {name: np.array([a for a, run in zip(above, runs) if run["row"] == name]) for name in groups()}
+    clean, corrupted = (np.array([float(run[key]) for run in runs]) for key in ("clean", "corrupted"))
+    line = linregress(logit(clean), logit(corrupted))
+    above = corrupted - expit(line.slope * logit(clean) + line.intercept)
+    return {name: above[[run["row"] == name for run in runs]] for name in groups()}
 
 
 def robustness_table() -> str:
     """Accuracy on corrupted images."""
     shares, lines, above = per_image("right_corrupted"), [], above_line()
-    kinds = list(read("runs")[0])
-    kinds = kinds[kinds.index("clean") + 1 :]
-    most = 3 * len(kinds)  # severities
     for name, own in groups().items():
-        difference = "" if name == "SAM" else points(metrics.crossed((shares[name] - shares["SAM"]) / most))
-        clean = spread([run["clean"] for run in own], 100)
-        lines.append([name, clean, spread(shares[name].mean(1) / most, 100), difference, spread(above[name], 100)])
+        accuracies = [spread([run[key] for run in own], 100) for key in ("clean", "corrupted")]
+        difference = "" if name == "SAM" else points(against(shares, name, "SAM"))
+        lines.append([name, *accuracies, difference, spread(above[name], 100)])
     return markdown(["method", "clean, %", "corrupted, %", "points above SAM", "points above the line"], lines)
 
 
 def draw_methods(path):
     """Test accuracy of every run, and each method's difference to SAM."""
     right, runs = per_image("right"), groups()
-    figure, (left, middle) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.36 * len(runs)), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.9 + 0.36 * len(runs)), sharey=True, layout="constrained")
     for i, (name, own) in enumerate(runs.items()):
-        values = 100 * np.array([float(run["top1"]) for run in own])
-        left.plot(values, [i] * len(values), "o", color="C0", alpha=0.4, markeredgecolor="none")
-        left.plot([values.mean()], [i], "|", color="C0", markersize=16, markeredgewidth=2)
+        top1 = 100 * np.array([float(run["top1"]) for run in own])
+        axes[0].plot(top1, [i] * len(top1), "o", color="C0", alpha=0.4, markeredgecolor="none")
+        axes[0].plot([top1.mean()], [i], "|", color="C0", markersize=16, markeredgewidth=2)
         if name != "SAM":
-            d = {key: 100 * value for key, value in against(right, name, "SAM").items()}
-            middle.errorbar(
-                d["mean"], i, xerr=[[d["mean"] - d["low"]], [d["high"] - d["mean"]]], fmt="o", color="C1", capsize=3
-            )
-    seeds = sorted({len(own) for own in runs.values()})
-    left.set(
-        yticks=range(len(runs)), yticklabels=runs, xlabel="top-1 on 10,000 test images, %", ylim=(len(runs) - 0.5, -0.5)
-    )
-    left.set_title(f"every seed (n = {' or '.join(map(str, seeds))}) and the mean", fontsize=10)
-    middle.set(xlabel="points above SAM")
-    middle.set_title("difference to SAM, paired", fontsize=10)
-    middle.axvline(0, color="0.6", linewidth=1, zorder=0)
-    for axis in (left, middle):
+            middle, low, high = (100 * against(right, name, "SAM")[key] for key in ("mean", "low", "high"))
+            axes[1].errorbar(middle, i, xerr=[[middle - low], [high - middle]], fmt="o", color="C1", capsize=3)
+    seeds = " or ".join(map(str, sorted({len(own) for own in runs.values()})))
+    axes[0].set(yticks=range(len(runs)), yticklabels=runs, ylim=(len(runs) - 0.5, -0.5), xlabel="top-1 on test, %")
+    axes[0].set_title(f"every seed (n = {seeds}), and their mean", fontsize=10)
+    axes[1].set(xlabel="points above SAM")
+    axes[1].set_title("difference to SAM", fontsize=10)
+    axes[1].axvline(0, color="0.6", linewidth=1, zorder=0)
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    report.save(
-        figure, path, "Whiskers are 95 % intervals over seeds and images, of the same seeds and images in both methods."
-    )
+    paired = "of the same seeds and images in both methods"
+    report.save(figure, path, f"Whiskers are 95 % intervals over seeds and images, {paired}.")
 
 
 def main(argv=None):
@@ -295,12 +289,10 @@ def main(argv=None):
             else:
                 print(f"left as it is: what ends with {args.collect / last}, which is not there")
     sections = {"tuning": tuning_table, "methods": methods_table, "robustness": robustness_table}
-    page = re.sub(
-        r"(<!-- docs/cifar10.py: (\w+) -->\n).*?(?=<!-- end -->)",
-        lambda found: f"{found[1]}\n{sections[found[2]]()}\n\n",
-        PAGE.read_text(),
-        flags=re.DOTALL,
-    )
+    marked = re.compile(r"(<!-- docs/cifar10.py: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    page, found = marked.subn(lambda place: f"{place[1]}\n{sections[place[2]]()}\n\n", PAGE.read_text())
+    if not found:
+        raise SystemExit(f"{PAGE} has no place for a table: <!-- docs/cifar10.py: {' or '.join(sections)} -->")
     PAGE.write_text(page)
     if (FILES / "runs.csv").exists():
         draw_methods(PICTURES / "cifar10_methods.png")

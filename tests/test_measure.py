@@ -73,26 +73,30 @@ def once(runs):
     return np.ones((1, runs))
 
 
-def test_kendall_is_scipys_also_with_ties_and_of_runs_drawn_several_times():
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 6, (2, 40))
-    weights = np.concatenate([once(40), rng.integers(0, 4, (5, 40))])
-    found = measure_forgetting.kendall(x, y, [0] * 40, weights)
-    for tau, times in zip(found, weights.astype(int), strict=True):
-        assert tau == pytest.approx(kendalltau(np.repeat(x, times), np.repeat(y, times)).statistic)
+def test_kendall_is_scipys_also_with_ties():
+    x, y = np.random.default_rng(0).integers(0, 6, (2, 40))
+    assert measure_forgetting.kendall(x, y, range(40), [0] * 40, once(40))[0] == pytest.approx(
+        kendalltau(x, y).statistic
+    )
 
 
-def test_with_a_setting_fixed_kendall_compares_runs_that_share_it():
-    rng = np.random.default_rng(1)
-    x, y, strata = rng.integers(0, 9, (3, 30))
-    pairs = [(i, j) for i in range(30) for j in range(i) if strata[i] == strata[j]]
+def tau_by_pairs(x, y, settings, strata):
+    """Kendall's tau-b over pairs of runs of different settings in the same stratum, one by one."""
+    pairs = [(i, j) for i in range(len(x)) for j in range(i) if settings[i] != settings[j] and strata[i] == strata[j]]
     signs = np.array([(np.sign(x[i] - x[j]), np.sign(y[i] - y[j])) for i, j in pairs])
-    expected = (signs[:, 0] * signs[:, 1]).sum() / np.sqrt((signs[:, 0] ** 2).sum() * (signs[:, 1] ** 2).sum())
-    assert measure_forgetting.kendall(x, y, strata.astype(str), once(30))[0] == pytest.approx(expected)
+    return (signs[:, 0] * signs[:, 1]).sum() / np.sqrt((signs[:, 0] ** 2).sum() * (signs[:, 1] ** 2).sum())
+
+
+def test_kendall_compares_different_settings_that_share_what_is_fixed():
+    rng = np.random.default_rng(1)
+    x, y, settings, strata = rng.integers(0, 9, (4, 30))
+    found = measure_forgetting.kendall(x, y, settings.astype(str), strata.astype(str), once(30))[0]
+    assert found == pytest.approx(tau_by_pairs(x, y, settings, strata))
     rho = np.repeat([0.1, 0.2], 10)  # drives both, which have nothing else in common: opposite at each rho
     inside = np.tile(np.arange(10), 2)
-    assert measure_forgetting.kendall(rho * 1000 + inside, rho * 1000 - inside, [0] * 20, once(20))[0] > 0
-    assert measure_forgetting.kendall(rho * 1000 + inside, rho * 1000 - inside, rho, once(20))[0] == -1
+    both = (rho * 1000 + inside, rho * 1000 - inside, range(20))
+    assert measure_forgetting.kendall(*both, [0] * 20, once(20))[0] > 0
+    assert measure_forgetting.kendall(*both, rho, once(20))[0] == -1
 
 
 def one_run(run, setting, seed, epoch=1, **values):
@@ -119,24 +123,42 @@ def test_intervals_resample_settings_with_all_their_seeds_and_differences_are_pa
     drawn = measure_forgetting.draws([row["setting"] for row in rows], seed=5)[1:].astype(int)
     assert (drawn.reshape(-1, 12, 3) == drawn.reshape(-1, 12, 3)[..., :1]).all() and (drawn.sum(1) == 36).all()
     taus = {"forgetting": [], "flatness": []}
-    for times in drawn:
+    for times in drawn[:50]:
         sample = [row for row, count in zip(rows, times) for _ in range(count)]
-        accuracy = [row["accuracy"] for row in sample]
-        taus["forgetting"].append(kendalltau([row["forgetting"] for row in sample], accuracy).statistic)
-        taus["flatness"].append(kendalltau([-row["lambda_max"] for row in sample], accuracy).statistic)
+        accuracy, settings = ([row[key] for row in sample] for key in ("accuracy", "setting"))
+        for name, values in taus.items():
+            x = [measure_forgetting.QUANTITIES[name](row) for row in sample]
+            values.append(tau_by_pairs(x, accuracy, settings, [0] * len(x)))
+    strata, weights = [0] * len(rows), drawn.astype(float)
+    accuracy, settings = ([row[key] for row in rows] for key in ("accuracy", "setting"))
+    every = {
+        name: measure_forgetting.kendall([of(row) for row in rows], accuracy, settings, strata, weights)
+        for name, of in measure_forgetting.QUANTITIES.items()
+    }
+    for name, values in taus.items():
+        assert every[name][:50] == pytest.approx(values)
     own = found["forgetting"]
-    assert [own["low"], own["high"]] == pytest.approx(np.percentile(taus["forgetting"], [2.5, 97.5]))
-    above = np.subtract(taus["forgetting"], taus["flatness"])
+    assert [own["low"], own["high"]] == pytest.approx(np.percentile(every["forgetting"], [2.5, 97.5]))
+    above = every["forgetting"] - every["flatness"]
     assert [own["above_low"], own["above_high"]] == pytest.approx(np.percentile(above, [2.5, 97.5]))
     assert own["above_rival"] == pytest.approx(own["tau"] - found["flatness"]["tau"])
     assert [found["flatness"][key] for key in ("above_rival", "above_low", "above_high")] == [0, 0, 0]
 
 
-def test_seeds_that_tell_nothing_new_narrow_no_interval():
-    one, three = ((random_runs(12, 1), 1), (random_runs(12, 1), 3))
-    repeated = [row | {"run": f"{row['run']}-{i}", "seed": i} for row in three[0] for i in range(3)]
+def test_what_seeds_do_within_a_setting_moves_neither_tau_nor_its_interval():
+    rows = random_runs(12, 3, noise=0.0)
+    opposed = [row | {key: row[key] + sign * 1e-6 * row["seed"] for key, sign in (("forgetting", 1), ("accuracy", -1))}
+               for row in rows]  # fmt: skip
     target = measure_forgetting.TARGETS["accuracy"]
-    found = [measure_forgetting.correlate(rows, target, seed=0)["forgetting"] for rows in (one[0], repeated)]
+    one, other = (measure_forgetting.correlate(own, target, seed=0)["forgetting"] for own in (rows, opposed))
+    assert one == pytest.approx(other, abs=1e-9) and one["low"] <= one["tau"] <= one["high"]
+
+
+def test_seeds_that_tell_nothing_new_narrow_no_interval():
+    one = random_runs(12, 1)
+    repeated = [row | {"run": f"{row['run']}-{i}", "seed": i} for row in one for i in range(3)]
+    target = measure_forgetting.TARGETS["accuracy"]
+    found = [measure_forgetting.correlate(rows, target, seed=0)["forgetting"] for rows in (one, repeated)]
     assert found[0] == pytest.approx(found[1], abs=1e-9)
 
 
@@ -328,6 +350,17 @@ def test_a_run_without_epochs_and_an_unfinished_one_are_refused(runs, tmp_path):
         measure([other], tmp_path)
     with pytest.raises(InputError, match=r"no output folder.*settings\.yaml"):
         measure([tmp_path], tmp_path)
+
+
+@pytest.mark.usefixtures("curvature_aside")
+def test_a_run_of_before_a_setting_was_there_is_of_another_setting(runs, tmp_path):
+    older = altered(runs[1], tmp_path)
+    saved = yaml.safe_load((older / "settings.yaml").read_text())
+    del saved["decoder"]
+    (older / "settings.yaml").write_text(yaml.safe_dump(saved))
+    for order in ([older, runs[1]], [runs[1], older]):
+        measure(order, tmp_path, "--perturbations", "sam", "--micro-batches", "1")
+        assert {row["setting"] for row in rows(tmp_path)} == {"decoder=pil", "decoder=None"}
 
 
 @pytest.mark.usefixtures("curvature_aside")
@@ -710,6 +743,13 @@ def test_noise_depends_on_the_seed_alone():
 
     assert random(3, before=1) == random(3, before=2) == random(3, before=3)
     assert random(4, before=1) != random(3, before=1)
+
+
+def test_so_many_examples_that_some_class_would_lack_the_rest_are_refused():
+    features = datasets.Features({"image": datasets.Value("int64"), "label": datasets.ClassLabel(names=["a", "b"])})
+    split = datasets.Dataset.from_dict({"image": range(40), "label": [0, 1] * 20}, features=features)
+    with pytest.raises(InputError, match="--examples 39 leaves out too few of 40 images: take all"):
+        measure_forgetting.choose_images(argparse.Namespace(examples=39, seed=0), split)
 
 
 def test_images_are_in_proportion_of_the_classes_and_others_for_another_seed():

@@ -7,13 +7,19 @@ from scipy.stats import t
 from common import metrics
 
 
-def test_interval_over_seeds_and_images_holds_the_truth_as_often_as_it_says():
+@pytest.mark.parametrize("seeds, luck, least", [(4, 0.02, 0.94), (3, 0.05, 0.91)])  # the images' is 0.017
+def test_interval_over_seeds_and_images_holds_the_truth_about_as_often_as_it_says(seeds, luck, least):
     rng, held, rounds = np.random.default_rng(0), 0, 1000
     for _ in range(rounds):
-        of_seeds, of_images = 0.02 * rng.normal(size=(4, 1)), 0.3 * rng.normal(size=(1, 300))
-        found = metrics.crossed(0.01 + of_seeds + of_images + 0.2 * rng.normal(size=(4, 300)))
+        of_seeds, of_images = luck * rng.normal(size=(seeds, 1)), 0.3 * rng.normal(size=(1, 300))
+        found = metrics.crossed(0.01 + of_seeds + of_images + 0.2 * rng.normal(size=(seeds, 300)))
         held += found["low"] < 0.01 < found["high"]
-    assert 0.94 < held / rounds < 0.99
+    assert least < held / rounds < 0.99
+
+
+def test_one_seed_has_no_interval():
+    with pytest.raises(ValueError, match="at least two"):
+        metrics.crossed(np.ones((1, 10)))
 
 
 def test_without_images_luck_it_is_students_interval_over_seeds():
