@@ -9,6 +9,7 @@ the device. They take turns, an epoch each, and a ratio compares two epochs of t
 """
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -81,6 +82,7 @@ def main():
     except settings.InputError as error:
         print(error)
         decoders.remove("torchcodec")
+    torch.set_num_threads(max(1, os.cpu_count() - args.workers))  # those that normalise wait spinning, beside workers
     accelerator = Accelerator()
     with tempfile.TemporaryDirectory() as made_up:
         if args.folder is None:
