@@ -350,7 +350,7 @@ def _ranks(values):
 
 def draws(groups, seed: int) -> np.ndarray:
     """(1 + ``RESAMPLES``, runs): how often each run counts, first once, then with its group, drawn with replacement."""
-    _, group = np.unique(groups, return_inverse=True)
+    group = _ranks(groups)
     rng, size = np.random.default_rng(seed), group.max() + 1
     counts = rng.multinomial(size, np.full(size, 1 / size), RESAMPLES)
     return np.concatenate([np.ones((1, len(group))), counts[:, group]]).astype(float)

@@ -67,6 +67,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     parser.add_argument("--corrupt-images", type=int, default=128, help="(%(default)s)")
+    parser.set_defaults(channels_last=None)  # the evaluator's own
     args = parser.parse_args()
     torch.set_num_threads(max(1, os.cpu_count() - args.workers))  # or the model's threads disturb the workers at random
     accelerator = Accelerator()
@@ -80,7 +81,7 @@ def main():
         ds = robustness.open_set("imagenet", args.folder, allow_partial=True)
 
         def ours(*benchmarks, ds=ds, corrupt=False):
-            args.corrupt, args.channels_last = corrupt, None
+            args.corrupt = corrupt
             eval_robustness.predict(accelerator, model, config, "imagenet", ds, benchmarks, args)
 
         part = ds.select(range(min(args.corrupt_images, len(ds))))

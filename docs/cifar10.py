@@ -49,10 +49,15 @@ OWN = {key for settings, _ in ROWS.values() for key in settings}  # by which row
 SUBSET = 200  # images of a class, of those that are corrupted
 
 
+def rows_of(file: Path) -> list[dict]:
+    """The rows of a CSV file."""
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
 def read(name: str) -> list[dict]:
     """The rows of a data file."""
-    with (FILES / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return rows_of(FILES / f"{name}.csv")
 
 
 def write(name: str, rows: list[dict]):
@@ -104,16 +109,10 @@ def row_of(point: dict) -> str:
     raise ValueError(f"{own} is no row of the table")
 
 
-def sweep_of(folder: Path) -> list[dict]:
-    """The rows of a finished sweep's table."""
-    with (folder / "sweep.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def collect_tune(outputs: Path):
     """What was tried for lr and rho."""
     rows = []
-    for one in sweep_of(outputs / "cifar10_tune"):
+    for one in rows_of(outputs / "cifar10_tune" / "sweep.csv"):
         rows.append({"row": row_of(one), **{key: one.get(key, "") for key in ("lr", "rho", "validation")}})
     write("tune", rows)
 
@@ -123,7 +122,7 @@ def collect_runs(outputs: Path):
     on_test = json.loads((outputs / "cifar10_test" / "results.json").read_text())["results"]
     on_corrupted = json.loads((outputs / "cifar10_corrupted" / "results.json").read_text())["corrupted"]
     runs, right, shares = [], {}, {}
-    for one in sweep_of(outputs / "cifar10"):
+    for one in rows_of(outputs / "cifar10" / "sweep.csv"):
         model, name = f"{one['run']}/last", f"{row_of(one)}, seed {one['seed']}"
         measures, corrupted = on_test[model]["test"], on_corrupted[model]["subset"]
         seconds = [line["seconds"] for line in report.read_metrics(Path(one["run"]))]
@@ -255,7 +254,8 @@ def draw_methods(path):
         axes[0].plot(top1, [i] * len(top1), "o", color="C0", alpha=0.4, markeredgecolor="none")
         axes[0].plot([top1.mean()], [i], "|", color="C0", markersize=16, markeredgewidth=2)
         if name != "SAM":
-            middle, low, high = (100 * against(right, name, "SAM")[key] for key in ("mean", "low", "high"))
+            difference = against(right, name, "SAM")
+            middle, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
             axes[1].errorbar(middle, i, xerr=[[middle - low], [high - middle]], fmt="o", color="C1", capsize=3)
     seeds = " or ".join(map(str, sorted({len(own) for own in runs.values()})))
     axes[0].set(yticks=range(len(runs)), yticklabels=runs, ylim=(len(runs) - 0.5, -0.5), xlabel="top-1 on test, %")
