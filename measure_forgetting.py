@@ -23,12 +23,13 @@ from tqdm.auto import tqdm
 
 from common import checkpoints, data, flatness, loaders, report, settings, training
 from common.settings import InputError
-from forgetting import forgetting
+from forgetting import conditional_entropy, forgetting, label_patterns
 from sam_obf import SAM
 
 MIN_RUNS = 4  # for a rank correlation
 MIN_SETTINGS = 10  # for its bootstrap interval
 RESAMPLES = 2000
+SATURATED = 0.95
 MEASURES = ("forgetting", "relevant_change", "lambda_max", "sam_gap")  # of a model
 # What is compared with test accuracy; flat models have a small largest eigenvalue, and a small gap.
 QUANTITIES = {
@@ -240,6 +241,7 @@ def measure(args, run, epoch: int, model, batches) -> dict:
     clean = predict(model, everything, args.link)
     result = {"lambda_max": flatness.largest_eigenvalue(model, criterion, batches(0, flat), flat), "perturbations": {}}
     result["measured_accuracy"] = (clean.argmax(-1) == labels).double().mean().item()
+    result["information"] = conditional_entropy(label_patterns(clean, thresholds), labels).tolist()
     for kind, own in perturbations(args, run, rho_at(run["settings"], epoch, run["images"])).items():
         adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
         optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)
@@ -301,6 +303,17 @@ def measure_all(args, accelerator, runs, split):
     return [(run, epoch, json.loads(record_file(args, epoch).read_text())) for run, epoch in tasks]
 
 
+def saturated(measured, thresholds, labels) -> list[float]:
+    """The thresholds at which nearly every image has a pattern of its own in some model, so that none can be forgotten.
+
+    There I(X; Y_tau | Y) is above ``SATURATED`` of the most that it can be.
+    """
+    counts = np.bincount(labels)
+    most = np.sum(counts * np.log2(counts, where=counts > 0, out=np.zeros(len(counts)))) / len(labels)
+    highest = np.max([record["information"] for *_, record in measured], 0)
+    return [threshold for threshold, bits in zip(thresholds, highest) if bits > SATURATED * most]
+
+
 def record_file(args, epoch):
     """Where the measurements of a saved epoch are kept."""
     name = hashlib.sha256(str(epoch.resolve()).encode()).hexdigest()[:16]
@@ -321,6 +334,7 @@ def table_of(measured) -> list[dict]:
         for kind, values in record["perturbations"].items():
             found = {key: value for key, value in values.items() if key != "by_threshold"}
             found |= {key: record[key] for key in ("lambda_max", "measured_accuracy")}
+            found["information"] = float(np.mean(record["information"]))
             rows.append({**row, "epoch": int(epoch.name), "perturbation": kind, **found, "accuracy": run["accuracy"]})
     return rows
 
@@ -442,6 +456,11 @@ def main(argv=None):
     if not accelerator.is_main_process:
         return None
     rows, output = table_of(measured), Path(args.output)
+    if full := saturated(measured, args.thresholds, split["label"]):
+        print(
+            f"at thresholds {', '.join(map(str, full))} some model predicts a set of labels of its own for nearly every "
+            f"image, and what is forgotten cannot be seen: raise --examples, or leave these --thresholds out"
+        )
     with (output / "measurements.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

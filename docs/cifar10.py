@@ -46,6 +46,14 @@ ROWS = {
     "OBF, gamma 1, every second step": ({"method": "obf", "gamma": "1.0", "perturb_interval": "2"}, "1.5"),
 }
 OWN = {key for settings, _ in ROWS.values() for key in settings}  # by which rows are told apart
+# Rows of the transfer table, methods before and in fine-tuning, and what row each is compared with.
+TRANSFER = {
+    "base, base": None,
+    "sam, base": "base, base",
+    "obf, base": "sam, base",
+    "base, sam": "base, base",
+    "base, obf": "base, sam",
+}
 SUBSET = 200  # images of a class, of those that are corrupted
 
 
@@ -117,6 +125,11 @@ def collect_tune(outputs: Path):
     write("tune", rows)
 
 
+def predictions(evaluation: Path, model: str) -> Path:
+    """Where an evaluation keeps what a model said of each image."""
+    return predictions_folder(argparse.Namespace(output=evaluation), model)
+
+
 def collect_runs(outputs: Path):
     """What the runs of the table came to, and on which images each was right."""
     on_test = json.loads((outputs / "cifar10_test" / "results.json").read_text())["results"]
@@ -125,31 +138,41 @@ def collect_runs(outputs: Path):
     for one in rows_of(outputs / "cifar10" / "sweep.csv"):
         model, name = f"{one['run']}/last", f"{row_of(one)}, seed {one['seed']}"
         measures, corrupted = on_test[model]["test"], on_corrupted[model]["subset"]
-        seconds = [line["seconds"] for line in report.read_metrics(Path(one["run"]))]
-        run = {"run": name, "row": row_of(one), "seed": one["seed"], "rho": one["rho"], "seconds": sum(seconds)}
+        epochs = [line["seconds"] for line in report.read_metrics(Path(one["run"]))]
+        seconds = len(epochs) * np.median(epochs)  # other work may have slowed some
+        run = {"run": name, "row": row_of(one), "seed": one["seed"], "rho": one["rho"], "seconds": seconds}
         run |= {key: measures[key] for key in ("top1", "nll", "ece")}
         run |= {"clean": corrupted["clean"], "corrupted": corrupted["mean"]}
         runs.append(run)
-        on_all, on_subset = (
-            predictions_folder(argparse.Namespace(output=outputs / f"cifar10_{which}"), model)
-            for which in ("test", "corrupted")
-        )
-        right[name] = pq.read_table(on_all / "test.parquet")["top1"]
-        tables = sorted(on_subset.glob("subset.*.parquet"))
+        right[name] = pq.read_table(predictions(outputs / "cifar10_test", model) / "test.parquet")["top1"]
+        tables = sorted(predictions(outputs / "cifar10_corrupted", model).glob("subset.*.parquet"))
         shares[name] = np.mean([pq.read_table(table)["top1"].to_numpy() for table in tables], 0, dtype=np.float32)
     write("runs", runs)
     pq.write_table(pa.table(right), FILES / "right.parquet", compression="zstd")
     pq.write_table(pa.table(shares), FILES / "right_corrupted.parquet", compression="zstd")
 
 
+def collect_transfer(outputs: Path):
+    """Which images of the second half of the classes were told right after fine-tuning, and by how many."""
+    runs, right = [], {}
+    for one in rows_of(outputs / "cifar10_transfer" / "sweep.csv"):
+        start = re.search(r"method=(\w+)", one["model"])[1]
+        name = f"{start}, {one['method']}, seed {one['seed']}"
+        table = predictions(outputs / "cifar10_transfer_test", f"{one['run']}/last") / "test.parquet"
+        right[name] = pq.read_table(table)["top1"]
+        runs.append({"run": name, "row": f"{start}, {one['method']}", "seed": one["seed"]})
+    write("transfer", runs)
+    pq.write_table(pa.table(right), FILES / "right_transfer.parquet", compression="zstd")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # From the data files to the page
 
 
-def per_image(name: str) -> dict[str, dict[str, np.ndarray]]:
+def per_image(name: str, runs: str = "runs") -> dict[str, dict[str, np.ndarray]]:
     """By row of the table and seed: a value for each image, from a Parquet file with a column for each run."""
     table, found = pq.read_table(FILES / f"{name}.parquet"), {}
-    for run in read("runs"):
+    for run in read(runs):
         found.setdefault(run["row"], {})[run["seed"]] = table[run["run"]].to_numpy().astype(float)
     return found
 
@@ -245,6 +268,16 @@ def robustness_table() -> str:
     return markdown(["method", "clean, %", "corrupted, %", "points above SAM", "points above the line"], lines)
 
 
+def transfer_table() -> str:
+    """Accuracy on five classes after training on the other five."""
+    right, lines = per_image("right_transfer", "transfer"), []
+    for name, rival in TRANSFER.items():
+        means = [values.mean() for values in right[name].values()]
+        difference = f"{points(against(right, name, rival))} above {rival}" if rival else ""
+        lines.append([name, spread(means, 100), difference])
+    return markdown(["trained with, fine-tuned with", "test, %", "points"], lines)
+
+
 def draw_methods(path):
     """Test accuracy of every run, and each method's difference to SAM."""
     right, runs = per_image("right"), groups()
@@ -283,12 +316,18 @@ def main(argv=None):
         for collect, last in (
             (collect_tune, "cifar10_tune/sweep.csv"),
             (collect_runs, "cifar10_corrupted/results.json"),
+            (collect_transfer, "cifar10_transfer_test/results.json"),
         ):
             if (args.collect / last).exists():
                 collect(args.collect)
             else:
                 print(f"left as it is: what ends with {args.collect / last}, which is not there")
-    sections = {"tuning": tuning_table, "methods": methods_table, "robustness": robustness_table}
+    sections = {
+        "tuning": tuning_table,
+        "methods": methods_table,
+        "robustness": robustness_table,
+        "transfer": transfer_table,
+    }
     marked = re.compile(r"(<!-- docs/cifar10.py: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
     page, found = marked.subn(lambda place: f"{place[1]}\n{sections[place[2]]()}\n\n", PAGE.read_text())
     if not found:

@@ -61,6 +61,21 @@ def test_tables_hold_means_costs_and_paired_differences(page, tmp_path):
     assert names["PAGE"].read_text() == text
 
 
+def test_transfer_pairs_each_row_with_its_rival(page):
+    names, *_ = page
+    rng, runs, right = np.random.default_rng(1), [], {}
+    for row in names["TRANSFER"]:
+        for seed in range(3):
+            run = f"{row}, seed {seed}"
+            right[run] = rng.random(40) < 0.6
+            runs.append({"run": run, "row": row, "seed": seed})
+    names["write"]("transfer", runs)
+    pq.write_table(pa.table(right), names["FILES"] / "right_transfer.parquet")
+    pairs = [right[f"obf, base, seed {i}"].astype(float) - right[f"sam, base, seed {i}"] for i in range(3)]
+    expected = names["points"](metrics.crossed(np.stack(pairs)))
+    assert cells(names["transfer_table"](), "obf, base")[2] == f"{expected} above sam, base"
+
+
 def test_points_above_the_line_are_those_of_all_runs(page):
     names, runs, _ = page
     clean, corrupted = (np.array([run[key] for run in runs]) for key in ("clean", "corrupted"))

@@ -688,9 +688,17 @@ def test_own_is_the_runs_method_rho_m_gamma_lambda_link_and_adaptive():
         assert not torch.allclose(info["forgetting"], forgetting([batch], thresholds)["forgetting"])
         relevant = (info["relevant_perturbed"] - info["relevant"]).mean()
         expected.append((info["forgetting"].item(), relevant.item(), gap.item()))
+    clean = model(x).softmax(-1)
+    assert result["information"] == pytest.approx([counted_entropy(clean, y, t) for t in (0.2, 0.35, 0.5)])
     for key, value in zip(("forgetting", "relevant_change", "sam_gap"), np.mean(expected, 0)):
         assert abs(value) > 1e-4
         assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_thresholds_at_which_every_image_has_a_pattern_of_its_own_are_named():
+    labels = [0] * 8 + [1] * 2  # told apart entirely, they are 8/10 log2 8 + 2/10 log2 2 = 2.6 bits
+    measured = [(None, None, {"information": bits}) for bits in ([2.6, 2.0, 2.4], [1.0, 2.0, 2.5])]
+    assert measure_forgetting.saturated(measured, [0.1, 0.5, 0.9], labels) == [0.1, 0.9]
 
 
 def test_the_same_thresholds_hold_for_the_perturbed_model_if_asked_for():
