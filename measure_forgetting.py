@@ -458,8 +458,8 @@ def main(argv=None):
     rows, output = table_of(measured), Path(args.output)
     if full := saturated(measured, args.thresholds, split["label"]):
         print(
-            f"at thresholds {', '.join(map(str, full))} some model predicts a set of labels of its own for nearly every "
-            f"image, and what is forgotten cannot be seen: raise --examples, or leave these --thresholds out"
+            f"at thresholds {', '.join(map(str, full))} some model predicts labels of their own for nearly all images, "
+            f"and what is forgotten cannot be seen: raise --examples, or leave these --thresholds out"
         )
     with (output / "measurements.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
