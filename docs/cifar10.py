@@ -278,6 +278,19 @@ def transfer_table() -> str:
     return markdown(["trained with, fine-tuned with", "test, %", "points"], lines)
 
 
+def fill_page(script: str, sections: dict):
+    """Write tables, made by functions by name, to their places on the page: between two comments.
+
+    Raises:
+        SystemExit: the page has no place for any.
+    """
+    marked = re.compile(rf"(<!-- {script}: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    page, found = marked.subn(lambda place: f"{place[1]}\n{sections[place[2]]()}\n\n", PAGE.read_text())
+    if not found:
+        raise SystemExit(f"{PAGE} has no place for a table: <!-- {script}: {' or '.join(sections)} -->")
+    PAGE.write_text(page)
+
+
 def draw_methods(path):
     """Test accuracy of every run, and each method's difference to SAM."""
     right, runs = per_image("right"), groups()
@@ -328,11 +341,7 @@ def main(argv=None):
         "robustness": robustness_table,
         "transfer": transfer_table,
     }
-    marked = re.compile(r"(<!-- docs/cifar10.py: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-    page, found = marked.subn(lambda place: f"{place[1]}\n{sections[place[2]]()}\n\n", PAGE.read_text())
-    if not found:
-        raise SystemExit(f"{PAGE} has no place for a table: <!-- docs/cifar10.py: {' or '.join(sections)} -->")
-    PAGE.write_text(page)
+    fill_page("docs/cifar10.py", sections)
     if (FILES / "runs.csv").exists():
         draw_methods(PICTURES / "cifar10_methods.png")
 
