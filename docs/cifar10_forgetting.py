@@ -158,9 +158,7 @@ def draw_scatter(path):
 def draw_m(path):
     """Accuracy against m."""
     own = last_of(read("train"), "sam").values()
-    settings = sorted({(row["method"], row["trained_rho"]) for row in own})
-    rhos = sorted({rho for _, rho in settings})
-    methods = list(dict.fromkeys(method for method, _ in settings))
+    rhos, methods = sorted({row["trained_rho"] for row in own}), dict.fromkeys(row["method"] for row in own)
     figure, axes = plt.subplots(1, len(rhos), figsize=(3.4 * len(rhos) + 1, 3.6), sharey=True, layout="constrained")
     for axis, rho in zip(axes, rhos):
         for i, method in enumerate(methods):
@@ -202,7 +200,7 @@ def draw_taus(path):
 def draw_epochs(path):
     """Forgetting over epochs."""
     rows = [row for row in read("train") if row["perturbation"] in KINDS]
-    methods = sorted({row["method"] for row in rows})
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     ms = sorted({row["trained_m"] for row in rows})
     size = (4.2 * len(methods) + 1, 3.3 * len(KINDS))
     figure, axes = plt.subplots(
