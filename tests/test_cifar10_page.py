@@ -28,8 +28,9 @@ def page(tmp_path):
             run = f"{row}, seed {seed}"
             right[run] = rng.random(40) < 0.6
             values = dict(zip(("nll", "ece", "clean", "corrupted"), rng.uniform(0.4, 0.6, 4)))
-            cost = {"rho": "", "seconds": 100 if row == "base" else 210, "top1": right[run].mean()}
-            runs.append({"run": run, "row": row, "seed": seed} | cost | values)
+            values |= {"rho": "", "top1": right[run].mean()}
+            runs.append({"run": run, "row": row, "seed": seed} | values)
+    names["write"]("time", [{"row": "base", "seconds": 4.0}, {"row": "SAM", "seconds": 8.4}])
     names["write"]("runs", runs)
     names["write"]("tune", [{"row": "SAM", "lr": "", "rho": r, "validation": v} for r, v in ((0.1, 0.5), (0.2, 0.6))])
     for name in ("right", "right_corrupted"):
@@ -55,7 +56,8 @@ def test_tables_hold_means_costs_and_paired_differences(page, tmp_path):
     pairs = [right[f"base, seed {i}"].astype(float) - right[f"SAM, seed {i}"] for i in range(3)]
     expected = metrics.crossed(np.stack(pairs))
     assert to_sam == "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**{k: 100 * v for k, v in expected.items()})
-    assert cells(text, "SAM")[3] == "2.10" and "**0.2: 60.00**" in text and "**0.1" not in text
+    assert cells(text, "base, twice the epochs")[3] == "2.00" and cells(text, "SAM")[3] == "2.10"
+    assert "**0.2: 60.00**" in text and "**0.1" not in text
     assert (tmp_path / "cifar10_methods.png").exists() and (tmp_path / "cifar10_methods.svg").exists()
     names["main"]([])
     assert names["PAGE"].read_text() == text
