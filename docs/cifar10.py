@@ -46,6 +46,15 @@ ROWS = {
     "OBF, gamma 1, every second step": ({"method": "obf", "gamma": "1.0", "perturb_interval": "2"}, "1.5"),
 }
 OWN = {key for settings, _ in ROWS.values() for key in settings}  # by which rows are told apart
+# Rows that are compared for the paper's claims: the first is to be better.
+CLAIMS = [
+    ("SAM", "base"),
+    ("SAM", "random"),
+    ("OBF, gamma 1", "SAM"),
+    ("OBF, gamma to 0", "SAM"),
+    ("ASAM + OBF, gamma to 0", "ASAM"),
+    ("GSAM + OBF, gamma to 0", "GSAM"),
+]
 # Rows of the transfer table, methods before and in fine-tuning, and what row each is compared with.
 TRANSFER = {
     "base, base": None,
@@ -222,7 +231,8 @@ def methods_table() -> str:
     for name, own in runs.items():
         top1, nll, ece = (np.array([run[key] for run in own], float) for key in ("top1", "nll", "ece"))
         differences = [
-            "" if name == other else points(against(right, name, other)) for other in ("SAM", "base, twice the epochs")
+            "" if name == other else points(against(right, name, other))
+            for other in ("base", "SAM", "base, twice the epochs")
         ]
         cost = [ROWS[name][1], f"{seconds[name] / seconds['base']:.2f}"]
         lines.append(
@@ -234,12 +244,28 @@ def methods_table() -> str:
         "passes",
         "time",
         "test, %",
-        "points above SAM",
+        "points above base",
+        "above SAM",
         "above base for twice the epochs",
         "NLL",
         "ECE, %",
     ]
     return markdown(head, lines)
+
+
+def verdict(difference: dict) -> str:
+    """What a difference's interval says of the claim that it is above zero."""
+    return "supported" if difference["low"] > 0 else "contradicted" if difference["high"] < 0 else "undecided"
+
+
+def claims_table() -> str:
+    """The paper's claims on accuracy and robustness."""
+    lines = []
+    for name, reference in CLAIMS:
+        found = [against(per_image(file), name, reference) for file in ("right", "right_corrupted")]
+        cells = [f"{points(one)}, {verdict(one)}" for one in found]
+        lines.append([f"{name} beats {reference}", *cells])
+    return markdown(["claim", "points on test", "points on corrupted images"], lines)
 
 
 def tuning_table() -> str:
@@ -252,7 +278,8 @@ def tuning_table() -> str:
             best = int(np.argmax([float(one["validation"]) for one in tries]))
             cells[best] = f"**{cells[best]}**"
             lines.append([name, *cells])
-    return markdown(["method", "rho: top-1 on validation, %", "", ""], lines)
+    head = ["method", "rho: top-1 on validation, %"]
+    return markdown(head + [""] * (max(map(len, lines)) - len(head)), lines)
 
 
 def above_line() -> dict[str, np.ndarray]:
@@ -345,6 +372,7 @@ def main(argv=None):
     sections = {
         "tuning": tuning_table,
         "methods": methods_table,
+        "claims": claims_table,
         "robustness": robustness_table,
         "transfer": transfer_table,
     }

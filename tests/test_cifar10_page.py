@@ -50,7 +50,7 @@ def test_tables_hold_means_costs_and_paired_differences(page, tmp_path):
     names["main"]([])
     text = names["PAGE"].read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
-    _, _, _, time, top1, to_sam, *_ = cells(text, "base")
+    _, _, _, time, top1, _, to_sam, *_ = cells(text, "base")
     values = [100 * run["top1"] for run in runs[:3]]
     assert (time, top1) == ("1.00", f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}")
     pairs = [right[f"base, seed {i}"].astype(float) - right[f"SAM, seed {i}"] for i in range(3)]
@@ -61,6 +61,15 @@ def test_tables_hold_means_costs_and_paired_differences(page, tmp_path):
     assert (tmp_path / "cifar10_methods.png").exists() and (tmp_path / "cifar10_methods.svg").exists()
     names["main"]([])
     assert names["PAGE"].read_text() == text
+
+
+def test_the_pages_tables_are_those_of_the_data_files(tmp_path):
+    names = runpy.run_path(str(ROOT / "docs" / "cifar10.py"))["main"].__globals__
+    text = names["PAGE"].read_text()
+    names.update(PAGE=tmp_path / "page.md", PICTURES=tmp_path)
+    names["PAGE"].write_text(text)
+    names["main"]([])
+    assert names["PAGE"].read_text() == text, "run python docs/cifar10.py"
 
 
 def test_transfer_pairs_each_row_with_its_rival(page):
@@ -84,6 +93,13 @@ def test_points_above_the_line_are_those_of_all_runs(page):
     line = linregress(logit(clean), logit(corrupted))
     above = corrupted - expit(line.slope * logit(clean) + line.intercept)
     assert names["above_line"]()["SAM"] == pytest.approx(above[3:6])
+
+
+@pytest.mark.parametrize(
+    "low, high, word", [(0.1, 0.2, "supported"), (-0.2, -0.1, "contradicted"), (-1, 1, "undecided")]
+)
+def test_a_claim_is_decided_by_an_interval_without_zero(page, low, high, word):
+    assert page[0]["verdict"]({"low": low, "high": high}) == word
 
 
 def test_a_page_without_a_place_is_refused_and_seeds_are_matched_by_number(page):
