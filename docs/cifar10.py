@@ -260,9 +260,9 @@ def verdict(difference: dict) -> str:
 
 def claims_table() -> str:
     """The paper's claims on accuracy and robustness."""
-    lines = []
+    files, lines = [per_image(name) for name in ("right", "right_corrupted")], []
     for name, reference in CLAIMS:
-        found = [against(per_image(file), name, reference) for file in ("right", "right_corrupted")]
+        found = [against(values, name, reference) for values in files]
         cells = [f"{points(one)}, {verdict(one)}" for one in found]
         lines.append([f"{name} beats {reference}", *cells])
     return markdown(["claim", "points on test", "points on corrupted images"], lines)

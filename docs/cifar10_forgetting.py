@@ -105,13 +105,16 @@ def correlations_table(split: str) -> str:
 
 def estimates_table() -> str:
     """Whether another estimate of forgetting ranks the models alike."""
-    lines, usual = [], {kind: last_of(read("train"), kind) for kind in KINDS}
-    for name, title in {"train": "as above", **VARIANTS}.items():
-        line, rows = [title], read(name)
+    titles, lines = {"train": "as above", **VARIANTS}, []
+    last = {
+        name: {kind: last_of(rows, kind) for kind in KINDS} for name, rows in ((name, read(name)) for name in titles)
+    }
+    for name, title in titles.items():
+        line = [title]
         for kind in KINDS:
-            own = last_of(rows, kind)
-            runs = [run for run in usual[kind] if run in last_of(read(next(iter(VARIANTS))), kind)]
-            values, others = ([of[run]["forgetting"] for run in runs] for of in (own, usual[kind]))
+            own, usual = last[name][kind], last["train"][kind]
+            runs = [run for run in usual if all(run in last[variant][kind] for variant in VARIANTS)]
+            values, others = ([of[run]["forgetting"] for run in runs] for of in (own, usual))
             accuracies = [own[run]["accuracy"] for run in runs]
             line += [f"{np.mean(values):+.3f}", *(f"{kendalltau(values, y)[0]:+.2f}" for y in (others, accuracies))]
         lines.append(line)
