@@ -181,6 +181,12 @@ def collect_transfer(outputs: Path):
     pq.write_table(pa.table(right), FILES / "right_transfer.parquet", compression="zstd")
 
 
+def collect_m(outputs: Path):
+    """The test accuracy of every run that perturbs with its gradient, and the m of its perturbations."""
+    rows = [one for one in rows_of(outputs / "cifar10_m" / "sweep.csv") if one["method"] != "random"]
+    write("m", [{key: one[key] for key in ("method", "rho", "m", "seed", "test")} for one in rows])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # From the data files to the page
 
@@ -311,6 +317,26 @@ def transfer_table() -> str:
     return markdown(["trained with, fine-tuned with", "test, %", "points"], lines)
 
 
+def by_m() -> dict[tuple, dict[int, list[float]]]:
+    """By method and rho: accuracies by m, in %, of those that were trained with more than one m."""
+    found = {}
+    for one in read("m"):
+        accuracies = found.setdefault((one["method"], float(one["rho"])), {})
+        accuracies.setdefault(int(one["m"]), []).append(100 * float(one["test"]))
+    return {key: found[key] for key in sorted(found, key=lambda key: (key[1], key[0] != "sam")) if len(found[key]) > 1}
+
+
+def m_table() -> str:
+    """Accuracy for each m."""
+    found = by_m()
+    ms = sorted({m for accuracies in found.values() for m in accuracies})
+    lines = []
+    for (method, rho), accuracies in found.items():
+        cells = [spread(accuracies[m]) if m in accuracies else "" for m in ms]
+        lines.append([method, f"{rho:g}", *cells])
+    return markdown(["method", "rho", *(f"m {m}: test, %" for m in ms)], lines)
+
+
 def fill_page(script: str, sections: dict):
     """Write tables, made by functions by name, to their places on the page: between two comments.
 
@@ -348,6 +374,28 @@ def draw_methods(path):
     report.save(figure, path, f"Whiskers are 95 % intervals over seeds and images, {paired}.")
 
 
+def draw_m(path):
+    """Accuracy against m."""
+    found = by_m()
+    rhos, methods = (list(dict.fromkeys(key[i] for key in found)) for i in (1, 0))
+    ms = sorted({m for accuracies in found.values() for m in accuracies})
+    figure, axes = plt.subplots(
+        1, len(rhos), figsize=(3.4 * len(rhos) + 2, 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, rho in zip(axes.flat, rhos):
+        for method in methods:
+            if accuracies := found.get((method, rho)):
+                colour = f"C{methods.index(method)}"
+                report.band(axis, accuracies, color=colour, marker="o", label=method)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ms, ms)
+        axis.set(xlabel="m, examples of a perturbation", title=f"rho {rho:g}")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set(ylabel="top-1 on test, %")
+    axes[0, 0].legend(frameon=False)
+    report.save(figure, path, "Lines are means over seeds, bands go from the least to the greatest.")
+
+
 def main(argv=None):
     """Run as from the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -364,6 +412,7 @@ def main(argv=None):
             (collect_time, "cifar10_time/sweep.csv"),
             (collect_runs, "cifar10_corrupted/results.json"),
             (collect_transfer, "cifar10_transfer_test/results.json"),
+            (collect_m, "cifar10_m/sweep.csv"),
         ):
             if (args.collect / last).exists():
                 collect(args.collect)
@@ -375,10 +424,12 @@ def main(argv=None):
         "claims": claims_table,
         "robustness": robustness_table,
         "transfer": transfer_table,
+        "m": m_table,
     }
     fill_page("docs/cifar10.py", sections)
-    if (FILES / "runs.csv").exists():
-        draw_methods(PICTURES / "cifar10_methods.png")
+    for name, draw in (("runs", draw_methods), ("m", draw_m)):
+        if (FILES / f"{name}.csv").exists():
+            draw(PICTURES / f"cifar10_{draw.__name__.removeprefix('draw_')}.png")
 
 
 if __name__ == "__main__":

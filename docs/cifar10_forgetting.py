@@ -158,26 +158,6 @@ def draw_scatter(path):
     report.save(figure, path, f"A marker is one of {len(own)} models after the last epoch.")
 
 
-def draw_m(path):
-    """Accuracy against m."""
-    own = last_of(read("train"), "sam").values()
-    rhos, methods = sorted({row["trained_rho"] for row in own}), dict.fromkeys(row["method"] for row in own)
-    figure, axes = plt.subplots(1, len(rhos), figsize=(3.4 * len(rhos) + 1, 3.6), sharey=True, layout="constrained")
-    for axis, rho in zip(axes, rhos):
-        for i, method in enumerate(methods):
-            rows = [row for row in own if (row["method"], row["trained_rho"]) == (method, rho)]
-            points = [{"m": row["trained_m"], "top1": 100 * row["accuracy"]} for row in rows]
-            report.band(axis, report.series(points, "m", "top1"), color=f"C{i}", marker="o", label=method)
-        axis.set_xscale("log", base=2)
-        ms = sorted({row["trained_m"] for row in own})
-        axis.set_xticks(ms, [f"{m:.0f}" for m in ms])
-        axis.set(xlabel="m, examples of a perturbation", title=f"rho {rho:g}")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="top-1 on test, %")
-    axes[0].legend(frameon=False)
-    report.save(figure, path, "Lines are means over seeds, bands go from the least to the greatest.")
-
-
 def draw_taus(path):
     """Every correlation with test accuracy at a glance."""
     names = measured()
@@ -244,7 +224,7 @@ def main(argv=None):
         "equal_rho": equal_rho_table,
     }
     cifar10.fill_page("docs/cifar10_forgetting.py", sections)
-    for draw in (draw_scatter, draw_m, draw_taus, draw_epochs):
+    for draw in (draw_scatter, draw_taus, draw_epochs):
         draw(cifar10.PICTURES / f"cifar10_forgetting_{draw.__name__.removeprefix('draw_')}.png")
 
 

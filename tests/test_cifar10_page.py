@@ -118,3 +118,16 @@ def test_twice_the_epochs_is_twice_the_recipes(page):
     assert names["row_of"]({"method": "base", "epochs": "60", "seed": "1", "lr": "0.1"}) == "base, twice the epochs"
     with pytest.raises(ValueError, match="no row of the table"):
         names["row_of"]({"method": "sam", "epochs": "7"})
+
+
+def test_accuracy_by_m_has_means_over_seeds_of_what_was_trained_with_several_m(page, tmp_path):
+    names, *_ = page
+    rows = [{"method": "sam", "rho": 0.05, "m": m, "seed": s, "test": 0.6 + s / 100} for m in (16, 128) for s in (0, 2)]
+    rows += [{"method": "obf", "rho": 0.05, "m": m, "seed": s, "test": 0.5 + s / 100} for m in (16, 32) for s in (0, 1)]
+    names["write"]("m", [*rows, {"method": "sam", "rho": 0.2, "m": 128, "seed": 0, "test": 0.9}])
+    text = names["m_table"]()
+    assert cells(text, "sam")[1:] == ["0.05", "61.00 ± 1.41", "", "61.00 ± 1.41"]
+    assert cells(text, "obf")[1:] == ["0.05", "50.50 ± 0.71", "50.50 ± 0.71", ""]
+    assert text.count("| sam |") == 1
+    names["draw_m"](tmp_path / "m.png")
+    assert (tmp_path / "m.png").exists()

@@ -1,0 +1,92 @@
+"""docs/cifar10_forgetting.py, which makes the page's tables and pictures of forgetting, on invented measurements."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SECTIONS = ("correlations", "correlations_held_out", "estimates", "equal_rho")
+
+
+def measurements(seeds, kinds, forgetting):
+    """Rows of runs whose accuracy rises with rho and m, and lambda_max with it; forgetting is a function of that."""
+    rows = []
+    for method, rho, m, seed in itertools.product(("sam", "obf"), (0.05, 0.1), (16, 32, 64, 128), seeds):
+        accuracy = 0.5 + rho + m / 1000 + (method == "obf") / 50 + seed / 500
+        own = {"run": f"{method},{rho},{m},{seed}", "setting": f"{method},{rho},{m}", "seed": seed, "method": method}
+        own |= {"trained_m": m, "trained_rho": rho, "accuracy": accuracy, "measured_accuracy": 1.0, "information": 3.0}
+        for epoch, kind in itertools.product((10, 20), kinds):
+            row = own | {"epoch": epoch, "perturbation": kind, "rho": rho, "m": m, "sam_gap": accuracy}
+            row |= {"relevant_change": -accuracy, "lambda_max": accuracy}
+            rows.append(row | {"forgetting": forgetting(accuracy, kind, epoch)})
+    return rows
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """The scripts, at home in a folder with such rows: own forgetting goes with accuracy, that of obf is double."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    for name in ("cifar10", "cifar10_forgetting"):
+        sys.modules.pop(name, None)
+    import cifar10
+    import cifar10_forgetting as script
+
+    for name, value in {"FILES": tmp_path / "data", "PAGE": tmp_path / "page.md", "PICTURES": tmp_path}.items():
+        monkeypatch.setattr(cifar10, name, value)
+
+    def usual(accuracy, kind, epoch):
+        return accuracy * (2 if kind == "obf" else 1) if epoch == 20 else -accuracy
+
+    for split in script.SPLITS:
+        rows = measurements(range(2), ("own", "sam", "obf", "random"), usual)
+        cifar10.write(f"forgetting_{split}", rows)
+    for variant in script.VARIANTS:
+        sign = -1 if variant == "softmax" else 1
+        rows = measurements(range(1), ("own", "sam"), lambda a, *_, sign=sign: sign * a)
+        cifar10.write(f"forgetting_{variant}", rows)
+    marks = "".join(f"<!-- docs/cifar10_forgetting.py: {name} -->\nold\n<!-- end -->\n" for name in SECTIONS)
+    cifar10.PAGE.write_text(marks)
+    monkeypatch.setattr(script.measure_forgetting, "RESAMPLES", 20)
+    script.taus.cache_clear()
+    return script, cifar10
+
+
+def cells(text, row):
+    line = next(line for line in text.splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_tables_and_pictures(page, tmp_path):
+    script, cifar10 = page
+    script.main([])
+    text = cifar10.PAGE.read_text()
+    assert "\nold\n" not in text
+    own = cells(text, "forgetting, the run's own")
+    assert own[0] == "+1.00 (+1.00 to +1.00)" and own[1] == "+2.00 (+2.00 to +2.00)"
+    assert own[3] == "+1.00 (+1.00 to +1.00)" and own[4:] == ["+1.00"] * 3
+    flat = cells(text, "flatness, -lambda_max")
+    assert flat[0] == "-1.00 (-1.00 to -1.00)" and flat[1] == ""
+    assert {path.stem for path in tmp_path.glob("*.png")} == {
+        f"cifar10_forgetting_{name}" for name in ("scatter", "taus", "epochs")
+    }
+
+
+def test_another_estimate_is_compared_over_the_runs_that_it_has(page):
+    script, _ = page
+    table = script.estimates_table()
+    of_seed = [row for row in measurements(range(1), ("own",), lambda a, *_: a) if row["epoch"] == 20]
+    bits = np.mean([row["forgetting"] for row in of_seed])
+    assert cells(table, "as above") == [f"{bits:+.3f}", "+1.00", "+1.00"] * 2
+    assert cells(table, "softmax") == [f"{-bits:+.3f}", "-1.00", "-1.00"] * 2
+
+
+def test_perturbations_of_equal_rho_are_compared_on_the_same_weights(page):
+    script, cifar10 = page
+    rows = [r for r in measurements(range(2), ("own",), lambda *_: 0) if (r["epoch"], r["trained_rho"]) == (20, 0.1)]
+    bits = cifar10.spread([row["accuracy"] for row in rows])
+    twice = cifar10.spread([2 * row["accuracy"] for row in rows])
+    ends = [cifar10.spread([r["accuracy"] for r in rows if r["method"] == m], 100) for m in ("obf", "sam")]
+    assert cells(script.equal_rho_table(), "0.1") == [bits, twice, bits, *ends]
