@@ -169,14 +169,16 @@ def collect_runs(outputs: Path):
 
 
 def collect_transfer(outputs: Path):
-    """Which images of the second half of the classes were told right after fine-tuning, and by how many."""
+    """Which images of the second half of the classes were told right after fine-tuning; how good models were before."""
+    before = {one["run"]: one["test"] for one in rows_of(outputs / "cifar10_halves" / "sweep.csv")}
     runs, right = [], {}
     for one in rows_of(outputs / "cifar10_transfer" / "sweep.csv"):
         start = re.search(r"method=(\w+)", one["model"])[1]
         name = f"{start}, {one['method']}, seed {one['seed']}"
         table = predictions(outputs / "cifar10_transfer_test", f"{one['run']}/last") / "test.parquet"
         right[name] = pq.read_table(table)["top1"]
-        runs.append({"run": name, "row": f"{start}, {one['method']}", "seed": one["seed"]})
+        run = {"run": name, "row": f"{start}, {one['method']}", "seed": one["seed"]}
+        runs.append(run | {"before": before[str(Path(one["model"]).parent)]})
     write("transfer", runs)
     pq.write_table(pa.table(right), FILES / "right_transfer.parquet", compression="zstd")
 
@@ -309,12 +311,13 @@ def robustness_table() -> str:
 
 def transfer_table() -> str:
     """Accuracy on five classes after training on the other five."""
-    right, lines = per_image("right_transfer", "transfer"), []
+    right, lines, before = per_image("right_transfer", "transfer"), [], report.series(read("transfer"), "row", "before")
     for name, rival in TRANSFER.items():
         means = [values.mean() for values in right[name].values()]
         difference = f"{points(against(right, name, rival))} above {rival}" if rival else ""
-        lines.append([name, spread(means, 100), difference])
-    return markdown(["trained with, fine-tuned with", "test, %", "points"], lines)
+        lines.append([name, spread(before[name], 100), spread(means, 100), difference])
+    head = ["trained with, fine-tuned with", "before, on the first five, %", "after, on the other five, %", "points"]
+    return markdown(head, lines)
 
 
 def by_m() -> dict[tuple, dict[int, list[float]]]:
