@@ -48,6 +48,7 @@ def parser() -> settings.Parser:
     """The flags."""
     p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=settings.DEFAULTS)
     p.add_argument("--runs", nargs="+", required=True, help="output folders, trained with --save-interval (required)")
+    p.add_argument("--epochs", nargs="+", type=int, help="which saved models of each run, by their epochs (all)")
     g = p.add_argument_group("perturbations")
     kinds = ["own", "sam", "obf", "random"]
     g.add_argument(
@@ -97,18 +98,18 @@ def parse(argv=None):
     shared = ("rho", "m", "gamma", "lam", "batch_size", "workers", "seed")
     settings.check_ranges(args, own | {key: settings.RANGES[key] for key in shared})
     settings.check_once("--runs", [Path(folder).expanduser().resolve() for folder in args.runs])
-    for key in ("perturbations", "thresholds"):
-        settings.check_once(f"--{key}", getattr(args, key))
+    for key in ("perturbations", "thresholds", "epochs"):
+        settings.check_once(f"--{key}", getattr(args, key) or [])
     return args
 
 
-def read_run(folder: Path) -> dict:
+def read_run(folder: Path, wanted: list[int] | None = None) -> dict:
     """A finished run: its ``settings``, ``epochs``, folders of models, and the last one's ``accuracy`` on test.
 
-    Without test images, the accuracy is that on validation.
+    Without test images, the accuracy is that on validation. ``wanted`` are the epochs; without it all that were saved.
 
     Raises:
-        InputError: it is no run, is not finished, or has no saved epochs.
+        InputError: it is no run, is not finished, or has not saved any, or a wanted, epoch.
     """
     try:
         run = argparse.Namespace(**yaml.safe_load((folder / "settings.yaml").read_text()))
@@ -121,6 +122,11 @@ def read_run(folder: Path) -> dict:
     epochs = sorted(path.parent for path in folder.glob("epochs/*/config.json"))
     if not epochs:
         raise InputError(f"the run {folder} has no saved epochs: train it with --save-interval EPOCHS")
+    saved = [int(epoch.name) for epoch in epochs]
+    for epoch in wanted or []:
+        if epoch not in saved:
+            raise InputError(f"--epochs {epoch}: the run {folder} saved {', '.join(map(str, saved))}")
+    epochs = [path for path, epoch in zip(epochs, saved) if not wanted or epoch in wanted]
     classes = json.loads((epochs[0] / "config.json").read_text())["num_classes"]
     split = "test" if "test" in results else "validation"
     return {"folder": folder, "settings": run, "accuracy": results[split], "epochs": epochs, "classes": classes}
@@ -270,7 +276,7 @@ def measure(args, run, epoch: int, model, batches) -> dict:
 def measure_all(args, accelerator, runs, split):
     """Measure every saved epoch of every run, on all processes together; finished measurements are read from disk."""
     tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
-    left_out = ("runs", "output", "workers", "batch_size", "channels_last")
+    left_out = ("runs", "epochs", "output", "workers", "batch_size", "channels_last")
     kept = {key: value for key, value in vars(args).items() if key not in left_out}
     versions = {module.__name__: module.__version__ for module in (torch, timm)}
     cache, said = {}, set()
@@ -435,7 +441,7 @@ def main(argv=None):
     settings.make_output(args.output)
     accelerator = Accelerator()
     set_fused_attn(False)  # it has no second derivatives
-    runs = [read_run(Path(folder).expanduser()) for folder in args.runs]
+    runs = [read_run(Path(folder).expanduser(), args.epochs) for folder in args.runs]
     check_alike(runs)
     for run in runs:  # before the images are looked for
         perturbations(args, run, run["settings"].rho)

@@ -319,6 +319,18 @@ def test_too_few_runs_are_measured_but_not_correlated(runs, tmp_path, capsys):
     assert "at least 4 runs" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("curvature_aside")
+def test_of_the_saved_epochs_some_can_be_measured_and_are_kept_for_the_others(runs, tmp_path, monkeypatch):
+    measure(runs[:1], tmp_path, "--micro-batches", "1", "--epochs", "2")
+    assert {row["epoch"] for row in rows(tmp_path)} == {"2"}
+    made, usual = [], measure_forgetting.measure
+    monkeypatch.setattr(measure_forgetting, "measure", lambda *of: made.append(of[2]) or usual(*of))
+    measure(runs[:1], tmp_path, "--micro-batches", "1")
+    assert made == [1] and {row["epoch"] for row in rows(tmp_path)} == {"1", "2"}
+    with pytest.raises(InputError, match=r"--epochs 3: the run .* saved 1, 2"):
+        measure(runs[:1], tmp_path, "--epochs", "2", "3")
+
+
 def altered(run, tmp_path, **changes):
     """A copy of a run with other settings."""
     shutil.copytree(run, tmp_path / "altered")
