@@ -180,8 +180,8 @@ def perturbations(args, run, rho) -> dict[str, argparse.Namespace]:
         if changes["m"] is None:
             raise InputError(f"the run {run['folder']} does not say its m, which its processes made: give --m")
         if kind != "own":
-            changes |= {"method": kind, "gamma": args.gamma, "lam": args.lam, "link": own.link or "sigmoid"}
-            changes["perturb_fraction"] = 1.0
+            of_obf = {"gamma": args.gamma, "lam": args.lam, "link": own.link or "sigmoid"}
+            changes |= {"method": kind, "perturb_fraction": 1.0, **(of_obf if kind == "obf" else dict.fromkeys(of_obf))}
         result[kind] = argparse.Namespace(**vars(own) | changes)
     return result
 
@@ -248,7 +248,12 @@ def measure(args, run, epoch: int, model, batches) -> dict:
     result = {"lambda_max": flatness.largest_eigenvalue(model, criterion, batches(0, flat), flat), "perturbations": {}}
     result["measured_accuracy"] = (clean.argmax(-1) == labels).double().mean().item()
     result["information"] = conditional_entropy(label_patterns(clean, thresholds), labels).tolist()
-    for kind, own in perturbations(args, run, rho_at(run["settings"], epoch, run["images"])).items():
+    kinds = perturbations(args, run, rho_at(run["settings"], epoch, run["images"]))
+    for kind, own in kinds.items():
+        # The own perturbation of a run with SAM is steepest ascent.
+        if twin := next((other for other in result["perturbations"] if kinds[other] == own), None):
+            result["perturbations"][kind] = result["perturbations"][twin]
+            continue
         adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
         optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)
         objective = training.build_objective(own, criterion, optimizer)

@@ -655,7 +655,7 @@ def test_a_sweeps_table_has_the_mean_over_seeds(capsys):
 # One model, whose own perturbation differs from every default
 
 
-def measured(**changes):
+def measured(trained=None, **changes):
     """``measure`` of a linear model; besides, what it needs, and the sizes of what the curvature was taken of."""
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3).double()
@@ -668,6 +668,7 @@ def measured(**changes):
         method="asam+obf", adaptive="before", rho=0.7, rho_min=None, m=3, perturb_fraction=1.0, gamma=0.5, lam=0.2,
         link="softmax", loss="ce", smoothing=0.1,
     )  # fmt: skip
+    vars(own).update(trained or {})
     run = {"settings": own, "images": 12, "folder": "run"}
 
     def batches(start, stop, size=5):
@@ -742,9 +743,19 @@ def test_others_than_own_have_gamma_and_lambda_of_the_flags_and_all_of_the_micro
     own = {"method": "asam+obf", "m": 3, "gamma": 0.5, "lam": 0.2, "link": "softmax", "perturb_fraction": 0.5}
     run = {"settings": argparse.Namespace(**own), "folder": "run"}
     found = measure_forgetting.perturbations(argparse.Namespace(**flags), run, 0.7)
-    for kind in ("sam", "obf"):
-        expected = {"method": kind, "m": 3, "gamma": 0.3, "lam": 0.1, "link": "softmax", "perturb_fraction": 1.0}
-        assert vars(found[kind]) == expected | {"rho": 0.7}
+    for kind, of_obf in (("sam", [None] * 3), ("obf", [0.3, 0.1, "softmax"])):
+        expected = {"method": kind, "m": 3, "perturb_fraction": 1.0, "rho": 0.7}
+        assert vars(found[kind]) == expected | dict(zip(("gamma", "lam", "link"), of_obf))
+
+
+@pytest.mark.parametrize("share, made", [(1.0, 2), (0.5, 4)])
+def test_a_perturbation_that_is_the_same_as_another_is_made_once(monkeypatch, share, made):
+    count, usual = [], measure_forgetting.forgetting
+    monkeypatch.setattr(measure_forgetting, "forgetting", lambda *a, **k: count.append(1) or usual(*a, **k))
+    none = dict.fromkeys(("adaptive", "gamma", "lam", "link"))
+    trained = {"method": "sam", "m": 4, "perturb_fraction": share, **none}
+    found = measured(trained, perturbations=["own", "sam"])[0]["perturbations"]
+    assert len(count) == made and (found["own"] == found["sam"]) == (made == 2)
 
 
 def test_curvature_is_that_of_the_examples_asked_for():
