@@ -37,7 +37,9 @@ def largest_eigenvalue(model, criterion, batches, size: int) -> float:
     hessian = HessianLinearOperator(model, _MeanLoss(criterion), params, batches, **options).to_scipy()
     start = np.random.default_rng(0).standard_normal(hessian.shape[0]).astype(hessian.dtype)
     try:
-        largest = float(eigsh(hessian, k=1, which="LA", tol=1e-5, v0=start, return_eigenvectors=False)[0])
+        # That of trained networks stands apart: 8 vectors take half the products that 20, scipy's, do.
+        options = {"which": "LA", "ncv": min(8, len(start)), "tol": 1e-4, "return_eigenvectors": False}
+        largest = float(eigsh(hessian, k=1, v0=start, **options)[0])
     except ArpackError as error:
         raise ValueError(f"no largest eigenvalue of the Hessian: {error}") from error
     if not np.isfinite(largest):
