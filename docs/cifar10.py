@@ -78,12 +78,13 @@ def read(name: str) -> list[dict]:
 
 
 def write(name: str, rows: list[dict]):
-    """Write a data file."""
+    """Write a data file, and say how many rows it has."""
     FILES.mkdir(exist_ok=True)
     with (FILES / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+    print(f"{name}.csv: {len(rows)} rows")  # a sweep may not have ended
 
 
 # ----------------------------------------------------------------------------------------------------------------------
