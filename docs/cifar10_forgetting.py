@@ -6,6 +6,7 @@ python docs/cifar10_forgetting.py --collect outputs  # make the data files anew,
 
 import argparse
 import functools
+import itertools
 from pathlib import Path
 
 import cifar10
@@ -17,6 +18,7 @@ import measure_forgetting
 from common import report
 
 SPLITS = {"train": "training images", "test": "held-out images"}  # on which all models were measured
+COMMON = "common"  # a measurement with the same perturbation for all models, whatever they were trained with
 # Other estimates of the same, of the models of one seed.
 VARIANTS = {
     "miller_madow": "Miller-Madow",
@@ -32,13 +34,14 @@ QUANTITIES = {
     "flatness": "flatness, -lambda_max",
     "-sam_gap": "-SAM gap",
 }
-KINDS = {"own": "the run's own", "sam": "steepest ascent"}  # perturbations of which correlations are shown
+# Perturbations of which correlations are shown; the last is of ``COMMON``.
+KINDS = {"own": "the run's own", "sam": "steepest ascent", COMMON: "the same for all"}
 SEED = 0  # of the bootstrap
 
 
 def collect(outputs: Path):
     """The data files of every measurement that is there."""
-    for name in [*SPLITS, *VARIANTS]:
+    for name in [*SPLITS, COMMON, *VARIANTS]:
         file = outputs / f"cifar10_m_{name}" / "measurements.csv"
         if file.exists():
             rows = cifar10.rows_of(file)
@@ -60,10 +63,20 @@ def last_of(rows, kind: str) -> dict[str, dict]:
     return {row["run"]: row for row in ordered if row["perturbation"] == kind}
 
 
+def rows_on(split: str) -> list[dict]:
+    """The rows of a split; on training images with those of ``COMMON``, which take lambda_max from the others."""
+    rows = read(split)
+    if split == "train":
+        flat = {(row["run"], row["epoch"]): row["lambda_max"] for row in rows}
+        common = {"perturbation": COMMON}
+        rows += [{**row, **common, "lambda_max": flat[row["run"], row["epoch"]]} for row in read(COMMON)]
+    return rows
+
+
 @functools.cache
-def taus(name: str):
+def taus(split: str):
     """The rank correlations on a split, as a function of what they are of."""
-    found = measure_forgetting.correlations(read(name), SEED, gap=name == "train")
+    found = measure_forgetting.correlations(rows_on(split), SEED, gap=split == "train")
 
     def tau(quantity, kind="sam", epochs="last", target="accuracy", fixed=None):
         which = {"perturbation": kind, "quantity": quantity, "epochs": epochs, "target": target, "fixed": fixed}
@@ -72,14 +85,20 @@ def taus(name: str):
     return tau
 
 
-def measured() -> list[tuple[str, str, str]]:
+def measured(split: str) -> list[tuple[str, str, str]]:
     """What is compared with accuracy: names, perturbations and quantities; flatness is that of no perturbation."""
+    found = {row["perturbation"] for row in rows_on(split)}
     return [
         (QUANTITIES[quantity] + (f", {KINDS[kind]}" if quantity != "flatness" else ""), kind, quantity)
         for kind in KINDS
         for quantity in QUANTITIES
-        if quantity != "flatness" or kind == "sam"
+        if kind in found and (quantity != "flatness" or kind == "sam")
     ]
+
+
+def several_epochs(split: str, kind: str) -> bool:
+    """Whether a mean over epochs is of more than the last."""
+    return len({row["epoch"] for row in rows_on(split) if row["perturbation"] == kind}) > 1
 
 
 def shown(tau: dict, names=("tau", "low", "high")) -> str:
@@ -90,36 +109,36 @@ def shown(tau: dict, names=("tau", "low", "high")) -> str:
 
 def correlations_table(split: str) -> str:
     """Kendall's tau of every quantity."""
-    tau, lines = taus(split), []
-    for name, kind, quantity in measured():
-        last, mean = (tau(quantity, kind, epochs) for epochs in ("last", "mean"))
+    tau, lines, training = taus(split), [], split == "train"
+    for name, kind, quantity in measured(split):
+        last = tau(quantity, kind)
         above = "" if quantity == "flatness" else shown(last, ("above_rival", "above_low", "above_high"))
-        line = [name, shown(last), above, shown(mean)]
-        if split == "train":
-            line.append(shown(tau(quantity, kind, target="-gap")))
-        lines.append(line + [f"{tau(quantity, kind, fixed=fixed)['tau']:+.2f}" for fixed in ("m", "rho", "method")])
-    head = ["τ with test accuracy", "last epoch", "above flatness'", "mean over epochs"]
-    head += ["with a small gap"] * (split == "train") + ["m fixed", "rho fixed", "method fixed"]
-    return cifar10.markdown(head, lines)
+        line = [name, shown(last), above]
+        line += [shown(tau(quantity, kind, fixed=fixed)) for fixed in ("m", "rho", "method")]
+        if training:
+            mean = shown(tau(quantity, kind, "mean")) if several_epochs(split, kind) else ""
+            line += [mean, shown(tau(quantity, kind, target="-gap"))]
+        lines.append(line)
+    head = ["τ with test accuracy", "all pairs", "above flatness'", "m fixed", "rho fixed", "method fixed"]
+    return cifar10.markdown(head + ["mean over epochs", "with a small gap"] * training, lines)
 
 
 def estimates_table() -> str:
     """Whether another estimate of forgetting ranks the models alike."""
-    titles, lines = {"train": "as above", **VARIANTS}, []
-    last = {
-        name: {kind: last_of(rows, kind) for kind in KINDS} for name, rows in ((name, read(name)) for name in titles)
-    }
+    titles, kinds = {"train": "as above", **VARIANTS}, ("own", "sam")
+    last = {name: {kind: last_of(read(name), kind) for kind in kinds} for name in titles}
+    runs = sorted(set.intersection(*(set(of) for by_kind in last.values() for of in by_kind.values())))
+    lines = []
     for name, title in titles.items():
         line = [title]
-        for kind in KINDS:
-            own, usual = last[name][kind], last["train"][kind]
-            runs = [run for run in usual if all(run in last[variant][kind] for variant in VARIANTS)]
-            values, others = ([of[run]["forgetting"] for run in runs] for of in (own, usual))
-            accuracies = [own[run]["accuracy"] for run in runs]
+        for kind in kinds:
+            values, others = ([last[of][kind][run]["forgetting"] for run in runs] for of in (name, "train"))
+            accuracies = [last[name][kind][run]["accuracy"] for run in runs]
             line += [f"{np.mean(values):+.3f}", *(f"{kendalltau(values, y)[0]:+.2f}" for y in (others, accuracies))]
         lines.append(line)
     columns = ["bits", "τ with the first", "τ with accuracy"]
-    return cifar10.markdown(["estimate", *(f"{title}: {c}" for title in KINDS.values() for c in columns)], lines)
+    head = [f"estimate (n = {len(runs)})", *(f"{KINDS[kind]}: {column}" for kind in kinds for column in columns)]
+    return cifar10.markdown(head, lines)
 
 
 def equal_rho_table() -> str:
@@ -138,9 +157,9 @@ def equal_rho_table() -> str:
 
 def draw_scatter(path):
     """Forgetting and flatness against accuracy."""
-    rows, tau = read("train"), taus("train")
-    panels = [(name, *of) for name, *of in measured() if of[1] in ("forgetting", "flatness")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.2), sharey=True, layout="constrained")
+    rows, tau = rows_on("train"), taus("train")
+    panels = [(name, *of) for name, *of in measured("train") if of[1] in ("forgetting", "flatness")]
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.2), sharey=True, layout="constrained")
     for axis, (name, kind, quantity) in zip(axes, panels):
         own = last_of(rows, kind).values()
         style, handles = report.forgetting_styles(
@@ -160,15 +179,13 @@ def draw_scatter(path):
 
 def draw_taus(path):
     """Every correlation with test accuracy at a glance."""
-    names = measured()
-    figure, axes = plt.subplots(1, len(SPLITS), figsize=(11, 4), sharey=True, sharex=True, layout="constrained")
+    names = measured("train")
+    figure, axes = plt.subplots(1, len(SPLITS), figsize=(11, 5), sharey=True, sharex=True, layout="constrained")
     for axis, (split, title) in zip(axes, SPLITS.items()):
-        tau = taus(split)
-        for j, (label, choice) in enumerate(
-            {"last epoch": {}, "mean over epochs": {"epochs": "mean"}, "rho fixed": {"fixed": "rho"}}.items()
-        ):
-            for i, (_, kind, quantity) in enumerate(names):
-                one = tau(quantity, kind, **choice)
+        tau, own = taus(split), measured(split)
+        for j, (label, fixed) in enumerate({"all pairs": None, "m fixed": "m", "rho fixed": "rho"}.items()):
+            for i, (_, kind, quantity) in ((i, name) for i, name in enumerate(names) if name in own):
+                one = tau(quantity, kind, fixed=fixed)
                 ends = [[one["tau"] - one["low"]], [one["high"] - one["tau"]]]
                 style = {"fmt": "os^"[j], "color": f"C{j}", "capsize": 2, "label": "" if i else label}
                 axis.errorbar([one["tau"]], [i + 0.22 * (j - 1)], xerr=np.maximum(ends, 0), **style)
@@ -182,31 +199,33 @@ def draw_taus(path):
 
 def draw_epochs(path):
     """Forgetting over epochs."""
-    rows = [row for row in read("train") if row["perturbation"] in KINDS]
+    rows, kinds, settings = read("train"), ("own", "sam"), {}
+    for row in rows:
+        if row["perturbation"] in kinds:
+            key = row["perturbation"], row["method"], row["trained_rho"], row["trained_m"]
+            settings.setdefault(key, []).append(row)
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    ms = sorted({row["trained_m"] for row in rows})
-    size = (4.2 * len(methods) + 1, 3.3 * len(KINDS))
-    figure, axes = plt.subplots(
-        len(KINDS), len(methods), figsize=size, sharey="row", squeeze=False, layout="constrained"
-    )
-    rhos = sorted({row["trained_rho"] for row in rows})
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(ms)))
-    for line, kind in zip(axes, KINDS):
+    rhos, ms = (sorted({row[key] for row in rows}) for key in ("trained_rho", "trained_m"))
+    size = (4.2 * len(methods) + 1, 3.3 * len(kinds))
+    figure, axes = plt.subplots(len(kinds), len(methods), figsize=size, squeeze=False, layout="constrained")
+    colours = dict(zip(ms, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(ms)))))
+    dashes = dict(zip(rhos, itertools.cycle((":", "--", "-", "-.", (0, (6, 2))))))
+    for line, kind in zip(axes, kinds):
         for axis, method in zip(line, methods):
-            for (m, colour), (rho, dash) in ((a, b) for a in zip(ms, colours) for b in zip(rhos, (":", "--", "-"))):
-                own = [r for r in rows if (r["perturbation"], r["method"]) == (kind, method)]
-                own = [r for r in own if (r["trained_m"], r["trained_rho"]) == (m, rho)]
-                if own:
-                    found = report.series(own, "epoch", "forgetting")
-                    style = {"color": colour, "linestyle": dash, "marker": ".", "label": f"m {m:.0f}, rho {rho:g}"}
-                    axis.plot(sorted(found), [np.mean(found[epoch]) for epoch in sorted(found)], **style)
+            for key in sorted(key for key in settings if key[:2] == (kind, method)):
+                *_, rho, m = key
+                found = report.series(settings[key], "epoch", "forgetting")
+                style = {"color": colours[m], "linestyle": dashes[rho], "label": f"m {m:.0f}, rho {rho:g}"}
+                axis.plot(sorted(found), [np.mean(found[epoch]) for epoch in sorted(found)], marker=".", **style)
             axis.axhline(0, color="0.6", linewidth=1, zorder=0)
             axis.set_title(f"trained with {method}; perturbation: {KINDS[kind]}", fontsize=10)
             axis.set(xlabel="epoch")
             axis.spines[["top", "right"]].set_visible(False)
         line[0].set(ylabel="forgetting, bits")
-    handles = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda found: len(found[0]))
-    figure.legend(*handles, loc="outside right center", frameon=False, fontsize=8)
+    handles = {}
+    for axis in axes.flat:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
     report.save(figure, path, "Means over seeds. Of a perturbation of the run's own m and rho.")
 
 
