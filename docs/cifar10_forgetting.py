@@ -19,6 +19,7 @@ from common import report
 
 SPLITS = {"train": "training images", "test": "held-out images"}  # on which all models were measured
 COMMON = "common"  # a measurement with the same perturbation for all models, whatever they were trained with
+OTHERS = "perturbations"  # a measurement of the perturbations that most models were not trained with
 # Other estimates of the same, of the models of one seed.
 VARIANTS = {
     "miller_madow": "Miller-Madow",
@@ -41,7 +42,7 @@ SEED = 0  # of the bootstrap
 
 def collect(outputs: Path):
     """The data files of every measurement that is there."""
-    for name in [*SPLITS, COMMON, *VARIANTS]:
+    for name in [*SPLITS, COMMON, OTHERS, *VARIANTS]:
         file = outputs / f"cifar10_m_{name}" / "measurements.csv"
         if file.exists():
             rows = cifar10.rows_of(file)
@@ -143,7 +144,7 @@ def estimates_table() -> str:
 
 def equal_rho_table() -> str:
     """What each perturbation makes the same weights forget, and how accurate models trained with it become."""
-    rows, lines = read("train"), []
+    rows, lines = read("train") + read(OTHERS), []
     by_kind = {kind: last_of(rows, kind) for kind in ("sam", "obf", "random")}
     rhos, methods = (sorted({row[key] for row in by_kind["sam"].values()}) for key in ("trained_rho", "method"))
     for rho in rhos:
