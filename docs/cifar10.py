@@ -383,9 +383,9 @@ def draw_m(path):
     found = by_m()
     rhos, methods = (list(dict.fromkeys(key[i] for key in found)) for i in (1, 0))
     ms = sorted({m for accuracies in found.values() for m in accuracies})
-    figure, axes = plt.subplots(
-        1, len(rhos), figsize=(3.4 * len(rhos) + 2, 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
+    size = (3.4 * len(rhos) + 2, 3.6)
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(1, len(rhos), figsize=size, layout="constrained", **shared)
     for axis, rho in zip(axes.flat, rhos):
         for method in methods:
             if accuracies := found.get((method, rho)):
