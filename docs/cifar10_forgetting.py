@@ -37,16 +37,17 @@ QUANTITIES = {
 }
 # Perturbations of which correlations are shown; the last is of ``COMMON``.
 KINDS = {"own": "the run's own", "sam": "steepest ascent", COMMON: "the same for all"}
+TARGETS = {"accuracy": "τ with test accuracy", "-gap": "τ with a small generalisation gap"}
 SEED = 0  # of the bootstrap
 
 
 def collect(outputs: Path):
-    """The data files of every measurement that is there."""
-    for name in [*SPLITS, COMMON, OTHERS, *VARIANTS]:
-        file = outputs / f"cifar10_m_{name}" / "measurements.csv"
+    """The data files of every measurement, and of the sweep of random perturbations, that is there."""
+    measured = [*SPLITS, COMMON, OTHERS, *VARIANTS]
+    files = {f"forgetting_{name}": outputs / f"cifar10_m_{name}" / "measurements.csv" for name in measured}
+    for name, file in {**files, "random": outputs / "cifar10_random" / "sweep.csv"}.items():
         if file.exists():
-            rows = cifar10.rows_of(file)
-            cifar10.write(f"forgetting_{name}", [{**row, "run": Path(row["run"]).name} for row in rows])
+            cifar10.write(name, [{**row, "run": Path(row["run"]).name} for row in cifar10.rows_of(file)])
         else:
             print(f"left as it is: what comes from {file}, which is not there")
 
@@ -108,20 +109,24 @@ def shown(tau: dict, names=("tau", "low", "high")) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def correlations_table(split: str) -> str:
-    """Kendall's tau of every quantity."""
+def beside_flatness(tau: dict) -> list[str]:
+    """A tau and by how much it is above flatness'."""
+    names = ("above_rival", "above_low", "above_high")
+    return [shown(tau), "" if tau["quantity"] == "flatness" else shown(tau, names)]
+
+
+def correlations_table(split: str, target="accuracy") -> str:
+    """Kendall's tau of every quantity with a target."""
     tau, lines, training = taus(split), [], split == "train"
     for name, kind, quantity in measured(split):
-        last = tau(quantity, kind)
-        above = "" if quantity == "flatness" else shown(last, ("above_rival", "above_low", "above_high"))
-        line = [name, shown(last), above]
-        line += [shown(tau(quantity, kind, fixed=fixed)) for fixed in ("m", "rho", "method")]
+        line = [name, *beside_flatness(tau(quantity, kind, target=target))]
+        line += [shown(tau(quantity, kind, target=target, fixed=fixed)) for fixed in ("m", "rho", "method")]
         if training:
-            mean = shown(tau(quantity, kind, "mean")) if several_epochs(split, kind) else ""
-            line += [mean, shown(tau(quantity, kind, target="-gap"))]
+            mean = beside_flatness(tau(quantity, kind, "mean", target))
+            line += mean if several_epochs(split, kind) else ["", ""]
         lines.append(line)
-    head = ["τ with test accuracy", "all pairs", "above flatness'", "m fixed", "rho fixed", "method fixed"]
-    return cifar10.markdown(head + ["mean over epochs", "with a small gap"] * training, lines)
+    head = [TARGETS[target], "all pairs", "above flatness'", "m fixed", "rho fixed", "method fixed"]
+    return cifar10.markdown(head + ["mean over epochs", "above flatness', mean over epochs"] * training, lines)
 
 
 def estimates_table() -> str:
@@ -143,17 +148,19 @@ def estimates_table() -> str:
 
 
 def equal_rho_table() -> str:
-    """What each perturbation makes the same weights forget, and how accurate models trained with it become."""
-    rows, lines = read("train") + read(OTHERS), []
-    by_kind = {kind: last_of(rows, kind) for kind in ("sam", "obf", "random")}
-    rhos, methods = (sorted({row[key] for row in by_kind["sam"].values()}) for key in ("trained_rho", "method"))
-    for rho in rhos:
-        own = {kind: [row for row in of.values() if row["trained_rho"] == rho] for kind, of in by_kind.items()}
-        bits = [cifar10.spread([row["forgetting"] for row in own[kind]]) for kind in by_kind]
-        ends = [[row["accuracy"] for row in own["sam"] if row["method"] == method] for method in methods]
-        lines.append([f"{rho:g}", *bits, *(cifar10.spread(values, 100) if values else "" for values in ends)])
-    head = [f"forgetting of {kind}, bits" for kind in by_kind] + [f"trained with {method}, %" for method in methods]
-    return cifar10.markdown(["rho", *head], lines)
+    """What each perturbation makes the same weights forget, and how accurate models trained with it are; at one m."""
+    random, lines = cifar10.read("random"), []
+    (m,) = {float(row["m"]) for row in random}
+    rows = [row for row in read("train") + read(OTHERS) if row["trained_m"] == m]
+    kinds = {kind: last_of(rows, kind).values() for kind in ("sam", "obf", "random")}
+    models = [(row["method"], row["trained_rho"], row["accuracy"]) for row in kinds["sam"]]
+    models += [("random", float(row["rho"]), float(row["test"])) for row in random]
+    for rho in sorted({rho for _, rho, _ in models}):
+        bits = [[row["forgetting"] for row in of if row["trained_rho"] == rho] for of in kinds.values()]
+        ends = [[accuracy for *own, accuracy in models if own == [kind, rho]] for kind in kinds]
+        lines.append([f"{rho:g}", *map(cifar10.spread, bits), *(cifar10.spread(values, 100) for values in ends)])
+    head = [f"forgetting of {kind}, bits" for kind in kinds] + [f"trained with {kind}, %" for kind in kinds]
+    return cifar10.markdown([f"rho (m {m:g})", *head], lines)
 
 
 def draw_scatter(path):
@@ -191,7 +198,7 @@ def draw_taus(path):
                 style = {"fmt": "os^"[j], "color": f"C{j}", "capsize": 2, "label": "" if i else label}
                 axis.errorbar([one["tau"]], [i + 0.22 * (j - 1)], xerr=np.maximum(ends, 0), **style)
         axis.axvline(0, color="0.6", linewidth=1, zorder=0)
-        axis.set(xlabel="Kendall's τ with test accuracy", title=f"measured on {title}")
+        axis.set(xlabel=f"Kendall's {TARGETS['accuracy']}", title=f"measured on {title}")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(yticks=range(len(names)), yticklabels=[name for name, *_ in names], ylim=(len(names) - 0.5, -0.5))
     axes[1].legend(frameon=False, fontsize=9)
@@ -226,7 +233,7 @@ def draw_epochs(path):
     handles = {}
     for axis in axes.flat:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8, handlelength=4)
     report.save(figure, path, "Means over seeds. Of a perturbation of the run's own m and rho.")
 
 
@@ -239,6 +246,7 @@ def main(argv=None):
         collect(args.collect)
     sections = {
         "correlations": lambda: correlations_table("train"),
+        "correlations_gap": lambda: correlations_table("train", "-gap"),
         "correlations_held_out": lambda: correlations_table("test"),
         "estimates": estimates_table,
         "equal_rho": equal_rho_table,

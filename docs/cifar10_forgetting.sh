@@ -4,15 +4,18 @@
 set -euo pipefail
 export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=1
 
-train() { ACCELERATE_MIXED_PRECISION=bf16 python sweep.py sweeps/cifar10_m.yaml "$@"; }
-train "$@" &
-train "$@"
-wait $!
+train() { ACCELERATE_MIXED_PRECISION=bf16 python sweep.py "$@"; }
+for sweep in sweeps/cifar10_m.yaml sweeps/cifar10_random.yaml; do
+    train $sweep "$@" &
+    train $sweep "$@"
+    wait $!
+done
 
 # measure NAME [flags]: what of it goes to outputs/cifar10_m_NAME; later flags hold.
+# Without --, torchrun takes --m for an option of its own.
 measure() {
     local name=$1 && shift
-    torchrun --standalone --nproc_per_node 2 measure_forgetting.py --runs outputs/cifar10_m/runs/* --perturbations own sam \
+    torchrun --standalone --nproc_per_node 2 -- measure_forgetting.py --runs outputs/cifar10_m/runs/* --perturbations own sam \
         --micro-batches 4 --examples 5000 --hessian-examples 16 --output "outputs/cifar10_m_$name" "$@"
 }
 measure train --hessian-examples 256

@@ -54,7 +54,7 @@ def test_nothing_imports_from_a_script(name):
 
 LAUNCHERS = {
     "python": [],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"],  # it has an --m
     "accelerate": ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")],
 }
 
@@ -62,7 +62,7 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_scripts_run_from_any_folder(tmp_path, launcher):
-    flags = ["--recipe", str(ROOT / "recipes" / "digits.yaml"), "--dry-run"]
+    flags = ["--recipe", str(ROOT / "recipes" / "digits.yaml"), "--m", "8", "--dry-run"]
     command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / "train_imagenet.py"), *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
