@@ -17,7 +17,7 @@ from scipy.stats import kendalltau
 import measure_forgetting
 from common import report
 
-SPLITS = {"train": "training images", "test": "held-out images"}  # on which all models were measured
+SPLITS = {"train": "training images", "test": "test images"}  # on which all models were measured
 COMMON = "common"  # a measurement with the same perturbation for all models, whatever they were trained with
 OTHERS = "perturbations"  # a measurement of the perturbations that most models were not trained with
 # Other estimates of the same, of the models of one seed.
@@ -38,6 +38,8 @@ QUANTITIES = {
 # Perturbations of which correlations are shown; the last is of ``COMMON``.
 KINDS = {"own": "the run's own", "sam": "steepest ascent", COMMON: "the same for all"}
 TARGETS = {"accuracy": "τ with test accuracy", "-gap": "τ with a small generalisation gap"}
+OUTLYING = ("sam", 32, 0.2)  # the setting whose models are the least accurate though they forget much
+ABOVE = ("above_rival", "above_low", "above_high")  # of a tau: its difference to flatness', with its interval
 SEED = 0  # of the bootstrap
 
 
@@ -111,8 +113,7 @@ def shown(tau: dict, names=("tau", "low", "high")) -> str:
 
 def beside_flatness(tau: dict) -> list[str]:
     """A tau and by how much it is above flatness'."""
-    names = ("above_rival", "above_low", "above_high")
-    return [shown(tau), "" if tau["quantity"] == "flatness" else shown(tau, names)]
+    return [shown(tau), "" if tau["quantity"] == "flatness" else shown(tau, ABOVE)]
 
 
 def correlations_table(split: str, target="accuracy") -> str:
@@ -129,6 +130,45 @@ def correlations_table(split: str, target="accuracy") -> str:
     return cifar10.markdown(head + ["mean over epochs", "above flatness', mean over epochs"] * training, lines)
 
 
+def references_table() -> str:
+    """What other, simpler predictors come to, each in place of flatness, and what one setting does."""
+    own, on_test = list(last_of(read("train"), "own").values()), last_of(read("test"), "own")
+    seeds = {}
+    for row in own:
+        seeds.setdefault(row["setting"], []).append(row)
+
+    def of_other_seeds(row):
+        return np.mean([other["accuracy"] for other in seeds[row["setting"]] if other["seed"] != row["seed"]])
+
+    def outlying(row):
+        return (row["method"], row["trained_m"], row["trained_rho"]) == OUTLYING
+
+    predictors = {
+        "the method alone: SAM above OBF": lambda row: float(row["method"] == "sam"),
+        "test accuracy of the setting's other seeds": of_other_seeds,
+        "accuracy on the training images": lambda row: row["measured_accuracy"],
+        "flatness, on test images": lambda row: -on_test[row["run"]]["lambda_max"],
+    }
+    rest = [row for row in own if not outlying(row)]
+    rows = [
+        (name, [{**row, "lambda_max": -value(row)} for row in own], "flatness") for name, value in predictors.items()
+    ]
+    rows.append((f"flatness, on {len(rest)} models", rest, "flatness"))
+    rows.append((f"forgetting, the run's own, on {len(rest)} models", rest, "forgetting"))
+    lines = []
+    for name, of, quantity in rows:
+        line = [name]
+        for target in TARGETS:
+            found = measure_forgetting.correlate(of, measure_forgetting.TARGETS[target], SEED, None)
+            one, other = found[quantity], found["forgetting"]
+            line += [shown(one), "" if one is other else shown(other, ABOVE)]
+        lines.append(line)
+    head = ["predictor"]
+    for title in TARGETS.values():
+        head += [title, "own forgetting above it"]
+    return cifar10.markdown(head, lines)
+
+
 def estimates_table() -> str:
     """Whether another estimate of forgetting ranks the models alike."""
     titles, kinds = {"train": "as above", **VARIANTS}, ("own", "sam")
@@ -138,11 +178,12 @@ def estimates_table() -> str:
     for name, title in titles.items():
         line = [title]
         for kind in kinds:
+            own = [last[name][kind][run] for run in runs]
             values, others = ([last[of][kind][run]["forgetting"] for run in runs] for of in (name, "train"))
-            accuracies = [last[name][kind][run]["accuracy"] for run in runs]
-            line += [f"{np.mean(values):+.3f}", *(f"{kendalltau(values, y)[0]:+.2f}" for y in (others, accuracies))]
+            targets = [[target(row) for row in own] for target in measure_forgetting.TARGETS.values()]
+            line += [f"{np.mean(values):+.3f}", *(f"{kendalltau(values, y)[0]:+.2f}" for y in (others, *targets))]
         lines.append(line)
-    columns = ["bits", "τ with the first", "τ with accuracy"]
+    columns = ["bits", "τ with the first", *TARGETS.values()]
     head = [f"estimate (n = {len(runs)})", *(f"{KINDS[kind]}: {column}" for kind in kinds for column in columns)]
     return cifar10.markdown(head, lines)
 
@@ -169,7 +210,9 @@ def draw_scatter(path):
     panels = [(name, *of) for name, *of in measured("train") if of[1] in ("forgetting", "flatness")]
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.2), sharey=True, layout="constrained")
     for axis, (name, kind, quantity) in zip(axes, panels):
-        own = last_of(rows, kind).values()
+        own = sorted(
+            last_of(rows, kind).values(), key=lambda row: row["method"], reverse=True
+        )  # SAM is first elsewhere
         style, handles = report.forgetting_styles(
             [{**row, "m": int(row["trained_m"]), "rho": row["trained_rho"]} for row in own]
         )
@@ -178,7 +221,7 @@ def draw_scatter(path):
             marker = style(row["method"], int(row["trained_m"]), row["trained_rho"])
             axis.plot(*point, linestyle="", alpha=0.8, **marker)
         axis.set_title(f"{name}\nKendall's τ {shown(tau(quantity, kind))}", fontsize=10)
-        axis.set(xlabel="-lambda_max" if quantity == "flatness" else "bits")
+        axis.set(xlabel="-lambda_max" if quantity == "flatness" else "forgetting, bits")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="top-1 on test, %")
     figure.legend(handles=handles, loc="outside right center", frameon=False)
@@ -188,15 +231,17 @@ def draw_scatter(path):
 def draw_taus(path):
     """Every correlation with test accuracy at a glance."""
     names = measured("train")
-    figure, axes = plt.subplots(1, len(SPLITS), figsize=(11, 5), sharey=True, sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(SPLITS), figsize=(11, 6.5), sharey=True, sharex=True, layout="constrained")
     for axis, (split, title) in zip(axes, SPLITS.items()):
         tau, own = taus(split), measured(split)
-        for j, (label, fixed) in enumerate({"all pairs": None, "m fixed": "m", "rho fixed": "rho"}.items()):
+        for j, (label, fixed) in enumerate(
+            {"all pairs": None, "m fixed": "m", "rho fixed": "rho", "method fixed": "method"}.items()
+        ):
             for i, (_, kind, quantity) in ((i, name) for i, name in enumerate(names) if name in own):
                 one = tau(quantity, kind, fixed=fixed)
                 ends = [[one["tau"] - one["low"]], [one["high"] - one["tau"]]]
-                style = {"fmt": "os^"[j], "color": f"C{j}", "capsize": 2, "label": "" if i else label}
-                axis.errorbar([one["tau"]], [i + 0.22 * (j - 1)], xerr=np.maximum(ends, 0), **style)
+                style = {"fmt": "os^D"[j], "markersize": 4, "color": f"C{j}", "capsize": 2, "label": "" if i else label}
+                axis.errorbar([one["tau"]], [i + 0.2 * (j - 1.5)], xerr=np.maximum(ends, 0), **style)
         axis.axvline(0, color="0.6", linewidth=1, zorder=0)
         axis.set(xlabel=f"Kendall's {TARGETS['accuracy']}", title=f"measured on {title}")
         axis.spines[["top", "right"]].set_visible(False)
@@ -207,34 +252,36 @@ def draw_taus(path):
 
 def draw_epochs(path):
     """Forgetting over epochs."""
-    rows, kinds, settings = read("train"), ("own", "sam"), {}
-    for row in rows:
-        if row["perturbation"] in kinds:
-            key = row["perturbation"], row["method"], row["trained_rho"], row["trained_m"]
-            settings.setdefault(key, []).append(row)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    rows = read("train")
     rhos, ms = (sorted({row[key] for row in rows}) for key in ("trained_rho", "trained_m"))
-    size = (4.2 * len(methods) + 1, 3.3 * len(kinds))
-    figure, axes = plt.subplots(len(kinds), len(methods), figsize=size, squeeze=False, layout="constrained")
+    panels = (("obf", "own"), ("obf", "sam"), ("sam", "sam"))  # SAM's own perturbation is steepest ascent
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 4.5), sharey=True, layout="constrained")
     colours = dict(zip(ms, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(ms)))))
     dashes = dict(zip(rhos, itertools.cycle((":", "--", "-", "-.", (0, (6, 2))))))
-    for line, kind in zip(axes, kinds):
-        for axis, method in zip(line, methods):
-            for key in sorted(key for key in settings if key[:2] == (kind, method)):
-                *_, rho, m = key
-                found = report.series(settings[key], "epoch", "forgetting")
-                style = {"color": colours[m], "linestyle": dashes[rho], "label": f"m {m:.0f}, rho {rho:g}"}
-                axis.plot(sorted(found), [np.mean(found[epoch]) for epoch in sorted(found)], marker=".", **style)
-            axis.axhline(0, color="0.6", linewidth=1, zorder=0)
-            axis.set_title(f"trained with {method}; perturbation: {KINDS[kind]}", fontsize=10)
-            axis.set(xlabel="epoch")
-            axis.spines[["top", "right"]].set_visible(False)
-        line[0].set(ylabel="forgetting, bits")
+    for axis, (method, kind) in zip(axes, panels):
+        of = [row for row in rows if (row["method"], row["perturbation"]) == (method, kind)]
+        for rho, m in itertools.product(rhos, ms):
+            found = report.series(
+                [r for r in of if (r["trained_rho"], r["trained_m"]) == (rho, m)], "epoch", "forgetting"
+            )
+            if not found:
+                continue
+            style = {"color": colours[m], "linestyle": dashes[rho], "label": f"m {m:.0f}, rho {rho:g}"}
+            axis.plot(sorted(found), [np.mean(found[epoch]) for epoch in sorted(found)], **style)
+            for epoch, values in found.items():
+                axis.plot([epoch] * len(values), values, ".", color=colours[m], alpha=0.5)
+        axis.axhline(0, color="0.6", linewidth=1, zorder=0)
+        axis.set_title(f"trained with {method}; perturbation: {KINDS[kind]}", fontsize=10)
+        axis.set(xlabel="epoch", xticks=sorted({row["epoch"] for row in rows}))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="forgetting, bits")
     handles = {}
-    for axis in axes.flat:
+    for axis in axes:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8, handlelength=4)
-    report.save(figure, path, "Means over seeds. Of a perturbation of the run's own m and rho.")
+    report.save(
+        figure, path, "Points are models, lines means over seeds. Of a perturbation of the run's own m and rho."
+    )
 
 
 def main(argv=None):
@@ -248,6 +295,7 @@ def main(argv=None):
         "correlations": lambda: correlations_table("train"),
         "correlations_gap": lambda: correlations_table("train", "-gap"),
         "correlations_held_out": lambda: correlations_table("test"),
+        "references": references_table,
         "estimates": estimates_table,
         "equal_rho": equal_rho_table,
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SECTIONS = ("correlations", "correlations_gap", "correlations_held_out", "estimates", "equal_rho")
+SECTIONS = ("correlations", "correlations_gap", "correlations_held_out", "references", "estimates", "equal_rho")
 
 
 def measurements(seeds, kinds, forgetting):
@@ -107,8 +107,8 @@ def test_another_estimate_is_compared_over_the_runs_that_it_has(page):
     table = script.estimates_table()
     of_seed = [row for row in measurements(range(1), ("own",), lambda a, *_: a) if row["epoch"] == 20]
     bits = np.mean([row["forgetting"] for row in of_seed])
-    assert cells(table, "as above") == [f"{bits:+.3f}", "+1.00", "+1.00"] * 2
-    assert cells(table, "softmax") == [f"{-bits:+.3f}", "-1.00", "-1.00"] * 2
+    assert cells(table, "as above") == [f"{bits:+.3f}", "+1.00", "+1.00", "-1.00"] * 2
+    assert cells(table, "softmax") == [f"{-bits:+.3f}", "-1.00", "-1.00", "+1.00"] * 2
 
 
 def test_perturbations_of_equal_rho_are_compared_on_the_same_weights(page):
@@ -119,3 +119,30 @@ def test_perturbations_of_equal_rho_are_compared_on_the_same_weights(page):
     twice = cifar10.spread([2 * row["accuracy"] for row in rows])
     ends = [cifar10.spread([r["accuracy"] for r in rows if r["method"] == m], 100) for m in ("sam", "obf")]
     assert cells(script.equal_rho_table(), "0.1") == [bits, twice, bits, *ends, "51.00 ± 1.00"]
+
+
+def test_other_predictors_take_the_place_of_flatness(page, monkeypatch):
+    script, cifar10 = page
+    rows = [row for row in measurements(range(2), ("own",), lambda *_: 0) if row["epoch"] == 20]
+    out = ("sam", 32, 0.1)
+    for row in rows:  # the method decides accuracy, then the seed; one setting forgets the less
+        row["accuracy"] = {"sam": 0.2, "obf": 0.1}[row["method"]] + row["seed"] / 1000
+        row["forgetting"] = row["accuracy"] * (-1 if (row["method"], row["m"], row["rho"]) == out else 1)
+    monkeypatch.setattr(script, "OUTLYING", out)
+    cifar10.write("forgetting_train", rows)
+    cifar10.write("forgetting_test", [{**row, "lambda_max": row["accuracy"]} for row in rows])
+    table = script.references_table()
+
+    def numbers(row):
+        return [float(cell.split()[0]) if cell else None for cell in cells(table, row)[:2]]
+
+    # Of the pairs of different settings 256 differ in method; of the others 112 in seed.
+    alone = numbers("the method alone: SAM above OBF")
+    others = numbers("test accuracy of the setting's other seeds")
+    flat = numbers("flatness, on test images")
+    assert alone[0] == pytest.approx((256 / 368) ** 0.5, abs=0.01)
+    assert others[0] == pytest.approx((256 - 112) / 368, abs=0.01)
+    assert flat[0] == -1
+    assert sum(alone) == pytest.approx(sum(others), abs=0.02) == pytest.approx(sum(flat), abs=0.02)
+    assert 0 < sum(flat) < 1
+    assert numbers("forgetting, the run's own, on 30 models") == [1, None]
