@@ -132,7 +132,11 @@ def correlations_table(split: str, target="accuracy") -> str:
 
 def references_table() -> str:
     """What other, simpler predictors come to, each in place of flatness, and what one setting does."""
-    own, on_test = list(last_of(read("train"), "own").values()), last_of(read("test"), "own")
+    rows, on_test = read("train"), last_of(read("test"), "own")
+    own, sharpness = (
+        list(last_of(rows, "own").values()),
+        {(row["run"], row["epoch"]): row["lambda_max"] for row in rows},
+    )
     seeds = {}
     for row in own:
         seeds.setdefault(row["setting"], []).append(row)
@@ -149,6 +153,9 @@ def references_table() -> str:
         "accuracy on the training images": lambda row: row["measured_accuracy"],
         "flatness, on test images": lambda row: -on_test[row["run"]]["lambda_max"],
     }
+    for epoch in sorted({row["epoch"] for row in rows}):
+        name = f"flatness, after {epoch:.0f} epochs"
+        predictors[name] = lambda row, epoch=epoch: -sharpness[row["run"], epoch]
     rest = [row for row in own if not outlying(row)]
     rows = [
         (name, [{**row, "lambda_max": -value(row)} for row in own], "flatness") for name, value in predictors.items()
