@@ -72,6 +72,7 @@ def cells(text, row):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+@pytest.mark.slow
 def test_the_pages_tables_are_those_of_the_data_files(scripts, tmp_path, monkeypatch):
     script, cifar10 = scripts
     text = cifar10.PAGE.read_text()
