@@ -71,7 +71,8 @@ def buckets():
             for view in (False, True):
                 ddp = DistributedDataParallel(network(), gradient_as_bucket_view=view)
                 results.append(train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), alone, **variant))
-            assert_same(*results)
+            # GSAM's dot products sum in another order where memory is aligned otherwise; all else is exact.
+            torch.testing.assert_close(*results, rtol=1e-12 if variant else 0, atol=0)
 
 
 def overflow():
