@@ -407,19 +407,12 @@ def evaluate_all(args, accelerator, models, plan, sets):
     return tables, notes
 
 
-def announce_replacement(output, models, plan):
-    """Say which results of another command in the same folder the new ones replace."""
+def earlier_passes(output):
+    """Models and sets of the results that are in the folder already."""
     try:
-        old = json.loads((output / "results.json").read_text())["passes"]
+        return list(json.loads((output / "results.json").read_text())["passes"])
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    others = [key for key in old if key not in {f"{model} on {name}" for model in models for name in plan}]
-    if others:
-        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        print(
-            f"{output}/results.json and accuracy.png will no longer have {shown}: to keep them in, name them too (what "
-            f"is finished is not evaluated again), or choose another --output"
-        )
+        return []
 
 
 def corrupted(tables: dict, means: dict) -> dict:
@@ -558,7 +551,9 @@ def main(argv=None):
         if stored(ds):
             check_answers(name, ds, plan[name])
     if accelerator.is_main_process:
-        announce_replacement(Path(args.output), models, plan)
+        passes = [f"{model} on {name}" for model in models for name in plan]
+        files = f"{args.output}/results.json and accuracy.png"
+        settings.announce_replacement(files, earlier_passes(Path(args.output)), passes)
     tables, notes = evaluate_all(args, accelerator, models, plan, sets)
     if not accelerator.is_main_process:
         return None

@@ -331,6 +331,20 @@ def record_file(args, epoch):
     return Path(args.output) / "measurements" / f"{name}.json"
 
 
+def row_name(run, epoch, perturbation) -> str:
+    """What the user is told of a row of the table."""
+    return f"{Path(run).resolve()} after epoch {int(epoch)} ({perturbation})"
+
+
+def earlier_rows(output) -> list[str]:
+    """The rows of the table that is in the folder already."""
+    try:
+        with (output / "measurements.csv").open(newline="") as file:
+            return [row_name(row["run"], row["epoch"], row["perturbation"]) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return []
+
+
 def table_of(measured) -> list[dict]:
     """One row for each run, epoch and perturbation; ``setting`` is what runs differ in, but for their seeds."""
     trained = {run["folder"]: settings.shared_on_resume(run["settings"]) for run, *_ in measured}
@@ -463,10 +477,17 @@ def main(argv=None):
                 raise InputError(f"{args.examples} images hold no micro-batch of m {own.m}: raise --examples")
             if args.examples // own.m < args.micro_batches:
                 accelerator.print(f"{run['folder']}, {kind}: {args.examples // own.m} perturbations, as m is {own.m}")
+    output = Path(args.output)
+    if accelerator.is_main_process:
+        tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
+        kinds = {run["folder"]: perturbations(args, run, run["settings"].rho) for run in runs}
+        planned = [row_name(run["folder"], epoch.name, kind) for run, epoch in tasks for kind in kinds[run["folder"]]]
+        files = f"{output}/measurements.csv, correlations.json and the pictures"
+        settings.announce_replacement(files, earlier_rows(output), planned)
     measured = measure_all(args, accelerator, runs, split)
     if not accelerator.is_main_process:
         return None
-    rows, output = table_of(measured), Path(args.output)
+    rows = table_of(measured)
     if full := saturated(measured, args.thresholds, split["label"]):
         print(
             f"at thresholds {', '.join(map(str, full))} some model predicts labels of their own for nearly all images, "

@@ -346,6 +346,17 @@ def make_output(folder: str) -> None:
         raise InputError(f"cannot write to --output {folder} ({error.strerror}): choose another") from error
 
 
+def announce_replacement(files: str, old: list[str], new: list[str]) -> None:
+    """Say which ``old`` results of another command in the same folder are not among the ``new`` that replace them."""
+    others = [key for key in old if key not in set(new)]
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        print(
+            f"{files} will no longer have {shown}: to keep them in, ask for them too (what is finished is not done "
+            f"again), or choose another --output"
+        )
+
+
 def resolved(args) -> dict:
     """The settings of a run, as a recipe would hold them."""
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}

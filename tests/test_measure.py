@@ -313,6 +313,20 @@ def test_finished_measurements_are_not_made_again(runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("curvature_aside")
+def test_a_table_of_other_runs_is_not_replaced_without_a_word(runs, tmp_path, capsys):
+    flags = ("--micro-batches", "1", "--perturbations", "sam")
+    measure(runs[:2], tmp_path, *flags)
+    measure([os.path.relpath(run) for run in runs[:2]], tmp_path, *flags)
+    measure(runs[:3], tmp_path, *flags, "obf")
+    assert "will no longer have" not in capsys.readouterr().out
+    measure(runs[:2], tmp_path, *flags, "obf", "--epochs", "2")
+    lost = [f"{run.resolve()} after epoch 1 ({kind})" for run in runs[:2] for kind in ("sam", "obf")]
+    said = f"measurements.csv, correlations.json and the pictures will no longer have {', '.join(lost)}, "
+    assert said + f"{runs[2].resolve()}" in capsys.readouterr().out
+    assert {row["run"] for row in rows(tmp_path)} == {str(run) for run in runs[:2]}
+
+
+@pytest.mark.usefixtures("curvature_aside")
 def test_too_few_runs_are_measured_but_not_correlated(runs, tmp_path, capsys):
     assert measure(runs[:3], tmp_path, "--perturbations", "sam", "--micro-batches", "1") == []
     assert len(rows(tmp_path)) == 6
