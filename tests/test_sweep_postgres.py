@@ -66,6 +66,13 @@ def impatient(monkeypatch):
     monkeypatch.setattr(sweep, "HEARTBEAT", 1)
 
 
+def wait_for_bars(*workers, seconds=60):
+    """Until every worker has opened the storage; one that cannot gives up sooner than one that has trained."""
+    deadline = time.monotonic() + seconds
+    while not all("run/s" in one.output.read_text() for one in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def names():
     return sorted(f"seed={seed}" for seed in POINTS["seed"])
 
@@ -104,7 +111,8 @@ def test_a_run_outlives_a_restart_of_the_server(server, tmp_path):
 
 def test_workers_go_on_after_a_restart_or_say_what_to_do_and_none_is_lost(server, tmp_path):
     flags = write_sweep(tmp_path, POINTS) + server.storage(tmp_path)
-    workers = [start(tmp_path, flags, grace=10, seconds=0.05) for _ in range(4)]
+    workers = [start(tmp_path, flags, grace=10, seconds=0.1) for _ in range(4)]
+    wait_for_bars(*workers)
     wait_for_calls(tmp_path, 20)
     server.stop()
     time.sleep(2)
