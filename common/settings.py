@@ -348,8 +348,8 @@ def make_output(folder: str) -> None:
 
 def announce_replacement(files: str, old: list[str], new: list[str]) -> None:
     """Say which ``old`` results of another command in the same folder are not among the ``new`` that replace them."""
-    others = [key for key in old if key not in set(new)]
-    if others:
+    kept = set(new)
+    if others := [key for key in old if key not in kept]:
         shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         print(
             f"{files} will no longer have {shown}: to keep them in, ask for them too (what is finished is not done "
