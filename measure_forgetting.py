@@ -479,9 +479,10 @@ def main(argv=None):
                 accelerator.print(f"{run['folder']}, {kind}: {args.examples // own.m} perturbations, as m is {own.m}")
     output = Path(args.output)
     if accelerator.is_main_process:
-        tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
-        kinds = {run["folder"]: perturbations(args, run, run["settings"].rho) for run in runs}
-        planned = [row_name(run["folder"], epoch.name, kind) for run, epoch in tasks for kind in kinds[run["folder"]]]
+        planned = []
+        for run in runs:
+            kinds = perturbations(args, run, run["settings"].rho)
+            planned += [row_name(run["folder"], epoch.name, kind) for epoch in run["epochs"] for kind in kinds]
         files = f"{output}/measurements.csv, correlations.json and the pictures"
         settings.announce_replacement(files, earlier_rows(output), planned)
     measured = measure_all(args, accelerator, runs, split)

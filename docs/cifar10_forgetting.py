@@ -133,10 +133,8 @@ def correlations_table(split: str, target="accuracy") -> str:
 def references_table() -> str:
     """What other, simpler predictors come to, each in place of flatness, and what one setting does."""
     rows, on_test = read("train"), last_of(read("test"), "own")
-    own, sharpness = (
-        list(last_of(rows, "own").values()),
-        {(row["run"], row["epoch"]): row["lambda_max"] for row in rows},
-    )
+    own = list(last_of(rows, "own").values())
+    sharpness = {(row["run"], row["epoch"]): row["lambda_max"] for row in rows}
     seeds = {}
     for row in own:
         seeds.setdefault(row["setting"], []).append(row)
@@ -156,14 +154,14 @@ def references_table() -> str:
     for epoch in sorted({row["epoch"] for row in rows}):
         name = f"flatness, after {epoch:.0f} epochs"
         predictors[name] = lambda row, epoch=epoch: -sharpness[row["run"], epoch]
+    compared = {}
+    for name, value in predictors.items():
+        compared[name] = [{**row, "lambda_max": -value(row)} for row in own], "flatness"
     rest = [row for row in own if not outlying(row)]
-    rows = [
-        (name, [{**row, "lambda_max": -value(row)} for row in own], "flatness") for name, value in predictors.items()
-    ]
-    rows.append((f"flatness, on {len(rest)} models", rest, "flatness"))
-    rows.append((f"forgetting, the run's own, on {len(rest)} models", rest, "forgetting"))
+    compared[f"flatness, on {len(rest)} models"] = rest, "flatness"
+    compared[f"forgetting, the run's own, on {len(rest)} models"] = rest, "forgetting"
     lines = []
-    for name, of, quantity in rows:
+    for name, (of, quantity) in compared.items():
         line = [name]
         for target in TARGETS:
             found = measure_forgetting.correlate(of, measure_forgetting.TARGETS[target], SEED, None)
@@ -217,9 +215,8 @@ def draw_scatter(path):
     panels = [(name, *of) for name, *of in measured("train") if of[1] in ("forgetting", "flatness")]
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.2), sharey=True, layout="constrained")
     for axis, (name, kind, quantity) in zip(axes, panels):
-        own = sorted(
-            last_of(rows, kind).values(), key=lambda row: row["method"], reverse=True
-        )  # SAM is first elsewhere
+        # SAM is first, as elsewhere.
+        own = sorted(last_of(rows, kind).values(), key=lambda row: row["method"], reverse=True)
         style, handles = report.forgetting_styles(
             [{**row, "m": int(row["trained_m"]), "rho": row["trained_rho"]} for row in own]
         )
@@ -268,9 +265,8 @@ def draw_epochs(path):
     for axis, (method, kind) in zip(axes, panels):
         of = [row for row in rows if (row["method"], row["perturbation"]) == (method, kind)]
         for rho, m in itertools.product(rhos, ms):
-            found = report.series(
-                [r for r in of if (r["trained_rho"], r["trained_m"]) == (rho, m)], "epoch", "forgetting"
-            )
+            own = [row for row in of if (row["trained_rho"], row["trained_m"]) == (rho, m)]
+            found = report.series(own, "epoch", "forgetting")
             if not found:
                 continue
             style = {"color": colours[m], "linestyle": dashes[rho], "label": f"m {m:.0f}, rho {rho:g}"}
@@ -286,9 +282,8 @@ def draw_epochs(path):
     for axis in axes:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8, handlelength=4)
-    report.save(
-        figure, path, "Points are models, lines means over seeds. Of a perturbation of the run's own m and rho."
-    )
+    caption = "Points are models, lines means over seeds. Of a perturbation of the run's own m and rho."
+    report.save(figure, path, caption)
 
 
 def main(argv=None):
