@@ -21,9 +21,11 @@ from timm.layers import set_fused_attn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from common import checkpoints, data, flatness, loaders, report, settings, training
+from common import checkpoints, data, loaders, settings, training
+from common.report import pairs
 from common.settings import InputError
 from forgetting import conditional_entropy, forgetting, label_patterns
+from robustness import flatness, report
 from sam_obf import SAM
 
 MIN_RUNS = 4  # for a rank correlation
@@ -354,7 +356,7 @@ def table_of(measured) -> list[dict]:
     rows = []
     for run, epoch, record in measured:
         own = trained[run["folder"]]
-        row = {"run": str(run["folder"]), "setting": report.pairs({key: own.get(key) for key in varied})}
+        row = {"run": str(run["folder"]), "setting": pairs({key: own.get(key) for key in varied})}
         row |= {"seed": own["seed"], "method": own["method"], "trained_m": own["m"], "trained_rho": own["rho"]}
         for kind, values in record["perturbations"].items():
             found = {key: value for key, value in values.items() if key != "by_threshold"}

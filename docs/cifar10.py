@@ -20,8 +20,9 @@ from scipy.special import expit, logit
 from scipy.stats import linregress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import data, metrics, report
+from common import data, report
 from eval_robustness import predictions_folder
+from robustness import statistics
 
 HERE = Path(__file__).resolve().parent
 FILES, PAGE, PICTURES = HERE / "cifar10", HERE / "results.md", HERE / "pictures"
@@ -229,7 +230,7 @@ def groups() -> dict[str, list[dict]]:
 def against(values: dict, name: str, reference: str) -> dict:
     """The difference between two rows, over the seeds that both have, and images."""
     shared = values[name].keys() & values[reference].keys()
-    return metrics.crossed(np.stack([values[name][seed] - values[reference][seed] for seed in sorted(shared)]))
+    return statistics.crossed(np.stack([values[name][seed] - values[reference][seed] for seed in sorted(shared)]))
 
 
 def methods_table() -> str:

@@ -11,7 +11,7 @@ import yaml
 from scipy.special import expit, logit
 from scipy.stats import linregress
 
-from common import metrics
+from robustness import statistics
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +54,7 @@ def test_tables_hold_means_costs_and_paired_differences(page, tmp_path):
     values = [100 * run["top1"] for run in runs[:3]]
     assert (time, top1) == ("1.00", f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}")
     pairs = [right[f"base, seed {i}"].astype(float) - right[f"SAM, seed {i}"] for i in range(3)]
-    expected = metrics.crossed(np.stack(pairs))
+    expected = statistics.crossed(np.stack(pairs))
     assert to_sam == "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**{k: 100 * v for k, v in expected.items()})
     assert cells(text, "base, twice the epochs")[3] == "2.00" and cells(text, "SAM")[3] == "2.10"
     assert "**0.2: 60.00**" in text and "**0.1" not in text
@@ -83,7 +83,7 @@ def test_transfer_pairs_each_row_with_its_rival(page):
     names["write"]("transfer", runs)
     pq.write_table(pa.table(right), names["FILES"] / "right_transfer.parquet")
     pairs = [right[f"obf, base, seed {i}"].astype(float) - right[f"sam, base, seed {i}"] for i in range(3)]
-    expected = names["points"](metrics.crossed(np.stack(pairs)))
+    expected = names["points"](statistics.crossed(np.stack(pairs)))
     assert cells(names["transfer_table"](), "obf, base")[1::2] == ["71.00 ± 1.00", f"{expected} above sam, base"]
 
 

@@ -29,9 +29,10 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import measure_forgetting
 import train_imagenet
-from common import data, flatness, loaders, report, training
+from common import data, loaders, report, training
 from common.settings import InputError
 from forgetting import forgetting
+from robustness import flatness
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = [i / 50 for i in range(1, 50)]

@@ -17,9 +17,10 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from timm.data import ImageNetInfo
 
-from common import corruptions, data, loaders
+from common import data, loaders
 from common.digits import SHIFTS
 from common.settings import InputError
+from robustness import corruptions
 
 HUB = {
     "imagenet": "ILSVRC/imagenet-1k",
