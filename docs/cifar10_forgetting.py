@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import kendalltau
 
-import measure_forgetting
 from common import report
+from robustness import correlations
 
 SPLITS = {"train": "training images", "test": "test images"}  # on which all models were measured
 COMMON = "common"  # a measurement with the same perturbation for all models, whatever they were trained with
@@ -80,7 +80,7 @@ def rows_on(split: str) -> list[dict]:
 @functools.cache
 def taus(split: str):
     """The rank correlations on a split, as a function of what they are of."""
-    found = measure_forgetting.correlations(rows_on(split), SEED, gap=split == "train")
+    found = correlations.table(rows_on(split), SEED, gap=split == "train")
 
     def tau(quantity, kind="sam", epochs="last", target="accuracy", fixed=None):
         which = {"perturbation": kind, "quantity": quantity, "epochs": epochs, "target": target, "fixed": fixed}
@@ -164,7 +164,7 @@ def references_table() -> str:
     for name, (of, quantity) in compared.items():
         line = [name]
         for target in TARGETS:
-            found = measure_forgetting.correlate(of, measure_forgetting.TARGETS[target], SEED, None)
+            found = correlations.correlate(of, correlations.TARGETS[target], SEED, None)
             one, other = found[quantity], found["forgetting"]
             line += [shown(one), "" if one is other else shown(other, ABOVE)]
         lines.append(line)
@@ -185,7 +185,7 @@ def estimates_table() -> str:
         for kind in kinds:
             own = [last[name][kind][run] for run in runs]
             values, others = ([last[of][kind][run]["forgetting"] for run in runs] for of in (name, "train"))
-            targets = [[target(row) for row in own] for target in measure_forgetting.TARGETS.values()]
+            targets = [[target(row) for row in own] for target in correlations.TARGETS.values()]
             line += [f"{np.mean(values):+.3f}", *(f"{kendalltau(values, y)[0]:+.2f}" for y in (others, *targets))]
         lines.append(line)
     columns = ["bits", "τ with the first", *TARGETS.values()]
@@ -221,7 +221,7 @@ def draw_scatter(path):
             [{**row, "m": int(row["trained_m"]), "rho": row["trained_rho"]} for row in own]
         )
         for row in own:
-            point = [measure_forgetting.QUANTITIES[quantity](row)], [100 * row["accuracy"]]
+            point = [correlations.QUANTITIES[quantity](row)], [100 * row["accuracy"]]
             marker = style(row["method"], int(row["trained_m"]), row["trained_rho"])
             axis.plot(*point, linestyle="", alpha=0.8, **marker)
         axis.set_title(f"{name}\nKendall's τ {shown(tau(quantity, kind))}", fontsize=10)

@@ -62,7 +62,7 @@ def page(scripts, tmp_path, monkeypatch):
     cifar10.write("random", random)
     marks = "".join(f"<!-- docs/cifar10_forgetting.py: {name} -->\nold\n<!-- end -->\n" for name in SECTIONS)
     cifar10.PAGE.write_text(marks)
-    monkeypatch.setattr(script.measure_forgetting, "RESAMPLES", 20)
+    monkeypatch.setattr(script.correlations, "RESAMPLES", 20)
     script.taus.cache_clear()
     return script, cifar10
 
