@@ -8,15 +8,18 @@ import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = (
+    "lr",
+    "rho",
+    "gamma",
+    "perturb_fraction",
+)  # that are text: as the sweep wrote them, or ""
 
 
 def read(file: Path) -> pd.DataFrame:
-    """A data file; rho and lr stay as the sweep wrote them, and what is missing is "".
-
-    Returns:
-        A row for each run, or for each measurement of one.
-    """
-    return pd.read_csv(file, dtype={"rho": str, "lr": str}).fillna("")
+    """A data file: a row for each run, or for each measurement of one."""
+    frame = pd.read_csv(file, dtype=dict.fromkeys(SETTINGS, str))
+    return frame.fillna({name: "" for name in SETTINGS if name in frame})
 
 
 def write(file: Path, rows: pd.DataFrame | list[dict]):

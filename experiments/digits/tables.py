@@ -23,9 +23,9 @@ NAMES = {  # of the rows, by method, gamma and perturb_fraction
     ("random", "", ""): "random",
     ("gsam", "", ""): "GSAM",
     ("asam", "", ""): "ASAM",
-    ("obf", 1.0, ""): "OBF, gamma 1",
-    ("obf", 1e-12, ""): "OBF, gamma to 0",
-    ("obf", "", 0.25): "OBF, perturbation from a quarter",
+    ("obf", "1.0", ""): "OBF, gamma 1",
+    ("obf", "1e-12", ""): "OBF, gamma to 0",
+    ("obf", "", "0.25"): "OBF, perturbation from a quarter",
 }
 QUANTITIES = {"forgetting": "forgetting, the run's own", "flatness": "flatness, -lambda_max"}
 TARGETS = {"accuracy": "τ with test accuracy", "-gap": "τ with a small generalisation gap"}
@@ -65,7 +65,7 @@ def methods_table() -> list[dict]:
 
 def obf_table() -> list[dict]:
     """Accuracy on test by gamma and lambda."""
-    runs, rows = read(DATA / "obf.csv"), []
+    runs, rows = read(DATA / "obf.csv").astype({"gamma": float}), []
     for gamma, of_gamma in runs.groupby("gamma"):
         row = {"gamma": "to 0" if gamma < 1e-6 else f"{gamma:g}"}
         for lam, accuracies in of_gamma.groupby("lam")["test"]:
