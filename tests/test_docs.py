@@ -21,7 +21,7 @@ import train_imagenet
 from common import settings
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*/*.md"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*/README.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *EXPERIMENTS]
 LINKED = [*PAGES, ROOT / "benchmarks" / "README.md"]
 MOST_LINES = 250
@@ -59,7 +59,7 @@ def commands() -> list[list[str]]:
     """The words of every command of a page that runs Python, once for each value of a loop."""
     found = []
     for line in itertools.chain.from_iterable(
-        block.splitlines() for page in PAGES for block in blocks(page, "sh")
+        block.splitlines() for page in LINKED for block in blocks(page, "sh")
     ):
         loop = re.match(r"for (\w+) in ([^;]+);", line)
         for value in loop[2].split() if loop else [""]:
