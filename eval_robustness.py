@@ -21,8 +21,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import resolve_data_config
 
 from common import checkpoints, loaders, progress, settings
+from common.device import use_fast_kernels
+from common.errors import InputError, clear_errors
 from common.folders import some
-from common.settings import InputError
 from robustness import corruptions, labels, published, report, sets, statistics
 from robustness.sets import Protocol
 
@@ -854,7 +855,7 @@ def main(argv=None):
     args = parse(argv)
     settings.make_output(args.output)
     accelerator = Accelerator()
-    settings.use_fast_kernels(accelerator.device)
+    use_fast_kernels(accelerator.device)
     models = open_models(args)
     opened = open_sets(args, accelerator, models)
     output = Path(args.output)
@@ -877,5 +878,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with settings.clear_errors():
+    with clear_errors():
         main()

@@ -23,13 +23,14 @@ from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-from common import checkpoints, data, loaders, progress, settings, training
+from common import build, checkpoints, data, loaders, progress, settings
+from common.errors import InputError, clear_errors
 from common.folders import some
+from common.methods import METHODS
 from common.report import pairs
-from common.settings import InputError
 from forgetting import conditional_entropy, forgetting, label_patterns
-from robustness import correlations, flatness, report
-from robustness.correlations import MIN_RUNS, MIN_SETTINGS
+from robustness import flatness, rank_correlations, report
+from robustness.rank_correlations import MIN_RUNS, MIN_SETTINGS
 from sam_obf import SAM
 
 SATURATED = 0.95  # of the bits that there can be
@@ -205,7 +206,7 @@ def rho_at(run_settings, epoch: int, images: int):
         return run_settings.rho
     steps = images // run_settings.batch_size
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], run_settings.lr)
-    training.build_schedule(run_settings, optimizer, steps)(epoch * steps - 1)
+    build.build_schedule(run_settings, optimizer, steps)(epoch * steps - 1)
     return optimizer.param_groups[0]["rho"]
 
 
@@ -221,7 +222,7 @@ def perturbations(args, run, rho) -> dict[str, argparse.Namespace]:
     """
     trained, settings_by_kind = run["settings"], {}
     for kind in args.perturbations:
-        if kind == "own" and settings.METHODS[trained.method] == (None, None):
+        if kind == "own" and METHODS[trained.method][0] is None:
             continue
         if kind == "own" and trained.method == "momentum":
             raise InputError(
@@ -322,7 +323,7 @@ def predict(model, batches, link):
 def measure(args, run, epoch: int, model, batches) -> dict:
     """All that is measured on one model, saved after ``epoch``, in bits and units of the loss."""
     model.eval().requires_grad_()
-    criterion, size = training.build_criterion(run["settings"]), args.examples
+    criterion, size = build.build_criterion(run["settings"]), args.examples
     flat = min(args.hessian_examples or size, size)
     thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
     everything = batches(0, size)
@@ -359,10 +360,10 @@ def perturb(args, changed, model, criterion, batches, clean, labels) -> dict:
         ``forgetting`` and, ``by_threshold``, what it is the mean of; ``relevant_change`` of
         I(Y; Y_tau), all in bits; and ``sam_gap``, by how much the micro-batch's loss grows.
     """
-    adaptive = changed.adaptive if settings.METHODS[changed.method][1] == "asam" else None
+    adaptive = changed.adaptive if "adaptive" in METHODS[changed.method][1] else None
     optimizer = SAM(torch.optim.SGD(model.parameters()), model, changed.rho, adaptive=adaptive)
-    objective = training.build_objective(changed, criterion, optimizer)
-    part = training.ascending(changed, changed.m)
+    objective = build.build_objective(changed, criterion, optimizer)
+    part = build.ascending(changed, changed.m)
     thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
     options = {"miller_madow": args.miller_madow, "adjust": args.adjust_thresholds}
     measures = []
@@ -605,7 +606,7 @@ def main(argv=None):
     if not accelerator.is_main_process:
         return None
     rows = table_of(measured)
-    summaries = correlations.table(rows, args.seed, gap=args.split == "train")
+    summaries = rank_correlations.table(rows, args.seed, gap=args.split == "train")
     write_results(args, output, rows, summaries)
     report.show_correlations(summaries)
     for line in remarks(args, measured, summaries, split["label"]):
@@ -620,5 +621,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with settings.clear_errors():
+    with clear_errors():
         main()

@@ -14,8 +14,8 @@ from accelerate.state import PartialState
 
 from common import folders
 from common.digits import digits
+from common.errors import InputError
 from common.folders import LABELS, SPLIT_FOLDERS, some
-from common.settings import InputError
 
 # Of a dataset's own files, which datasets reads; a folder with one is no folder of images.
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".gz", ".tgz")

@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.utils.file_utils import xopen
 
-from common.settings import InputError
+from common.errors import InputError
 
 SPLIT_FOLDERS = {  # in any case
     "train": ("train", "training"),

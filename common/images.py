@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 from torchvision.transforms import v2
 
 from common import folders
-from common.settings import InputError
+from common.errors import InputError
 
 # What turns an image upright, by its Exif tag.
 UPRIGHT = {

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from common import images
 from common.data import explained
-from common.settings import InputError
+from common.errors import InputError
 
 IMAGES_PER_WORKER = 1000  # to evaluate: reading fewer takes less time than starting a worker
 TIMEOUT = 600  # seconds that a loader waits for a batch of its workers

@@ -8,8 +8,8 @@ import re
 import timm.data
 from timm.data import ImageNetInfo
 
+from common.errors import InputError
 from common.folders import class_name, file_name, some
-from common.settings import InputError
 
 # How many classes each set has.
 CLASSES = {

@@ -13,8 +13,8 @@ from datasets.distributed import split_dataset_by_node
 
 from common import data, folders, images, loaders
 from common.digits import SHIFTS
+from common.errors import InputError
 from common.folders import some
-from common.settings import InputError
 from robustness import corruptions
 from robustness.labels import (
     CLASSES,

@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo
 
 import eval_robustness
 from common import checkpoints
-from common.settings import InputError
+from common.errors import InputError
 from robustness import corruptions
 from robustness.labels import SUBSETS, outputs
 

@@ -23,7 +23,7 @@ from timm.data import create_transform
 import train_imagenet
 from common import data, images, loaders
 from common import digits as digits_module
-from common.settings import InputError
+from common.errors import InputError
 from robustness import sets
 
 

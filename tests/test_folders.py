@@ -11,7 +11,7 @@ from PIL import Image
 from test_data import png, write_folder
 
 from common import data
-from common.settings import InputError
+from common.errors import InputError
 from robustness import sets
 
 

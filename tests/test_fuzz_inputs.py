@@ -18,7 +18,7 @@ import sweep
 import train_imagenet
 from common import data, loaders
 from common import settings as project_settings
-from common.settings import InputError
+from common.errors import InputError
 from robustness import sets
 
 SAME_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

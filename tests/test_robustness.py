@@ -28,7 +28,7 @@ from timm.models import save_for_hf
 import eval_robustness
 from common import checkpoints, images, loaders
 from common.digits import SHIFTS, digits
-from common.settings import InputError
+from common.errors import InputError
 from robustness import published, sets, statistics
 from robustness.labels import SUBSETS, class_index, real_labels
 from robustness.sets import Pass
