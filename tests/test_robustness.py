@@ -1012,7 +1012,7 @@ class Full:
 @pytest.mark.parametrize(
     "transform, words",
     [
-        (Killed, r"a data loading process died \(.*(Killed|exited unexpectedly).*\): if memory ran out, use fewer --workers"),
+        (Killed, r"process died \(.*(Killed|exited unexpectedly).*\): if memory ran out, use fewer --workers"),
         (Stuck, "no batch came from the data loading processes in 3 seconds: .* try --workers 0"),
         (Full, r"not enough shared memory \(/dev/shm\) .*: use --workers 0 or smaller batches, or .*--shm-size"),
     ],
