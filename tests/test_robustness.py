@@ -16,6 +16,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -31,7 +32,7 @@ from common import checkpoints, images, loaders
 from common.digits import SHIFTS, digits
 from common.errors import InputError
 from robustness import published, sets, statistics
-from robustness.labels import SUBSETS, class_index, real_labels
+from robustness.labels import SUBSETS, class_index, real_labels, right_answers
 from robustness.sets import Pass
 
 WORDNET = ImageNetInfo("imagenet-1k").label_names()
@@ -300,7 +301,7 @@ def test_r_protocol_of_200_classes_agrees_with_masking():
     labels = [random.Random(i).choice(SUBSETS["r"]) for i in range(400)]
     batch = {"label": labels, "path": [None] * 400}
     columns = {}
-    for protocol, outputs, answers in eval_robustness.right_answers("r", batch):
+    for protocol, outputs, answers in right_answers("r", batch):
         eval_robustness.add_scores(
             columns.setdefault(protocol, {}), logits, outputs, answers, list(map(str, range(400)))
         )
@@ -675,16 +676,16 @@ def test_results_of_another_command_are_not_replaced_without_a_word(tmp_path, ca
 def test_a_pass_killed_while_it_replaces_another_leaves_neither(tmp_path, monkeypatch):
     one, two = (write_folders(tmp_path / name, {"3": index}) for name, index in (("one", 3), ("two", 4)))
     assert evaluate(tmp_path, ["v2"], f"v2={one}", flags=["--allow-partial"])["right"]["v2"]["top1"] == 1
-    write_table = eval_robustness.pq.write_table
+    write_table = pq.write_table
 
     def killed(*args):
         write_table(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(eval_robustness.pq, "write_table", killed)
+    monkeypatch.setattr(pq, "write_table", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path, ["v2"], f"v2={two}", flags=["--allow-partial"])
-    monkeypatch.setattr(eval_robustness.pq, "write_table", write_table)
+    monkeypatch.setattr(pq, "write_table", write_table)
     assert evaluate(tmp_path, ["v2"], f"v2={one}", flags=["--allow-partial"])["right"]["v2"]["top1"] == 1
 
 
