@@ -465,10 +465,19 @@ def train_batches(args, accelerator, split, transform, loaded):
 
 
 def on_device(batches, device: torch.device):
-    """The same batches on a device; a copy to a GPU does not wait for what that still computes."""
-    if device.type != "cuda":
-        yield from (send_to_device(batch, device) for batch in batches)
-        return
+    """The same batches on a device; a copy to a GPU does not wait for what that still computes.
+
+    Raises:
+        InputError: as ``explain_workers``.
+    """
+    with explain_workers():
+        if device.type == "cuda":
+            yield from _on_gpu(batches, device)
+        else:
+            yield from (send_to_device(batch, device) for batch in batches)
+
+
+def _on_gpu(batches, device):
     copying, computing = _copying_stream(device), torch.cuda.current_stream(device)
     for batch in batches:
         with torch.cuda.stream(copying):

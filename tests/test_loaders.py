@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import multiprocessing
+import os
 import sys
 
 import numpy as np
@@ -16,6 +17,7 @@ from test_data import file_of, write_folder
 
 import train_imagenet
 from common import data, loaders, settings
+from common.errors import InputError
 from common.images import decode, decode_to_tensor
 
 CONFIG = {
@@ -220,6 +222,21 @@ def test_a_stream_augments_each_image_of_each_process_and_epoch_in_its_own_way(t
 
     seen = torch.cat([crops(0, 0), crops(0, 1), crops(1, 0)])
     assert len(seen.unique(dim=0)) == 12
+
+
+class Killed:
+    """A transform that kills its worker."""
+
+    def __call__(self, image):
+        os.kill(os.getpid(), 9)
+
+
+def test_a_worker_that_is_killed_in_training_is_one_line(accelerator, images):
+    args = argparse.Namespace(batch_size=8, seed=0, decoder="pil", workers=1)
+    split = data.load(str(images))["train"]
+    _, batches = loaders.train_batches(args, accelerator, split, Killed(), 8)
+    with pytest.raises(InputError, match=r"a data loading process died \(.*\): if memory ran out"):
+        next(batches(0, 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
