@@ -143,16 +143,20 @@ def show_sweep(rows, choose):
         groups.setdefault(pairs(shown), {}).setdefault(pairs(chosen), []).append(row["results"])
     splits = list(rows[0]["results"])
     lines = [["settings", *(["chosen", "of"] if choose else []), "runs", *(f"{split} %" for split in splits)]]
+    held_out, means = "validation" if "validation" in splits else splits[0], []
     for shown, candidates in groups.items():
         chosen = next(iter(candidates))
         if choose:
             chosen = max(candidates, key=lambda name: np.mean([result["validation"] for result in candidates[name]]))
         results = candidates[chosen]
+        means.append(np.mean([result[held_out] for result in results]))
         cells = [shown, *([chosen, str(len(candidates))] if choose else []), str(len(results))]
         for split in splits:
             values = [100 * result[split] for result in results]
             spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.2f}{spread}")
         lines.append(cells)
-    print("\nTop-1, mean ± standard deviation over seeds" + (", best on validation" if choose else "") + ":\n")
+    best = lines[1 + int(np.argmax(means))]
+    best[0] = f"**{best[0]}**" if len(means) > 1 else best[0]
+    print(f"\nTop-1, mean ± standard deviation over seeds; the best on {held_out} in bold:\n")
     table(lines, True)

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NEEDS = {"hf_trainer": "transformers", "lightning_module": "lightning"}
+NEEDS = {
+    "hf_trainer": "transformers",
+    "lightning_module": "lightning",
+    "optuna_search": "optuna",
+}
 
 
 @pytest.mark.parametrize(
@@ -29,3 +33,19 @@ def test_example_trains(tmp_path, example):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 90
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_in_its_storage(tmp_path):
+    pytest.importorskip("optuna", reason="pip install -r examples/requirements.txt")
+    shutil.copy(ROOT / "sam_obf.py", tmp_path)
+    text = (ROOT / "examples" / "optuna_search.py").read_text()
+    small = text.replace("EPOCHS, TRIALS = 20, 15", "EPOCHS, TRIALS = 6, 8")
+    assert small != text
+    (tmp_path / "search.py").write_text(small)
+    command = [sys.executable, "search.py", f"sqlite:///{tmp_path / 'search.db'}"]
+    for trials in (8, 16):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert f"best of {trials} trials: {{'rho': " in done.stdout
+    assert "Trial 15 " in done.stderr and "pruned" in done.stderr
