@@ -215,7 +215,7 @@ def is_best(job: Job, progress: Progress, top1: float | None) -> bool:
 
 def log_epoch(job: Job, progress: Progress, top1: float | None) -> None:
     """Write an epoch's line of metrics.jsonl; lr and rho are those at its end."""
-    updates = job.batches.steps
+    updates = job.batches.updates
     loss = progress.loss / updates
     line = {"epoch": progress.epoch, "loss": loss if math.isfinite(loss) else None}
     line["train"] = progress.right / (updates * job.args.batch_size)

@@ -69,7 +69,7 @@ def write_cifar100(root, train=12, test=6):
 def make_job(accelerator, model, optimizer, **changes):
     """A job of micro-batches of four, with cross-entropy and no perturbation."""
     batches = {"to_input": lambda images: images, "m": 4, "accumulation": 1}
-    batches |= {"train": None, "steps": 1}
+    batches |= {"train": None, "updates": 1}
     batches |= {key: changes.pop(key) for key in batches if key in changes}
     settings = {"clip_grad": None, "perturb_fraction": 1.0, "perturb_interval": 1}
     settings |= {"shrink_perturb": None, "lr": 0.1, "checkpoint_interval": None}

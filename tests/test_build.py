@@ -90,7 +90,7 @@ def test_schedule_is_linear_after_warm_up_and_rho_follows():
 
 def test_schedules_equal_their_closed_forms():
     """Warm-up is linear from warmup_lr to lr; then lr falls to min_lr linearly, as half a cosine, or not."""
-    lr, low, first, warmup, total, steps = 0.8, 0.2, 0.1, 2, 6, 10
+    lr, low, first, warmup, total, updates = 0.8, 0.2, 0.1, 2, 6, 10
     fall = {
         "poly": lambda part: lr + (low - lr) * part,
         "cosine": lambda part: low + (lr - low) * (1 + math.cos(math.pi * part)) / 2,
@@ -101,11 +101,11 @@ def test_schedules_equal_their_closed_forms():
         flags += ["--sched", sched, "--method", "base", "--output", "nowhere"]
         args = settings.parse(settings.parser("", ""), flags)
         optimizer = build.build_optimizer(args, network())
-        schedule = build.build_schedule(args, optimizer, steps)
+        schedule = build.build_schedule(args, optimizer, updates)
         for update in (0, 1, 13, 19, 20, 21, 33, 59):
             schedule(update)
-            part = (update - warmup * steps) / ((total - warmup) * steps)
-            expected = first + (lr - first) * update / (warmup * steps) if part < 0 else after(part)
+            part = (update - warmup * updates) / ((total - warmup) * updates)
+            expected = first + (lr - first) * update / (warmup * updates) if part < 0 else after(part)
             assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9), (sched, update)
 
 

@@ -252,7 +252,7 @@ def test_torchcodec_gives_the_pixels_of_timms_crops_and_flips_within_1_or_2_of_2
     flags += ["--train-num-samples", "16"] * streaming
     usual, fast = (opened(accelerator, jpegs, *flags, "--decoder", name)[0] for name in ("pil", "torchcodec"))
     for epoch in range(2):
-        rows = zip(range(usual.steps), usual.train(epoch, 0), fast.train(epoch, 0))
+        rows = zip(range(usual.updates), usual.train(epoch, 0), fast.train(epoch, 0))
         for _, one, other in rows:
             assert one["image"].shape == other["image"].shape and other["image"].dtype == torch.uint8
             assert (one["image"].int() - other["image"].int()).abs().max() <= tolerance

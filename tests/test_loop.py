@@ -274,11 +274,11 @@ def test_an_update_without_perturbation_is_the_base_optimizers(accelerator):
 
 @pytest.mark.parametrize("first", [0, 4])
 def test_every_third_update_of_a_run_perturbs_wherever_it_resumes(accelerator, monkeypatch, first):
-    """Of all steps, not of an epoch's."""
+    """Of all updates, not of an epoch's."""
     asked = []
     monkeypatch.setattr(loop, "update", lambda job, batches, perturb: asked.append(perturb) or torch.zeros(()))
     job = prepared(accelerator, "--method sam --perturb-interval 3", m=4, accumulation=1)
-    job.batches.steps, job.batches.train, job.schedule = 4, lambda epoch, step: iter([]), lambda update: None
+    job.batches.updates, job.batches.train, job.schedule = 4, lambda epoch, first: iter([]), lambda update: None
     progress = run.Progress(epoch=first // 4, updates=first)
     job.args.checkpoint_interval = None
     loop.train_epoch(job, progress, lambda loss: None)
@@ -288,7 +288,7 @@ def test_every_third_update_of_a_run_perturbs_wherever_it_resumes(accelerator, m
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("method", ["base", "sam"])
 def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerator, method, fused):
-    """fp16's loss scaling, which works on a CPU too: the second of three steps overflows."""
+    """fp16's loss scaling, which works on a CPU too: the second of three updates overflows."""
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     model = torch.nn.Linear(3, 2)
     flags = ["--method", method, "--opt-kwargs", f"fused={fused}", "--output", "nowhere"]
@@ -297,7 +297,7 @@ def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerato
     scheduled, weights = [], []
     images = [torch.ones(4, 3), torch.full((4, 3), 1e37), torch.ones(4, 3)]
     job = make_job(
-        accelerator, model, optimizer, objective=None if method == "base" else ascend_the_loss, steps=3,
+        accelerator, model, optimizer, objective=None if method == "base" else ascend_the_loss, updates=3,
         train=lambda epoch, first: iter([{"image": x, "label": torch.tensor([0, 1, 1, 0])} for x in images]),
         schedule=scheduled.append,
         to_input=lambda x: weights.append(model.weight.detach().clone()) or x,

@@ -21,7 +21,7 @@ def images(tmp_path_factory):
 
 def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
-    parts = {"args": Namespace(epochs=1), "batches": Namespace(steps=1)}
+    parts = {"args": Namespace(epochs=1), "batches": Namespace(updates=1)}
     job = Namespace(accelerator=Accelerator(cpu=True), **parts)
     with monitor.Monitor(job, run.Progress()):
         signal.raise_signal(signal.SIGINT)

@@ -154,11 +154,11 @@ def test_recipe_takes_two_updates_with_a_small_model(name, stand_ins, capsys):
 
 @pytest.mark.parametrize("name", ["imagenet/vit_s32-sam.yaml", "imagenet/resnet50-asam.yaml"])
 def test_lr_and_rho_equal_the_closed_form(name):
-    args, steps = parse(name, "--model", "test_resnet"), 1281167 // 4096
+    args, updates = parse(name, "--model", "test_resnet"), 1281167 // 4096
     model = timm.create_model("test_resnet", num_classes=2)
     optimizer = build.build_optimizer(args, model)
-    schedule = build.build_schedule(args, optimizer, steps)
-    warmup, total = args.warmup_epochs * steps, args.epochs * steps
+    schedule = build.build_schedule(args, optimizer, updates)
+    warmup, total = args.warmup_epochs * updates, args.epochs * updates
     for update in (0, 1, warmup // 2, warmup - 1, warmup, warmup + 1, (warmup + total) // 2, total - 1):
         schedule(update)
         lr = args.lr * update / warmup

@@ -139,11 +139,11 @@ def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeyp
     recipe = {"epochs": 3, "warmup_epochs": 1, "method": "sam", "rho": 0.3, "rho_min": 0.1, "lr": 0.01, "min_lr": 0.001}
     train_imagenet.main(small_recipe(tmp_path, images, **recipe))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = len(seen) // 3
-    assert steps > 1
+    updates = len(seen) // 3
+    assert updates > 1
     for i, line in enumerate(lines):
-        losses, right = zip(*seen[i * steps : (i + 1) * steps])
-        assert line["loss"] == pytest.approx(sum(losses) / steps) and line["train"] == sum(right) / (4 * steps)
+        losses, right = zip(*seen[i * updates : (i + 1) * updates])
+        assert line["loss"] == pytest.approx(sum(losses) / updates) and line["train"] == sum(right) / (4 * updates)
         assert line["rho"] == pytest.approx(0.1 + 0.2 * (line["lr"] - 0.001) / 0.009) and line["seconds"] > 0
     assert [line["lr"] for line in lines] == pytest.approx([0.01, 0.0055, 0.001])
     for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
