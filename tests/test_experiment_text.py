@@ -1,4 +1,4 @@
-"""The runs of experiments/text: which there are, on what they train, and workers that share them."""
+"""The runs of experiments/text: which there are, what they train on, workers that share them."""
 
 import argparse
 import json
@@ -100,10 +100,7 @@ def test_sentences(questions):
     assert changed.sum() == 400 and np.array_equal(changed, train["wrong"])
     assert np.bincount((np.array(train["label"]) - true) % 6, minlength=6)[1:].min() > 40
     assert len(held_out) == 1000 and not set(held_out["text"]) & set(train["text"])
-    assert all(
-        int(text.split()[1]) % 6 == label
-        for text, label in zip(*map(held_out.__getitem__, ("text", "label")))
-    )
+    assert [int(text.split()[1]) % 6 for text in held_out["text"]] == list(held_out["label"])
     other, again = run.sentences(questions, setting, "tune", 4)
     assert again["text"] == held_out["text"] and set(other["text"]) != set(train["text"])
     judged, test = run.sentences(questions, setting, "seeds", 3)
