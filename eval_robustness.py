@@ -22,8 +22,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import create_transform, resolve_data_config
 from tqdm.auto import tqdm
 
-from common import checkpoints, corruptions, loaders, metrics, published, report, robustness, settings
+from common import checkpoints, loaders, settings
 from common.settings import InputError
+from robustness import corruptions, published, report, sets, statistics
 
 BENCHMARKS = ("imagenet", "real", "a-clean", "r-clean", "v2", "r", "a", "sketch", "digits")
 
@@ -65,12 +66,12 @@ def parse(argv=None):
     for name, place in places:
         if not re.fullmatch(r"\w[\w-]*", name) or not place:
             raise InputError(f"--data {name}={place}: give NAME=PLACE, the name in letters, digits, - and _")
-        if name in robustness.taken_names(args.benchmarks):
+        if name in sets.taken_names(args.benchmarks):
             raise InputError(f"--data {name}={place}: {name} is a set or a row of its own here: choose another name")
     settings.check_once("--data", [name for name, _ in places])
     settings.check_once("--benchmarks", args.benchmarks)
     args.data = dict(places)
-    read = {robustness.pass_of(benchmark) for benchmark in args.benchmarks}
+    read = {sets.pass_of(benchmark) for benchmark in args.benchmarks}
     args.benchmarks += [name for name in args.data if name not in read]
     if args.corrupt and "c" in args.data:
         raise InputError("--corrupt does not go with --data c=..., images that are corrupted: make two runs of them")
@@ -107,7 +108,7 @@ def open_models(args):
             PartialState().print(
                 f"{name} has no label_names: its outputs are taken for ImageNet's 1000, in their order"
             )
-        for benchmark in (b for b in args.benchmarks if b in (*BENCHMARKS, *robustness.HUB)):
+        for benchmark in (b for b in args.benchmarks if b in (*BENCHMARKS, *sets.HUB)):
             check_fit(name, model, benchmark)
         wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
         config = resolve_data_config({key: v for key, v in wanted.items() if v is not None}, model=model)
@@ -125,7 +126,7 @@ def open_models(args):
 
 def label_names(model) -> list[str]:
     """The names of a model's outputs, from its ``config.json``; ImageNet's, where 1000 have none, as of timm's own."""
-    names = model.pretrained_cfg.get("label_names") or (robustness.WORDNET if model.num_classes == 1000 else [])
+    names = model.pretrained_cfg.get("label_names") or (sets.WORDNET if model.num_classes == 1000 else [])
     if isinstance(names, dict):  # by output, as timm allows
         names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
     return [str(name) for name in names]
@@ -138,9 +139,9 @@ def check_fit(model_name, model, benchmark, ds=None):
         InputError: it is not so, with some names of both.
     """
     try:
-        robustness.order_of(robustness.pass_of(benchmark), ds, label_names(model))
+        sets.order_of(sets.pass_of(benchmark), ds, label_names(model))
     except InputError as error:
-        own = "call a set of your own otherwise" if benchmark in robustness.HUB else "rename its classes"
+        own = "call a set of your own otherwise" if benchmark in sets.HUB else "rename its classes"
         raise InputError(
             f"{model_name} cannot be evaluated on {benchmark}: {error}: choose another set, or {own}"
         ) from error
@@ -158,7 +159,7 @@ def nothing_to_do(models):
     known = f"--benchmarks {' '.join(fitting)}" if fitting else "no --benchmarks"
     return (
         f"nothing to evaluate on: {known} would fit, and --data NAME=PLACE, a folder CLASS/FILE with classes called as "
-        f"the outputs of {name}: {robustness.some(label_names(model))}"
+        f"the outputs of {name}: {sets.some(label_names(model))}"
     )
 
 
@@ -198,10 +199,10 @@ def right_answers(benchmark, batch):
             f"{benchmark}: an image has no label: its file name must end like _n01440764.JPEG, or its folder be a class"
         )
     if benchmark == "real":
-        real = robustness.real_labels()
-        yield "real", None, [real[robustness.validation_number(path)] for path in batch["path"]]
-    elif benchmark.removesuffix("-clean") in robustness.SUBSETS:
-        own = robustness.SUBSETS[benchmark.removesuffix("-clean")]
+        real = sets.real_labels()
+        yield "real", None, [real[sets.validation_number(path)] for path in batch["path"]]
+    elif benchmark.removesuffix("-clean") in sets.SUBSETS:
+        own = sets.SUBSETS[benchmark.removesuffix("-clean")]
         places = {index: place for place, index in enumerate(own)}
         answers = [[places[label]] if label in places else [] for label in batch["label"]]
         if benchmark.endswith("-clean"):  # ImageNet's own images of these classes
@@ -219,7 +220,7 @@ def check_answers(name, ds, benchmarks, size=1000):
     Raises:
         InputError: an image has none.
     """
-    pictures = robustness.Pictures(name.partition(":")[0], ds, None, size)
+    pictures = sets.Pictures(name.partition(":")[0], ds, None, size)
     for rows in ds.iter(size):
         paths = [image["path"] for image in rows["image"]]
         labels = [pictures.label(label, path) for label, path in zip(rows["label"], paths)]
@@ -229,7 +230,7 @@ def check_answers(name, ds, benchmarks, size=1000):
 
 @torch.no_grad()
 def predict(accelerator, model, config, name, ds, benchmarks, args):
-    """One pass over a set's images: by protocol, ``metrics.score``'s columns; and the names of unreadable images.
+    """One pass over a set's images: by protocol, ``statistics.score``'s columns; and the names of unreadable images.
 
     Raises:
         FloatingPointError: logits are not finite.
@@ -238,12 +239,12 @@ def predict(accelerator, model, config, name, ds, benchmarks, args):
     transform = create_transform(**{key: config[key] for key in keys}, normalize=False)
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     options = {**rank, "corrupt": args.corrupt}
-    pictures = robustness.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **options)
+    pictures = sets.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **options)
     times = 1 + args.corrupt * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
     workers = min(args.workers, times * len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
     options = loaders.worker_options(accelerator, workers)
     loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
-    order = robustness.order_of(name.partition(":")[0], ds, label_names(model))
+    order = sets.order_of(name.partition(":")[0], ds, label_names(model))
     model = accelerator.prepare_model(model, evaluation_mode=True)
     to_input = loaders.to_input(config, torch.float32, loaders.memory_format(args.channels_last, model))
     columns, unreadable = {}, []
@@ -287,7 +288,7 @@ def add_scores(columns, logits, outputs, answers, keys):
     right = torch.zeros(logits.shape, dtype=torch.bool)
     for row, i in enumerate(kept):
         right[row, answers[i]] = True
-    scores = metrics.score(logits, right.to(logits.device))
+    scores = statistics.score(logits, right.to(logits.device))
     columns.setdefault("key", []).extend(keys[i] for i in kept)
     for name, values in scores.items():
         columns.setdefault(name, []).extend(values.tolist())
@@ -335,10 +336,10 @@ def check_unreadable(name, columns, unreadable):
     """Let few images be unreadable.
 
     Raises:
-        InputError: they are more than ``robustness.MAX_UNREADABLE`` of the set.
+        InputError: they are more than ``sets.MAX_UNREADABLE`` of the set.
     """
     size = max(len(table["key"]) for table in columns.values()) + len(unreadable) if columns else len(unreadable)
-    if len(unreadable) > robustness.MAX_UNREADABLE * size:
+    if len(unreadable) > sets.MAX_UNREADABLE * size:
         shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
         raise InputError(
             f"{name}: {len(unreadable)} of {size} images cannot be read, too many: mend or replace {shown}"
@@ -357,7 +358,7 @@ def request_of(args, accelerator, model_name, weights, config, name, benchmarks,
     """All that the result of a pass depends on, as JSON has it."""
     request = {
         "model": model_name, "weights": weights, "benchmarks": benchmarks,
-        "data": robustness.place_of(name, args.data) or robustness.HUB.get(name, "digits"), "revision": revision,
+        "data": sets.place_of(name, args.data) or sets.HUB.get(name, "digits"), "revision": revision,
         "preprocessing": {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")},
         "mean": config["mean"], "std": config["std"], "precision": accelerator.mixed_precision,
         "corrupt": corruptions.STRENGTHS if args.corrupt else None,
@@ -368,7 +369,7 @@ def request_of(args, accelerator, model_name, weights, config, name, benchmarks,
     return json.loads(json.dumps(request))
 
 
-def evaluate_all(args, accelerator, models, plan, sets):
+def evaluate_all(args, accelerator, models, plan, opened):
     """Every model on every pass of ``plan``: columns by model and protocol, and what to say about each pass.
 
     What was finished before is known to the main process alone, and so are columns and notes.
@@ -377,8 +378,8 @@ def evaluate_all(args, accelerator, models, plan, sets):
         InputError: images cannot be read, have no right answer, or have logits that are not finite.
     """
     tables, notes, main = {}, {}, accelerator.is_main_process
-    places = {name: robustness.place_of(name, args.data) for name in plan if main}
-    revisions = {name: robustness.revision(name, sets[name], place) for name, place in places.items()}
+    places = {name: sets.place_of(name, args.data) for name in plan if main}
+    revisions = {name: sets.revision(name, opened[name], place) for name, place in places.items()}
     for model_name, (model, config) in models.items():
         folder, tables[model_name] = predictions_folder(args, model_name), {}
         weights = fingerprint(model) if main else None
@@ -387,7 +388,7 @@ def evaluate_all(args, accelerator, models, plan, sets):
         for name, benchmarks in plan.items():
             columns, unreadable = None, []
             if main:
-                which = (name, benchmarks, sets[name], revisions[name])
+                which = (name, benchmarks, opened[name], revisions[name])
                 request = request_of(args, accelerator, model_name, weights, config, *which)
                 columns, record, changed = finished(folder, name, request)
                 why = f": anew, as these have changed since: {', '.join(changed)}" if changed else ""
@@ -395,7 +396,7 @@ def evaluate_all(args, accelerator, models, plan, sets):
             (missing,) = broadcast_object_list([columns is None])
             if missing:
                 try:
-                    columns, unreadable = predict(accelerator, model, config, name, sets[name], benchmarks, args)
+                    columns, unreadable = predict(accelerator, model, config, name, opened[name], benchmarks, args)
                 except FloatingPointError as error:
                     raise InputError(f"{model_name} on {name}: {error}: leave the model out") from error
                 check_unreadable(name, columns, unreadable)
@@ -431,7 +432,7 @@ def corrupted(tables: dict, means: dict) -> dict:
             "clean": float(tables[protocol]["top1"].mean()) if protocol in tables else None,
             "corruptions": rows,
             **({"mce": corruptions.mce(rows)} if protocol == "c" else {}),
-            **metrics.mean(means[protocol]["top1"]),
+            **statistics.mean(means[protocol]["top1"]),
         }
         for protocol, rows in found.items()
     }
@@ -540,35 +541,35 @@ def main(argv=None):
     accelerator = Accelerator()
     settings.use_fast_kernels(accelerator.device)
     models = open_models(args)
-    plan = robustness.passes(args.benchmarks, args.data)
-    places = {name: robustness.place_of(name, args.data) for name in plan}
-    sets = {name: robustness.open_set(name, places[name], args.allow_partial) for name in plan}
-    for name, ds in sets.items():
+    plan = sets.passes(args.benchmarks, args.data)
+    places = {name: sets.place_of(name, args.data) for name in plan}
+    opened = {name: sets.open_set(name, places[name], args.allow_partial) for name in plan}
+    for name, ds in opened.items():
         for model_name, (model, _) in models.items():
-            if name in args.data and name not in robustness.HUB:
+            if name in args.data and name not in sets.HUB:
                 check_fit(model_name, model, name, ds)
-                accelerator.print(robustness.mapping(name, ds, label_names(model), model_name))
+                accelerator.print(sets.mapping(name, ds, label_names(model), model_name))
         if stored(ds):
             check_answers(name, ds, plan[name])
     if accelerator.is_main_process:
         passes = [f"{model} on {name}" for model in models for name in plan]
         files = f"{args.output}/results.json and accuracy.png"
         settings.announce_replacement(files, earlier_passes(Path(args.output)), passes)
-    tables, notes = evaluate_all(args, accelerator, models, plan, sets)
+    tables, notes = evaluate_all(args, accelerator, models, plan, opened)
     if not accelerator.is_main_process:
         return None
     clean = {model: {p: table for p, table in ts.items() if "." not in p} for model, ts in tables.items()}
-    results = {model: {p: metrics.classification(table) for p, table in ts.items()} for model, ts in clean.items()}
+    results = {model: {p: statistics.classification(table) for p, table in ts.items()} for model, ts in clean.items()}
     first, *others = args.model
     differences = {
-        model: {p: metrics.paired(*matched(clean[first][p], table)) for p, table in clean[model].items()}
+        model: {p: statistics.paired(*matched(clean[first][p], table)) for p, table in clean[model].items()}
         for model in others
     }
     means = {model: by_image(ts) for model, ts in tables.items() if args.corrupt or "c" in args.data}
     corruption = {model: corrupted(tables[model], own) for model, own in means.items()}
     for model, p in itertools.product(others, means.get(first, ())):
         one, two = matched(means[first][p], means[model][p])
-        corruption[model][p]["difference_to_first"] = metrics.mean(two - one)
+        corruption[model][p]["difference_to_first"] = statistics.mean(two - one)
     versions = {module.__name__: module.__version__ for module in (torch, timm, datasets, evaluate)}
     for old in Path(args.output).glob("effective_robustness.*"):
         old.unlink()

@@ -21,9 +21,11 @@ from timm.layers import set_fused_attn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from common import checkpoints, data, flatness, loaders, report, settings, training
+from common import build, checkpoints, data, loaders, settings
+from common.report import pairs
 from common.settings import InputError
 from forgetting import conditional_entropy, forgetting, label_patterns
+from robustness import flatness, report
 from sam_obf import SAM
 
 MIN_RUNS = 4  # for a rank correlation
@@ -155,7 +157,7 @@ def rho_at(own, epoch: int, images: int):
         return own.rho
     steps = images // own.batch_size
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], own.lr)
-    training.build_schedule(own, optimizer, steps)(epoch * steps - 1)
+    build.build_schedule(own, optimizer, steps)(epoch * steps - 1)
     return optimizer.param_groups[0]["rho"]
 
 
@@ -166,7 +168,7 @@ def perturbations(args, run, rho) -> dict[str, argparse.Namespace]:
         InputError: the run does not say its rho or m, and none is given; or its own perturbation is its momentum's.
     """
     own, result = run["settings"], {}
-    trained = settings.METHODS[own.method] != (None, None)
+    trained = settings.METHODS[own.method][0] is not None
     for kind in args.perturbations:
         if kind == "own" and not trained:
             continue
@@ -239,7 +241,7 @@ def predict(model, batches, link):
 def measure(args, run, epoch: int, model, batches) -> dict:
     """All that is measured on one model, as saved after ``epoch``, in bits and units of the loss."""
     model.eval().requires_grad_()
-    criterion, size = training.build_criterion(run["settings"]), args.examples
+    criterion, size = build.build_criterion(run["settings"]), args.examples
     flat = min(args.hessian_examples or size, size)
     thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
     everything = batches(0, size)
@@ -254,10 +256,10 @@ def measure(args, run, epoch: int, model, batches) -> dict:
         if twin := next((other for other in result["perturbations"] if kinds[other] == own), None):
             result["perturbations"][kind] = result["perturbations"][twin]
             continue
-        adaptive = own.adaptive if settings.METHODS[own.method][1] == "asam" else None
+        adaptive = own.adaptive if "adaptive" in settings.METHODS[own.method][1] else None
         optimizer = SAM(torch.optim.SGD(model.parameters()), model, own.rho, adaptive=adaptive)
-        objective = training.build_objective(own, criterion, optimizer)
-        part = training.ascending(own, own.m)
+        objective = build.build_objective(own, criterion, optimizer)
+        part = build.ascending(own, own.m)
         torch.manual_seed(args.seed)
         each = []
         warnings.filterwarnings("ignore", "the block left no gradient")  # these blocks only look
@@ -354,7 +356,7 @@ def table_of(measured) -> list[dict]:
     rows = []
     for run, epoch, record in measured:
         own = trained[run["folder"]]
-        row = {"run": str(run["folder"]), "setting": report.pairs({key: own.get(key) for key in varied})}
+        row = {"run": str(run["folder"]), "setting": pairs({key: own.get(key) for key in varied})}
         row |= {"seed": own["seed"], "method": own["method"], "trained_m": own["m"], "trained_rho": own["rho"]}
         for kind, values in record["perturbations"].items():
             found = {key: value for key, value in values.items() if key != "by_threshold"}

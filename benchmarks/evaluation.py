@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_robustness
-from common import robustness
+from robustness import sets
 
 MIN_RATIO, MAX_REAL = 1.0, 1.05
 
@@ -78,7 +78,7 @@ def main():
             write_photographs(made_up, args.images)
             name_like_imagenet(made_up)
             args.folder = made_up
-        ds = robustness.open_set("imagenet", args.folder, allow_partial=True)
+        ds = sets.open_set("imagenet", args.folder, allow_partial=True)
 
         def ours(*benchmarks, ds=ds, corrupt=False):
             args.corrupt = corrupt

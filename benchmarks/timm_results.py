@@ -1,5 +1,5 @@
 # Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
-"""Gather timm's published top-1, one file for each test set, into ``common/timm_results.csv``.
+"""Gather timm's published top-1, one file for each test set, into ``robustness/timm_results.csv``.
 
 git clone https://github.com/huggingface/pytorch-image-models
 python benchmarks/timm_results.py pytorch-image-models/results --source "commit 90cae8c5, 2026-08"

@@ -13,23 +13,24 @@ import torch
 from accelerate.utils import gather_object, load
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models import is_model_pretrained, push_to_hf_hub, resolve_model_input_args, save_for_hf
+from timm.models import is_model_pretrained, push_to_hf_hub, resolve_model_input_args
+from timm.models._hub import save_config_for_hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from common.settings import InputError, lost_process
+from common.errors import InputError, lost_process
 
-FORMAT = 1  # of progress.json
+FORMAT = 2  # of progress.json
 
 
 def save(accelerator, model, optimizer, folder: Path, progress: dict, settings: dict, keep: int) -> None:
     """Write the checkpoint ``folder/step-N`` whole or not at all; remove all but the newest ``keep``.
 
-    ``progress`` holds numbers, N among them under "steps"; ``settings`` are those that a resumed run must share.
+    ``progress`` holds numbers, N among them under "updates"; ``settings`` are those that a resumed run must share.
 
     Raises:
         InputError: the disk is full; earlier checkpoints are untouched.
     """
-    final, draft = folder / f"step-{progress['steps']:08d}", folder / "draft"
+    final, draft = folder / f"step-{progress['updates']:08d}", folder / "draft"
     if final.exists():
         return
     needed = _bytes([model.state_dict(), optimizer.state_dict()])
@@ -140,6 +141,11 @@ def read(path: Path, settings: dict) -> dict:
         raise InputError(f"cannot read {path / 'progress.json'} ({error!r}): {remedy}") from error
     if version > FORMAT:
         raise InputError(f"the checkpoint {path} has format {version}, newer than {FORMAT}: update sam-obf")
+    if version < FORMAT:
+        raise InputError(
+            f"the checkpoint {path} has format {version}, of an older sam-obf: finish that run with the version that "
+            f"began it, or start anew with --overwrite"
+        )
     for name, size in files.items():
         found = (path / name).stat().st_size if (path / name).exists() else 0
         if found != size:
@@ -179,10 +185,11 @@ def restore(accelerator, path: Path) -> None:
 
 def timm_config(args, model, batches) -> str:
     """The ``config.json`` of timm's layout for a model that is not prepared yet."""
-    options = {"model_config": {"label_names": batches.label_names}, "model_args": args.model_kwargs}
+    names, options = {"label_names": batches.label_names}, {"model_args": args.model_kwargs}
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder, data_config=batches.config, safe_serialization=True, **options)
-        return (Path(folder) / "config.json").read_text()
+        file = Path(folder) / "config.json"
+        save_config_for_hf(model, file, names, data_config=batches.config, **options)
+        return file.read_text()
 
 
 def save_model(accelerator, model, folder: Path, config: str) -> None:

@@ -1,21 +1,18 @@
 """Settings: flags, recipes and methods; a recipe's keys are the flags' names."""
 
 import argparse
-import contextlib
-import difflib
-import gc
-import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import yaml
-from accelerate.state import PartialState
 from accelerate.utils import LoggerType
 from timm.utils import ParseKwargs
+
+from common.device import use_fast_kernels  # noqa: F401, for scripts that do not import it from there yet
+from common.errors import InputError, clear_errors, did_you_mean, lost_process  # noqa: F401, as above
+from common.methods import METHODS
 
 DEFAULTS = "In parentheses: the default."
 CHANNELS_LAST_HELP = "channels innermost in memory (yes for models with more than one 2-d convolution)"
@@ -24,32 +21,6 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 WORKERS_HELP = "data loading processes of each process (the machine's cores, at most 4)"
 TRACKERS = [name for name in LoggerType.list() if name != "all"]
-# What the perturbation ascends, and the variant of the step.
-METHODS = {
-    "base": (None, None),
-    "sam": ("loss", "sam"),
-    "obf": ("obf", "sam"),
-    "random": ("noise", "sam"),
-    "momentum": ("momentum", "sam"),
-    "gsam": ("loss", "gsam"),
-    "asam": ("loss", "asam"),
-    "gsam+obf": ("obf", "gsam"),
-    "asam+obf": ("obf", "asam"),
-}
-# Settings that only some methods use: their default, and which. Given to another method, they are an error.
-PERTURBATION = {
-    "rho": (0.05, lambda ascent, variant: variant is not None),
-    "perturb_fraction": (1.0, lambda ascent, variant: ascent in ("loss", "obf")),
-    "perturb_interval": (1, lambda ascent, variant: variant is not None),
-    "rho_min": (None, lambda ascent, variant: variant is not None),
-    "gamma": (1.0, lambda ascent, variant: ascent == "obf"),
-    "lam": (None, lambda ascent, variant: ascent == "obf"),
-    "link": ("sigmoid", lambda ascent, variant: ascent == "obf"),
-    "adaptive": ("both", lambda ascent, variant: variant == "asam"),
-    "gsam_alpha": (0.4, lambda ascent, variant: variant == "gsam"),
-    "gsam_normalize": (False, lambda ascent, variant: variant == "gsam"),
-}
-
 # Flags about one execution of a run; the others are settings, which a recipe may hold and a resumed run must share.
 NOT_SETTINGS = ("recipe", "overwrite", "resume", "print_config", "dry_run")
 INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval")
@@ -66,56 +37,6 @@ RANGES = {
     "validation_share": "(0, 1)", "train_share": "(0, 1)", "head_bias": "(-inf, inf)", "workers": "[0, inf)",
     "seed": "[0, 2147483647]", "crop_pct": "[0.01, 1]",
 }  # fmt: skip
-
-
-class InputError(ValueError):
-    """Something that the user can mend; the scripts print its message and no traceback."""
-
-
-def use_fast_kernels(device: torch.device) -> None:
-    """On a GPU, TF32 in products of float32 matrices and cuDNN's search for fast convolutions, as timm's train.py."""
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-
-
-def lost_process(error: Exception) -> bool:
-    """Whether an error says that another process of the run cannot be reached; gloo has no class for that."""
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-@contextlib.contextmanager
-def clear_errors():
-    """End the program with one line for what the user can mend: bad input, or another process that died."""
-    try:
-        yield
-    except InputError as error:  # a data loading process puts its traceback before the message
-        raise SystemExit(f"error: {str(error).split('settings.InputError: ')[-1].strip()}") from None
-    except KeyboardInterrupt:
-        print("\ninterrupted: what was saved is intact (training: go on with --resume auto)", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        raise SystemExit(
-            f"error: another process of this run died or cannot be reached; look for its own error ({error}). What was "
-            f"saved is intact: start all processes anew with the same command (training: with --resume auto)"
-        ) from None
-    else:
-        # Garbage may hold the group, whose threads would go on: one that frees a tensor while Python ends aborts it.
-        gc.collect()
-        PartialState().destroy_process_group()
-    finally:
-        # Loader workers outlive a SIGTERM for a minute, also the one that they get when this program ends.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a killed worker for an accident
-        for worker in multiprocessing.active_children():
-            worker.kill()
-
-
-def did_you_mean(word, known) -> str:
-    """The end of an error about an unknown word: the known one that is nearest, or nothing if none is near."""
-    nearest = difflib.get_close_matches(str(word), known, 1)
-    return f": did you mean {nearest[0]!r}?" if nearest else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -237,13 +158,7 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     if unknown:
         hint = did_you_mean(unknown[0].split("=")[0], p._option_string_actions) or "; --help lists them all"
         raise InputError(f"unknown argument {unknown[0]}{hint}")
-    method = METHODS[args.method]
-    for key, (default, used) in PERTURBATION.items():
-        if getattr(args, key) is None:
-            setattr(args, key, default if used(*method) else None)
-        elif not used(*method):
-            users = ", ".join(name for name, other in METHODS.items() if used(*other))
-            raise InputError(f"{key} contradicts method {args.method}: drop it, or choose --method from {users}")
+    resolve_method(args)
     check_ranges(args, RANGES)
     for key in ("scale", "ratio"):
         if getattr(args, key)[0] > getattr(args, key)[1]:
@@ -266,6 +181,21 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     if not args.dry_run:
         check_output(args)
     return args
+
+
+def resolve_method(args) -> None:
+    """Set the method's settings that were not given to their defaults, and those of other methods to None.
+
+    Raises:
+        InputError: a setting is given that only other methods have.
+    """
+    _, own = METHODS[args.method]
+    for key in {key: None for _, options in METHODS.values() for key in options}:
+        if getattr(args, key) is None:
+            setattr(args, key, own.get(key))
+        elif key not in own:
+            users = ", ".join(name for name, (_, options) in METHODS.items() if key in options)
+            raise InputError(f"{key} contradicts method {args.method}: drop it, or choose --method from {users}")
 
 
 def check_decoder(decoder: str) -> None:

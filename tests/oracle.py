@@ -68,10 +68,11 @@ def write_tars(root, labels, indices, shards=2):
 
 if __name__ == "__main__":
     import eval_robustness
-    from common import checkpoints, robustness
+    from common import checkpoints
+    from robustness import sets
 
     if PartialState().is_main_process is False:
-        robustness.revision = None  # asking is the main process's
+        sets.revision = None  # asking is the main process's
     checkpoints.open_model = lambda name: Oracle({"right": (), "wrong": (0, 3, 6)}[name])
     for folder in sorted(Path(sys.argv[1]).glob("v2-*")):
         flags = ["--data", f"v2={folder}", "--allow-partial", "--workers", "1", "--batch-size", "8"]

@@ -16,8 +16,8 @@ from PIL import Image
 from timm.data import create_transform
 from timm.models import save_for_hf
 
-from common import corruptions, robustness
-from common.corruptions import CORRUPTIONS, SEVERITIES, STRENGTHS, corrupt
+from robustness import corruptions, sets
+from robustness.corruptions import CORRUPTIONS, SEVERITIES, STRENGTHS, corrupt
 
 ROOT = Path(__file__).parent.parent
 KINDS = list(itertools.product(CORRUPTIONS, SEVERITIES))
@@ -122,7 +122,7 @@ def read_all(ds, size, batch, workers, processes):
     """Every corrupted image by path and corruption."""
     found, transform = {}, create_transform(size, normalize=False)
     for process in range(processes):
-        pictures = robustness.Pictures("mine", ds, transform, batch, process, processes, corrupt=True)
+        pictures = sets.Pictures("mine", ds, transform, batch, process, processes, corrupt=True)
         for rows in torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=dict):
             for path, image in zip(rows["path"], rows["image"]):
                 assert found.setdefault((path, rows["corruption"]), image) is image  # each once

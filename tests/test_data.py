@@ -21,9 +21,10 @@ from sklearn.datasets import load_digits
 from timm.data import create_transform
 
 import train_imagenet
-from common import data, loaders, robustness
+from common import data, loaders
 from common import digits as digits_module
 from common.settings import InputError
+from robustness import sets
 
 
 def write_folder(root, splits=("train", "val"), classes=("cat", "dog"), images=3):
@@ -672,7 +673,7 @@ def test_whatever_pil_raises_names_the_image(tmp_path, kind, error):
         with pytest.raises(InputError, match=rf"cannot read the image .*a\.{kind}: .*{error}"):
             loaders.decode(image)
     ds = datasets.Dataset.from_dict({"image": [{"bytes": damaged(kind), "path": None}], "label": [0]})
-    (batch,) = robustness.Pictures("digits", ds, create_transform(8), 1)
+    (batch,) = sets.Pictures("digits", ds, create_transform(8), 1)
     assert batch["unreadable"] == ["image 0"] and not batch["key"]
 
 

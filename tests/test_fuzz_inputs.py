@@ -16,9 +16,10 @@ from test_data import write_folder
 
 import sweep
 import train_imagenet
-from common import data, loaders, robustness
+from common import data, loaders
 from common import settings as project_settings
 from common.settings import InputError
+from robustness import sets
 
 SAME_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 fuzz = {"deadline": None, "derandomize": True, "suppress_health_check": SAME_FOLDER, "report_multiple_bugs": False}
@@ -248,7 +249,5 @@ def test_file_names(tmp_path_factory, top, classes, other, streaming):
         read_all(loaded)
     for benchmark in ("imagenet", "r"):
         with contextlib.suppress(InputError):
-            for batch in robustness.Pictures(
-                benchmark, robustness.open_set(benchmark, str(folder), True), TRANSFORM, 2
-            ):
+            for batch in sets.Pictures(benchmark, sets.open_set(benchmark, str(folder), True), TRANSFORM, 2):
                 assert all(0 <= label < 1000 for label in batch["label"])

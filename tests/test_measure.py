@@ -29,9 +29,10 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import measure_forgetting
 import train_imagenet
-from common import data, flatness, loaders, report, training
+from common import data, loaders, loop, report
 from common.settings import InputError
 from forgetting import forgetting
+from robustness import flatness
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = [i / 50 for i in range(1, 50)]
@@ -477,13 +478,13 @@ def test_rho_that_followed_lr_is_that_of_the_epochs_last_update():
 @pytest.mark.usefixtures("curvature_aside")
 @pytest.mark.parametrize("sched", ["poly", "cosine"])
 def test_measured_rho_is_what_training_used_last_before_it_saved_the_model(images, tmp_path, monkeypatch, sched):
-    used, update = [], training.update
+    used, update = [], loop.update
 
     def recorded(job, batches, perturb):
         used.append(job.optimizer.param_groups[0]["rho"])
         return update(job, batches, perturb)
 
-    monkeypatch.setattr(training, "update", recorded)
+    monkeypatch.setattr(loop, "update", recorded)
     options = {"epochs": 3, "warmup_epochs": 1, "save_interval": 1, "method": "sam", "rho": 0.3, "rho_min": 0.05}
     train_imagenet.main(small_recipe(tmp_path, images, sched=sched, **options))
     output = ["--output", str(tmp_path / "out"), "--workers", "0", "--hessian-examples", "4"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from common import published
+from robustness import published
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import timm_results

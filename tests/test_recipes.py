@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 
 import finetune_cifar
 import train_imagenet
-from common import settings, training
+from common import build, settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -161,8 +161,8 @@ def test_recipe_takes_two_updates_with_a_small_model(name, stand_ins, capsys):
 def test_lr_and_rho_equal_the_closed_form(name):
     args, steps = parse(name, "--model", "test_resnet"), 1281167 // 4096
     model = timm.create_model("test_resnet", num_classes=2)
-    optimizer = training.build_optimizer(args, model)
-    schedule = training.build_schedule(args, optimizer, steps)
+    optimizer = build.build_optimizer(args, model)
+    schedule = build.build_schedule(args, optimizer, steps)
     warmup, total = args.warmup_epochs * steps, args.epochs * steps
     for update in (0, 1, warmup // 2, warmup - 1, warmup, warmup + 1, (warmup + total) // 2, total - 1):
         schedule(update)
@@ -178,7 +178,7 @@ def test_lr_and_rho_equal_the_closed_form(name):
 def test_no_weight_decay_on_vectors_and_position_embedding():
     args = parse("imagenet/vit_s32-obf.yaml")
     model = timm.create_model("test_vit", class_token=False, global_pool="avg")
-    groups = training.build_optimizer(args, model).param_groups
+    groups = build.build_optimizer(args, model).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if p.ndim <= 1 or name == "pos_embed" else 0.3)

@@ -6,14 +6,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from common import published, report
+from common import report as runs_report
+from robustness import published, report
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The pictures as they are saved, each with its name and caption."""
     pictures = {}
-    monkeypatch.setattr(report, "save", lambda figure, path, caption: pictures.update({path.stem: (figure, caption)}))
+
+    def keep(figure, path, caption):
+        pictures[path.stem] = (figure, caption)
+
+    monkeypatch.setattr(runs_report, "save", keep)
     yield pictures
     plt.close("all")
 
@@ -47,9 +52,9 @@ def test_names_for_pictures_are_short_and_differ(names, short):
 @pytest.mark.parametrize("values", [(0.001, 0.9), (0.98, 0.99), (0.681, 0.693), (0.0, 1.0), (0.5,)])
 def test_the_logit_axis_holds_its_values_and_has_ticks_that_can_be_told_apart(values):
     figure, axis = plt.subplots(figsize=(4, 4))
-    report.logit_axis(axis, "y", values)
+    runs_report.logit_axis(axis, "y", values)
     low, high = axis.get_ylim()
-    inside = np.clip(values, *report.EDGES)
+    inside = np.clip(values, *runs_report.EDGES)
     assert low < min(inside) and max(inside) < high
     ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
     assert len(ticks) >= 2
@@ -115,7 +120,7 @@ def test_the_picture_of_effective_robustness_has_every_model_where_it_is(drawn, 
     assert top.get_ylabel() == "top-1 on v2, % (n = 10,000)"
     assert figure.axes[2].get_xlabel() == "top-1 on imagenet, % (n = 50,000)"
     points = [tuple(line.get_xydata()[0]) for line in top.lines if line.get_marker() == "o"]
-    assert points == [(0.75, 0.68), (report.EDGES[0],) * 2]
+    assert points == [(0.75, 0.68), (runs_report.EDGES[0],) * 2]
     assert np.array_equal(top.collections[0].get_offsets(), baseline)
     legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes[2:]]
     assert legends[0][2:] == ["a: +2.00 (+1.00 to +3.00)", "b: +2.00 (+1.00 to +3.00)"]
@@ -134,11 +139,13 @@ def line_of(axis, label):
 
 def test_curves_are_means_over_seeds_with_bands(drawn, tmp_path):
     several = [*rows("1", [0.5, 0.8, 0.9], lr=0.1, rho=0.2), *rows("2", [0.7, 0.6], lr=0.1, rho=0.2)]
-    report.draw_curves({"sam": several, "base": rows("3", [0.1, 0.2, 1.0], lr=0.1, rho=None)}, tmp_path / "curves.png")
+    runs_report.draw_curves(
+        {"sam": several, "base": rows("3", [0.1, 0.2, 1.0], lr=0.1, rho=None)}, tmp_path / "curves.png"
+    )
     figure, caption = drawn["curves"]
     _, accuracy, train, _, rho, legend = figure.axes
     assert line_of(accuracy, "sam").get_xydata() == pytest.approx(np.array([[1, 0.6], [2, 0.7], [3, 0.9]]))
-    assert line_of(accuracy, "base").get_ydata() == pytest.approx([0.1, 0.2, report.EDGES[1]])
+    assert line_of(accuracy, "base").get_ydata() == pytest.approx([0.1, 0.2, runs_report.EDGES[1]])
     (band,) = accuracy.collections
     assert {tuple(np.round(point, 6)) for point in band.get_paths()[0].vertices} >= {
         (1, 0.5),
@@ -153,16 +160,16 @@ def test_curves_are_means_over_seeds_with_bands(drawn, tmp_path):
 
 
 def test_of_many_curves_the_best_are_drawn_and_it_is_said(drawn, tmp_path):
-    report.draw_curves({f"lr={i}": rows(str(i), [0.9, i / 50]) for i in range(30)}, tmp_path / "curves.png")
+    runs_report.draw_curves({f"lr={i}": rows(str(i), [0.9, i / 50]) for i in range(30)}, tmp_path / "curves.png")
     legend = drawn["curves"][0].axes[-1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == [f"lr={i}" for i in range(10, 30)]
     assert legend.get_title().get_text() == "the 20 best of 30 settings"
 
 
 def test_metrics_of_an_older_run_without_a_loss_are_read(tmp_path):
-    assert report.read_metrics(tmp_path) == []
+    assert runs_report.read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 0, "loss": None, "test": 0.5}) + "\n")
-    assert report.read_metrics(tmp_path) == [{"epoch": 1, "loss": None, "test": 0.5, "run": str(tmp_path)}]
+    assert runs_report.read_metrics(tmp_path) == [{"epoch": 1, "loss": None, "test": 0.5, "run": str(tmp_path)}]
 
 
 def forgetting_row(run, method, m, rho, epoch, forgetting, kind="sam"):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from safetensors.torch import load_file
 from test_data import write_folder
 
 import train_imagenet
-from common import checkpoints, training
-from common.settings import InputError, clear_errors
+from common import checkpoints, loop, monitor
+from common import run as run_module
+from common.errors import InputError, clear_errors
 
 ROOT = Path(__file__).parent.parent
 # Dropout, augmentation, workers, a schedule for lr and rho, noise in the perturbation, momentum: all must resume.
@@ -193,7 +195,7 @@ def test_run_that_accumulates_resumes_at_the_same_image(tmp_path, images):
 
 def die_while_evaluating(recipe, output):
     """Be killed in the evaluation of the second epoch."""
-    evaluate, seen = training.evaluate_top1, []
+    evaluate, seen = run_module.evaluate_top1, []
 
     def die(*args):
         seen.append(args)
@@ -201,7 +203,7 @@ def die_while_evaluating(recipe, output):
             os.kill(os.getpid(), signal.SIGKILL)
         return evaluate(*args)
 
-    training.evaluate_top1 = die
+    run_module.evaluate_top1 = die
     train_apart(recipe, output)
 
 
@@ -212,7 +214,7 @@ def test_kill_while_evaluating_costs_no_training(tmp_path, images, monkeypatch):
     apart(die_while_evaluating, path, output).join()
     assert steps_saved(output) == 8
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
-    monkeypatch.setattr(training, "update", None)
+    monkeypatch.setattr(loop, "update", None)
     in_process(path, output, "--resume", "auto")
     assert_same_run(tmp_path / "whole", output)
 
@@ -236,7 +238,7 @@ def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(
     os.killpg(run.pid, how)  # schedulers and terminals send it to loader workers too
     out, err = run.communicate(timeout=120)
     assert run.returncode == code and "Traceback" not in err, err
-    assert f"stopped by {how.name} after step" in out
+    assert f"stopped by {how.name} after update" in out
     assert steps_saved(tmp_path / "run") < 32
     assert "resuming from" in finish(start(path, tmp_path / "run", "--resume", "auto"))
     assert_same_run(whole, tmp_path / "run")
@@ -301,7 +303,7 @@ def test_run_whose_checkpoints_were_removed_is_not_trained_anew_unasked(tmp_path
             in_process(path, output, "--resume", "auto")
         (shutil.rmtree if (output / missing).is_dir() else os.remove)(output / missing)
     (output / "results.json").write_text("of an earlier run")
-    monkeypatch.setattr(training, "final_evaluation", lambda job: {})
+    monkeypatch.setattr(run_module, "finish", lambda job: {})
     in_process(path, output, "--overwrite")
     assert not (output / "results.json").exists()
 
@@ -319,7 +321,9 @@ def test_finished_run_whose_best_model_was_removed_says_so(tmp_path, images):
 
 def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
-    with training.Watch(Accelerator(cpu=True)):
+    parts = {"args": Namespace(epochs=1), "batches": Namespace(steps=1)}
+    job = Namespace(accelerator=Accelerator(cpu=True), **parts)
+    with monitor.Monitor(job, run_module.Progress()):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -456,14 +460,14 @@ def test_checkpoint_of_a_newer_format_says_so(tmp_path, images):
     path, output = short_run(tmp_path, images)
     file = output / "checkpoints" / "step-00000008" / "progress.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(InputError, match="has format 99, newer than 1: update"):
+    with pytest.raises(InputError, match="has format 99, newer than 2: update"):
         in_process(path, output, "--resume", "auto")
 
 
 def test_a_setting_that_a_checkpoint_lacks_differs(tmp_path):
-    saved = {"format": 1, "progress": {"steps": 3}, "settings": {"lr": 0.1}, "files": {}}
+    saved = {"format": 2, "progress": {"updates": 3}, "settings": {"lr": 0.1}, "files": {}}
     (tmp_path / "progress.json").write_text(json.dumps(saved))
-    assert checkpoints.read(tmp_path, {"lr": 0.1, "m": None}) == {"steps": 3}
+    assert checkpoints.read(tmp_path, {"lr": 0.1, "m": None}) == {"updates": 3}
     with pytest.raises(InputError, match=r"is of a run with rho None, and this one has 0\.2"):
         checkpoints.read(tmp_path, {"lr": 0.1, "rho": 0.2})
 
@@ -529,7 +533,7 @@ def test_full_disk_is_noticed_before_writing(tmp_path, images, monkeypatch):
 
 def test_loss_that_stays_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=8, lr=1e30, rho_min=None, warmup_epochs=0)
-    with pytest.raises(InputError, match=r"has not been finite since step [23]:"):
+    with pytest.raises(InputError, match=r"has not been finite since update [23]:|weights are not finite after update"):
         in_process(path, tmp_path / "run")
     assert steps_saved(tmp_path / "run") in (1, 2)
     assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path / "run").values())
@@ -537,7 +541,7 @@ def test_loss_that_stays_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp
 
 def test_loss_that_is_nan_in_a_short_run_saves_no_model(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=1, lr=1e30, rho_min=None, warmup_epochs=0)
-    with pytest.raises(InputError, match=r"has not been finite since step [23]:"):
+    with pytest.raises(InputError, match=r"has not been finite since update [23]:|weights are not finite after update"):
         in_process(path, tmp_path / "run")
     assert not (tmp_path / "run" / "best").exists() and not (tmp_path / "run" / "last").exists()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
@@ -547,16 +551,16 @@ def test_loss_that_is_nan_in_a_short_run_saves_no_model(tmp_path, images):
 def test_nan_loss_of_finite_weights_is_null_in_the_metrics_and_for_a_whole_epoch_an_error(
     tmp_path, images, monkeypatch, bad
 ):
-    update, seen = training.update, []
+    update, seen = loop.update, []
 
     def sometimes_nan(*args, **kwargs):
         seen.append(update(*args, **kwargs))
         return torch.tensor(float("nan")) if len(seen) <= bad else seen[-1]
 
-    monkeypatch.setattr(training, "update", sometimes_nan)
+    monkeypatch.setattr(loop, "update", sometimes_nan)
     path = recipe(tmp_path, images, workers=0, epochs=1, warmup_epochs=0)
     if bad == 4:
-        with pytest.raises(InputError, match="has not been finite since step 1:"):
+        with pytest.raises(InputError, match="has not been finite since update 1:"):
             in_process(path, tmp_path / "run")
         return
     in_process(path, tmp_path / "run")

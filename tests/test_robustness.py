@@ -26,9 +26,10 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
 from timm.models import save_for_hf
 
 import eval_robustness
-from common import checkpoints, loaders, metrics, published, robustness
+from common import checkpoints, loaders
 from common.digits import SHIFTS, digits
 from common.settings import InputError
+from robustness import published, sets, statistics
 
 WORDNET = ImageNetInfo("imagenet-1k").label_names()
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,7 @@ def test_v2_folders_are_numbers_not_text(tmp_path):
 
 
 def test_r_folders_are_200_wordnet_ids_among_1000(tmp_path):
-    classes = {WORDNET[index]: index for index in robustness.SUBSETS["r"]}
+    classes = {WORDNET[index]: index for index in sets.SUBSETS["r"]}
     folder = write_folders(tmp_path / "imagenet-r", classes)
     (folder / "README.txt").write_text("about")
     results = evaluate(tmp_path, ["r"], f"r={folder}")["right"]
@@ -85,10 +86,10 @@ def test_r_folders_are_200_wordnet_ids_among_1000(tmp_path):
 
 def test_r_tars_hold_positions_in_its_own_200_classes(tmp_path):
     labels = random.Random(0).sample(range(200), 200)
-    folder = write_tars(tmp_path / "wds_imagenet-r", labels, [robustness.SUBSETS["r"][label] for label in labels])
+    folder = write_tars(tmp_path / "wds_imagenet-r", labels, [sets.SUBSETS["r"][label] for label in labels])
     results = evaluate(tmp_path, ["r"], f"r={folder}")["right"]
     assert results["r-200"]["top1"] == results["r-1000"]["top1"] == 1.0
-    assert np.mean([robustness.SUBSETS["r"][label] == label for label in labels]) < 0.1  # the naive rule
+    assert np.mean([sets.SUBSETS["r"][label] == label for label in labels]) < 0.1  # the naive rule
 
 
 def test_sketch_with_missing_classes_is_mapped_by_name(tmp_path):
@@ -111,13 +112,13 @@ def test_sketch_tars_hold_numbers(tmp_path):
 
 def validation_images(number=80, seed=0):
     """Numbers of validation images in no order, with the class that the oracle will see: one that Real has right."""
-    labels, rng = robustness.real_labels(), random.Random(seed)
+    labels, rng = sets.real_labels(), random.Random(seed)
     numbers = rng.sample(range(1, 50_001), number)
     return {n: rng.choice(labels[n]) if labels[n] else rng.randrange(1000) for n in numbers}
 
 
 def test_real_goes_by_file_number_in_the_archives_layout(tmp_path):
-    seen, labels = validation_images(), robustness.real_labels()
+    seen, labels = validation_images(), sets.real_labels()
     for n, index in seen.items():
         folder = tmp_path / "val" / WORDNET[index]
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,13 +185,13 @@ def test_real_and_imagenet_of_the_hubs_layout_in_one_pass(tmp_path, monkeypatch)
     ],
 )
 def test_class_names(name, benchmark, index):
-    assert robustness.class_index(name, benchmark) == index
+    assert sets.class_index(name, benchmark) == index
 
 
 @pytest.mark.parametrize("name, benchmark", [("n00000000", "v2"), ("1000", "v2"), ("200", "r"), ("cat", "sketch")])
 def test_class_name_that_maps_to_nothing_is_named(name, benchmark):
     with pytest.raises(InputError, match=f"{benchmark}: the class '{name}' is no WordNet id"):
-        robustness.class_index(name, benchmark)
+        sets.class_index(name, benchmark)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def one_hot(labels, classes=1000):
 
 def test_accuracies_and_likelihood_agree_with_scikit_learn_and_torch():
     logits, labels = random_logits()
-    result = metrics.classification(metrics.score(logits, one_hot(labels)))
+    result = statistics.classification(statistics.score(logits, one_hot(labels)))
     for k in (1, 5):
         expected = top_k_accuracy_score(labels.numpy(), logits.numpy(), k=k, labels=range(1000))
         assert result[f"top{k}"] == pytest.approx(expected)
@@ -225,7 +226,7 @@ def test_wilson_interval_equals_its_formula():
         "nll": np.ones(200),
         "confidence": np.ones(200),
     }
-    result, z = metrics.classification(columns), norm.ppf(0.975)
+    result, z = statistics.classification(columns), norm.ppf(0.975)
     centre = (0.9 + z**2 / 400) / (1 + z**2 / 200)
     half = z / (1 + z**2 / 200) * math.sqrt(0.9 * 0.1 / 200 + z**2 / (4 * 200**2))
     assert (result["top1_low"], result["top1_high"]) == pytest.approx((centre - half, centre + half), rel=1e-9)
@@ -241,20 +242,20 @@ def test_calibration_error_equals_a_loop_over_bins():
         if inside.any():
             expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
     columns = {"top1": right, "top5": right, "nll": confidence, "confidence": confidence}
-    assert metrics.classification(columns)["ece"] == pytest.approx(expected)
+    assert statistics.classification(columns)["ece"] == pytest.approx(expected)
 
 
 def test_the_likelihood_is_that_of_all_right_answers_together():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     p = logits.softmax(-1)[0]
-    nll = metrics.score(logits, torch.tensor([[True, False, True]]))["nll"]
+    nll = statistics.score(logits, torch.tensor([[True, False, True]]))["nll"]
     assert nll.item() == pytest.approx(-math.log(p[0] + p[2]))
 
 
 def test_confidence_is_that_of_the_prediction_be_it_right_or_wrong():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     for right in range(3):
-        confidence = metrics.score(logits, one_hot(torch.tensor([right]), 3))["confidence"]
+        confidence = statistics.score(logits, one_hot(torch.tensor([right]), 3))["confidence"]
         assert confidence.item() == pytest.approx(logits.softmax(-1).max().item())
 
 
@@ -272,11 +273,11 @@ def test_scores_stay_with_their_images_keys_and_in_their_order():
 
 def test_constant_logits_are_no_better_than_chance():
     labels = torch.arange(1000)
-    assert metrics.classification(metrics.score(torch.zeros(1000, 1000), one_hot(labels)))["top1"] == 1e-3
+    assert statistics.classification(statistics.score(torch.zeros(1000, 1000), one_hot(labels)))["top1"] == 1e-3
 
 
 def test_real_agrees_with_timm():
-    real, (logits, _) = robustness.real_labels(), random_logits(500, seed=1)
+    real, (logits, _) = sets.real_labels(), random_logits(500, seed=1)
     numbers = random.Random(0).sample(range(1, 50_001), 500)
     for row, n in enumerate(numbers):  # make half of them right
         if real[n] and row % 2:
@@ -286,14 +287,14 @@ def test_real_agrees_with_timm():
     theirs.add_result(logits)
     columns = {}
     eval_robustness.add_scores(columns, logits, None, [real[n] for n in numbers], names)
-    ours = metrics.classification(columns)
+    ours = statistics.classification(columns)
     assert 100 * ours["top1"] == pytest.approx(theirs.get_accuracy(1))
     assert 100 * ours["top5"] == pytest.approx(theirs.get_accuracy(5))
 
 
 def test_r_protocol_of_200_classes_agrees_with_masking():
     logits, _ = random_logits(400, seed=2)
-    labels = [random.Random(i).choice(robustness.SUBSETS["r"]) for i in range(400)]
+    labels = [random.Random(i).choice(sets.SUBSETS["r"]) for i in range(400)]
     batch = {"label": labels, "path": [None] * 400}
     columns = {}
     for protocol, outputs, answers in eval_robustness.right_answers("r", batch):
@@ -301,7 +302,7 @@ def test_r_protocol_of_200_classes_agrees_with_masking():
             columns.setdefault(protocol, {}), logits, outputs, answers, list(map(str, range(400)))
         )
     masked = logits.clone()
-    masked[:, [i for i in range(1000) if i not in robustness.SUBSETS["r"]]] = -torch.inf
+    masked[:, [i for i in range(1000) if i not in sets.SUBSETS["r"]]] = -torch.inf
     assert columns["r-200"]["top1"] == (masked.argmax(-1) == torch.tensor(labels)).tolist()
     assert columns["r-1000"]["top1"] == (logits.argmax(-1) == torch.tensor(labels)).tolist()
 
@@ -310,7 +311,7 @@ def test_paired_difference_equals_resampling_images_and_mcnemars_sum():
     rng = np.random.default_rng(0)
     first = rng.random(400) < 0.8
     other = np.where(rng.random(400) < 0.1, ~first, first)
-    result = metrics.paired(first, other)
+    result = statistics.paired(first, other)
     rows = rng.integers(0, 400, (10_000, 400))
     means = (other[rows].astype(int) - first[rows]).mean(1)
     assert result["difference"] == pytest.approx(other.mean() - first.mean())
@@ -318,7 +319,7 @@ def test_paired_difference_equals_resampling_images_and_mcnemars_sum():
     gained, lost = (other & ~first).sum(), (first & ~other).sum()
     tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (gained + lost)
     assert result["p_value"] == pytest.approx(min(1, 2 * tail))
-    assert metrics.paired(first, first) == {"difference": 0, "low": 0, "high": 0, "p_value": 1}
+    assert statistics.paired(first, first) == {"difference": 0, "low": 0, "high": 0, "p_value": 1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,7 +335,7 @@ def test_every_image_is_read_once_whatever_the_split(tmp_path, size, processes, 
         labels, keys = [], []
         for process in range(processes):
             transform = create_transform(16, normalize=False)
-            pictures = robustness.Pictures("v2", images, transform, 8, process, processes)
+            pictures = sets.Pictures("v2", images, transform, 8, process, processes)
             for batch in torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=dict):
                 labels, keys = labels + batch["label"], keys + batch["key"]
         assert sorted(labels) == list(range(size))
@@ -363,7 +364,7 @@ def test_two_processes_count_as_one(tmp_path):
 
 def test_killed_run_goes_on_after_the_last_finished_benchmark(tmp_path, monkeypatch, capsys):
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
-    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.SUBSETS["r"]})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in sets.SUBSETS["r"]})
     places, models = (f"v2={folder}", f"r={r}"), ("right", "wrong about 3 6")
     predict, begun = eval_robustness.predict, []
 
@@ -684,8 +685,8 @@ def test_a_pass_killed_while_it_replaces_another_leaves_neither(tmp_path, monkey
 
 def test_a_sets_revision_is_asked_for_once(tmp_path, monkeypatch):
     places = [f"{name}={write_folders(tmp_path / name, {WORDNET[1]: 1})}" for name in ("v2", "r")]
-    asked, revision = [], robustness.revision
-    monkeypatch.setattr(robustness, "revision", lambda name, *rest: asked.append(name) or revision(name, *rest))
+    asked, revision = [], sets.revision
+    monkeypatch.setattr(sets, "revision", lambda name, *rest: asked.append(name) or revision(name, *rest))
     evaluate(tmp_path, ["v2", "r"], *places, models=("right", "wrong about 3"), flags=["--allow-partial"])
     assert asked == ["v2", "r"]
 
@@ -694,11 +695,11 @@ def test_a_hub_that_does_not_answer_is_no_traceback(monkeypatch):
     def fail(*_):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(robustness.huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(sets.huggingface_hub.HfApi, "dataset_info", fail)
     with pytest.raises(
         InputError, match=r"cannot ask the Hub for the commit of clip-benchmark/wds_imagenetv2: no route"
     ):
-        robustness.revision("v2", None, None)
+        sets.revision("v2", None, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -778,7 +779,7 @@ ORDERS = {
 def test_outputs_in_another_order_are_mapped_by_the_models_label_names(tmp_path, monkeypatch, order):
     monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: Named(*ORDERS[order]))
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(0, 1000, 9)})
-    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.SUBSETS["r"][::9]})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in sets.SUBSETS["r"][::9]})
     (tmp_path / "val").mkdir()
     for number, index in validation_images(20).items():
         (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}_{WORDNET[index]}.JPEG").write_bytes(jpeg(index))
@@ -818,9 +819,9 @@ def test_linked_class_folders_are_followed(tmp_path):
         (folder / name).symlink_to(tmp_path / "elsewhere" / target)
     result = evaluate(tmp_path, ["v2"], f"v2={folder}")["right"]["v2"]
     assert (result["examples"], result["top1"]) == (1000, 1.0)
-    before = robustness.revision("v2", None, str(folder))
+    before = sets.revision("v2", None, str(folder))
     (tmp_path / "elsewhere" / "more" / "new.jpeg").write_bytes(jpeg(999))
-    assert robustness.revision("v2", None, str(folder)) != before
+    assert sets.revision("v2", None, str(folder)) != before
 
 
 def test_a_link_in_a_circle_is_named(tmp_path):
@@ -847,7 +848,7 @@ def test_empty_class_folders_are_named(tmp_path, capsys):
 @pytest.mark.parametrize("flat", [True, False])
 def test_a_class_that_is_none_of_imagenet_rs_200_ends_before_the_first_image(tmp_path, monkeypatch, flat):
     monkeypatch.setattr(eval_robustness, "predict", None)
-    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in robustness.SUBSETS["r"]})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in sets.SUBSETS["r"]})
     (r / WORDNET[0]).mkdir()
     (r / WORDNET[0] / "a.jpeg").write_bytes(jpeg(0))
     if flat:
@@ -895,7 +896,7 @@ def test_images_of_the_hub_without_bytes_are_opened_where_they_are(tmp_path, mon
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=WORDNET)})
     ds = datasets.Dataset.from_dict({"image": [image], "label": [0]}, features=features).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"validation": ds})
-    monkeypatch.setattr(robustness, "revision", lambda *_: "")
+    monkeypatch.setattr(sets, "revision", lambda *_: "")
     found = evaluate(tmp_path, ["imagenet"])["right"]["imagenet"]
     assert (found["examples"], found["top1"]) == (1, 1.0)
 
@@ -905,11 +906,11 @@ def test_images_of_the_hub_without_bytes_are_opened_where_they_are(tmp_path, mon
 
 
 def test_each_shift_of_the_digits_is_read_as_itself():
-    passes, everything = robustness.passes(["digits"], {}), digits()
+    passes, everything = sets.passes(["digits"], {}), digits()
     assert list(passes) == [f"digits:{split}" for split in ("test", *SHIFTS)]
     seen = set()
     for name, (split,) in passes.items():
-        ds = robustness.open_set(name, None, False)
+        ds = sets.open_set(name, None, False)
         pixels = np.stack([loaders.decode(image) for image in ds[:9]["image"]])
         assert (pixels == np.stack([np.asarray(image) for image in everything[split][:9]["image"]])).all()
         seen.add(pixels.tobytes())

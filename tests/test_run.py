@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 import finetune_cifar
 import train_imagenet
-from common import report, training
+from common import loop, report, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,7 +87,7 @@ def scripted(tmp_path_factory):
         return {"top1": accuracy, "examples": 8}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "evaluate_top1", evaluate_top1)
+        patch.setattr(run, "evaluate_top1", evaluate_top1)
         flags = [
             *small_recipe(folder, images),
             "--epochs",
@@ -139,7 +139,7 @@ def test_metrics_have_one_line_for_each_epoch_with_its_accuracy(scripted):
 
 def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeypatch):
     images, seen = write_folder(tmp_path / "images", images=5), []
-    update = training.update
+    update = loop.update
 
     def recorded(job, batches, perturb):
         before = job.right.item()
@@ -147,7 +147,7 @@ def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeyp
         seen.append((loss.item(), job.right.item() - before))
         return loss
 
-    monkeypatch.setattr(training, "update", recorded)
+    monkeypatch.setattr(loop, "update", recorded)
     recipe = {"epochs": 3, "warmup_epochs": 1, "method": "sam", "rho": 0.3, "rho_min": 0.1, "lr": 0.01, "min_lr": 0.001}
     train_imagenet.main(small_recipe(tmp_path, images, **recipe))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -164,14 +164,14 @@ def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeyp
 
 def test_metrics_have_the_mean_loss_of_each_epoch_and_the_last_epoch_is_kept_too(tmp_path, monkeypatch):
     images = write_folder(tmp_path / "images", images=4)  # two updates an epoch
-    losses, modes, own = [], [], training.update
+    losses, modes, own = [], [], loop.update
 
     def update(job, *args, **options):
         modes.append(job.model.training)
         losses.append(own(job, *args, **options).item())
         return torch.tensor(losses[-1])
 
-    monkeypatch.setattr(training, "update", update)
+    monkeypatch.setattr(loop, "update", update)
     train_imagenet.main(small_recipe(tmp_path, images, epochs=3, save_interval=2))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     expected = [sum(losses[start : start + 2]) / 2 for start in (0, 2, 4)]
@@ -196,13 +196,13 @@ def test_epochs_between_validations_and_the_last_one_are_validated_and_the_weigh
 
 def test_each_epoch_sees_the_images_in_an_order_and_crops_of_its_own(tmp_path, monkeypatch):
     images = write_folder(tmp_path / "images", images=8)
-    seen, forward_backward = [], training.forward_backward
+    seen, forward_backward = [], loop.forward_backward
 
     def recorded(job, batch, *args, **options):
         seen.append((batch["image"].sum((1, 2, 3)).tolist(), batch["label"].tolist()))
         return forward_backward(job, batch, *args, **options)
 
-    monkeypatch.setattr(training, "forward_backward", recorded)
+    monkeypatch.setattr(loop, "forward_backward", recorded)
     train_imagenet.main(small_recipe(tmp_path, images, epochs=3))
     epochs = [[list(itertools.chain(*parts)) for parts in zip(*seen[i : i + 4])] for i in (0, 4, 8)]
     for i, (pixels, labels) in enumerate(epochs):
@@ -226,12 +226,12 @@ def test_head_bias_is_that_of_the_first_weights(tmp_path, monkeypatch, script):
     if script is finetune_cifar:
         save_for_hf(timm.create_model(model, num_classes=2), trained, safe_serialization=True)
         model = str(trained)
-    own = training.train_epoch
+    own = loop.train_epoch
 
     def train_epoch(job, *others):
         seen.append(job.model.get_classifier().bias.detach().clone())
         own(job, *others)
 
-    monkeypatch.setattr(training, "train_epoch", train_epoch)
+    monkeypatch.setattr(loop, "train_epoch", train_epoch)
     script.main(small_recipe(tmp_path, images, head_bias=-3.5, model=model))
     assert torch.equal(seen[0], torch.full((2,), -3.5))

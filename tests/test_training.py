@@ -17,7 +17,7 @@ from test_data import write_folder
 from timm.loss import BinaryCrossEntropy
 
 import train_imagenet
-from common import loaders, settings, training
+from common import build, dry_run, loaders, loop, run, settings
 from common.settings import InputError
 from sam_obf import SAM
 
@@ -54,7 +54,7 @@ def make_job(accelerator, model, optimizer, **changes):
     args = argparse.Namespace(**usual | changes.pop("args", {}))
     parts = {"objective": None, "criterion": F.cross_entropy, "schedule": None, "timm_config": None, **changes}
     parts |= {"model": model, "optimizer": optimizer, "batches": argparse.Namespace(**batches)}
-    return training.Job(args, accelerator, **parts)
+    return build.Job(args, accelerator, **parts)
 
 
 def ascend_the_loss(model, images, labels):
@@ -83,7 +83,7 @@ def test_update_is_the_mean_over_micro_batches_of_the_gradient_at_their_own_pert
     for i in range(accumulation):
         batch = {"image": images[4 * i : 4 * i + 4], "label": labels[4 * i : 4 * i + 4]}
         job = make_job(accelerator, model, optimizer, objective=ascend_the_loss, m=m, accumulation=accumulation)
-        training.forward_backward(job, batch, job.objective, sync=i == accumulation - 1)
+        loop.forward_backward(job, batch, job.objective, sync=i == accumulation - 1)
 
     params, total = list(reference.parameters()), None
     for x, y in zip(images.split(m), labels.split(m)):
@@ -113,14 +113,14 @@ def test_perturbation_of_a_part_of_the_micro_batch_is_that_of_its_first_examples
     model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(params, lr=0.1), model, rho=0.3))
     args = {"perturb_fraction": 0.25}
     job = make_job(accelerator, model, optimizer, args=args, objective=ascend_the_loss, m=8)
-    training.forward_backward(job, {"image": images, "label": labels}, job.objective, sync=True)
+    loop.forward_backward(job, {"image": images, "label": labels}, job.objective, sync=True)
     for p, gradient in zip(params, gp):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("share, examples, part", [(0.29, 100, 29), (0.7, 8, 6), (0.01, 8, 1), (None, 8, 8)])
 def test_the_part_is_the_nearest_number_of_examples_and_one_at_least(share, examples, part):
-    assert training.ascending(argparse.Namespace(perturb_fraction=share), examples) == part
+    assert build.ascending(argparse.Namespace(perturb_fraction=share), examples) == part
 
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, BinaryCrossEntropy()], ids=["ce", "bce"])
@@ -139,7 +139,7 @@ def test_right_answers_are_counted_at_the_weights_of_the_descent_pass(accelerato
     job = make_job(
         accelerator, model, optimizer, m=4, accumulation=2, criterion=loss, objective=lambda f, x, y: loss(f(x), y)
     )
-    training.update(job, iter([{"image": images[i : i + 8], "label": labels[i : i + 8]} for i in (0, 8)]))
+    loop.update(job, iter([{"image": images[i : i + 8], "label": labels[i : i + 8]} for i in (0, 8)]))
     assert job.right.item() == expected != clean
 
 
@@ -155,7 +155,7 @@ def test_shrink_and_perturb_pulls_to_the_first_weights_in_proportion_to_lr(accel
     (g,) = torch.autograd.grad(
         F.cross_entropy(images @ weight.requires_grad_().T + model.bias.detach(), labels), weight
     )
-    assert training.update(job, iter([{"image": images, "label": labels}])).item() == pytest.approx(loss.item())
+    assert loop.update(job, iter([{"image": images, "label": labels}])).item() == pytest.approx(loss.item())
     factor = 0.01 * 0.05 / 0.2
     torch.testing.assert_close(model.weight.data, factor * 7 + (1 - factor) * (weight.detach() - 0.05 * g))
 
@@ -168,7 +168,7 @@ def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerato
     model = torch.nn.Linear(3, 2)
     flags = ["--method", method, "--opt-kwargs", f"fused={fused}", "--output", "nowhere"]
     args = settings.parse(settings.parser("", ""), flags)
-    model, optimizer = accelerator.prepare(model, training.build_optimizer(args, model))
+    model, optimizer = accelerator.prepare(model, build.build_optimizer(args, model))
     scheduled, weights = [], []
     images = [torch.ones(4, 3), torch.full((4, 3), 1e37), torch.ones(4, 3)]
     job = make_job(
@@ -177,11 +177,10 @@ def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerato
         schedule=scheduled.append,
         to_input=lambda x: weights.append(model.weight.detach().clone()) or x,
     )  # fmt: skip
-    progress = training.Progress()
-    with training.Watch(accelerator) as watch, training.tqdm(disable=True) as bar:
-        training.train_epoch(job, progress, watch, bar)
-    assert (progress.steps, progress.updates) == (3, 2)
-    assert scheduled == [0, 1, 2]
+    progress = run.Progress()
+    loop.train_epoch(job, progress, lambda loss: None)
+    assert (progress.updates, progress.skipped) == (3, 1)
+    assert scheduled == [0, 1, 1, 2]
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
     assert accelerator.scaler.get_scale() == 2.0**9
     assert all(p.isfinite().all() for p in model.parameters())
@@ -227,8 +226,8 @@ def test_batch_that_does_not_split_names_what_does(values, processes, words):
 def test_method_selects_objective_and_step(method):
     args = settings.parse(settings.parser("", ""), ["--method", method, "--output", "nowhere"])
     model, criterion = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
-    optimizer = training.build_optimizer(args, model)
-    objective = training.build_objective(args, criterion, optimizer)
+    optimizer = build.build_optimizer(args, model)
+    objective = build.build_objective(args, criterion, optimizer)
     assert isinstance(optimizer, SAM) == (method != "base") == (objective is not None)
     if method == "base":
         return
@@ -252,8 +251,8 @@ def test_schedule_is_linear_after_warm_up_and_rho_follows():
     flags = "--lr 1 --min-lr 0.2 --warmup-epochs 2 --epochs 6 --rho 0.5 --rho-min 0.1 --output nowhere --method sam"
     args = settings.parse(settings.parser("", ""), flags.split())
     model = torch.nn.Linear(2, 3)
-    optimizer = training.build_optimizer(args, model)
-    schedule = training.build_schedule(args, optimizer, updates_per_epoch=10)
+    optimizer = build.build_optimizer(args, model)
+    schedule = build.build_schedule(args, optimizer, updates_per_epoch=10)
     for update, lr in ((0, 0.0), (10, 0.5), (20, 1.0), (40, 0.6), (59, 0.2 + 0.8 / 40), (60, 0.2)):
         schedule(update)
         group = optimizer.param_groups[0]
@@ -268,7 +267,7 @@ def test_top1_counts_every_example_once(accelerator, size):
     examples = [{"image": row, "label": label} for row, label in zip(logits, labels)]
     loader = accelerator.prepare(torch.utils.data.DataLoader(examples, batch_size=3))
     model = torch.nn.Identity()
-    result = training.evaluate_top1(make_job(accelerator, model, None), loader)
+    result = run.evaluate_top1(make_job(accelerator, model, None), loader)
     assert result["examples"] == size and not model.training
     assert result["top1"] == pytest.approx(
         sum(row.argmax() == label for row, label in zip(logits, labels)).item() / size
@@ -281,7 +280,7 @@ def test_top1_counts_every_example_once(accelerator, size):
 
 OPENED_ELSEWHERE = """
 import sys, timm, torch
-from common import data, loaders
+from common import dry_run, data, loaders
 from timm.data import create_transform, resolve_data_config
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
 model = model.to(memory_format=torch.channels_last)  # as in training: another format rounds otherwise
@@ -365,7 +364,7 @@ def test_last_and_best_are_the_epochs_that_they_say(tmp_path, accelerator, monke
     """Epochs 2 and 3 are equally good: the earlier one is the best."""
     dataset = write_folder(tmp_path / "images")
     top1 = iter([0.5, 0.9, 0.9, 0.7, 0.11, 0.22])  # of four epochs, then of the saved models
-    monkeypatch.setattr(training, "evaluate_top1", lambda *_: {"top1": next(top1), "examples": 6})
+    monkeypatch.setattr(run, "evaluate_top1", lambda *_: {"top1": next(top1), "examples": 6})
     returned = train_imagenet.main(small_recipe(tmp_path, dataset, epochs=4, save_interval=1))
     weights = {file.parent.name: file.read_bytes() for file in (tmp_path / "run").rglob("*/model.safetensors")}
     assert weights["best"] == weights["0002"] and weights["last"] == weights["0004"]
@@ -380,7 +379,7 @@ def test_last_and_best_are_the_epochs_that_they_say(tmp_path, accelerator, monke
     [(0.021, "0.021 seconds"), (40, "40 seconds"), (150, "2.5 minutes"), (9000, "2.5 hours"), (950400, "11 days")],
 )
 def test_duration_is_in_a_sensible_unit(seconds, words):
-    assert training.duration(seconds) == words
+    assert dry_run.duration(seconds) == words
 
 
 def test_m_that_was_not_given_is_said_and_written_into_the_settings(tmp_path, accelerator, capsys):
@@ -431,8 +430,8 @@ def test_settings_that_do_not_fit_end_before_anything_is_written(tmp_path, accel
 def test_the_random_perturbation_knows_neither_images_nor_labels():
     args = settings.parse(settings.parser("", ""), ["--method", "random", "--output", "nowhere"])
     torch.manual_seed(0)
-    model, criterion = torch.nn.Linear(40, 50), training.build_criterion(args)
-    objective = training.build_objective(args, criterion, None)
+    model, criterion = torch.nn.Linear(40, 50), build.build_criterion(args)
+    objective = build.build_objective(args, criterion, None)
     batches = [(torch.randn(8, 40), torch.randint(0, 50, (8,))) for _ in range(2)]
 
     def gradient(function, seed, batch):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from common import settings, training
+from common import build, device, loop, run, settings
 
 K, LR, MOMENTUM, DECAY = 5, 0.3, 0.7, 0.01
 
@@ -31,12 +31,12 @@ def prepared(accelerator, flags, *, m, accumulation, to_input=lambda images: ima
     usual = f"--opt sgd --lr {LR} --momentum {MOMENTUM} --weight-decay {DECAY} --output nowhere"
     args = settings.parse(settings.parser("", ""), f"{usual} {flags}".split())
     model = network()
-    criterion = training.build_criterion(args)
-    optimizer = training.build_optimizer(args, model)
-    objective = training.build_objective(args, criterion, optimizer)
+    criterion = build.build_criterion(args)
+    optimizer = build.build_optimizer(args, model)
+    objective = build.build_objective(args, criterion, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     batches = Namespace(to_input=to_input, m=m, accumulation=accumulation)
-    return training.Job(args, accelerator, model, None, criterion, objective, optimizer, None, batches)
+    return build.Job(args, accelerator, model, None, criterion, objective, optimizer, None, batches)
 
 
 def loss_by_hand(z, y, loss, smoothing):
@@ -135,7 +135,7 @@ def test_update_is_that_written_out_by_hand(accelerator, name, loss):
     loaded = iter([{"image": x, "label": y} for x, y in zip(images.split(2 * m), labels.split(2 * m))])
     micro_batches = list(zip(images.split(m), labels.split(m)))
     for i in range(updates):
-        reported = training.update(job, loaded)
+        reported = loop.update(job, loaded)
         own = micro_batches[6 * i : 6 * i + 6]
         value, length = update_by_hand(params, velocity, own, CASES[name], LOSSES[loss][1:], clip)
         lengths.append(length)
@@ -154,23 +154,23 @@ def test_shrink_and_perturb_waits_for_a_step_that_was_made(accelerator):
     model, optimizer = accelerator.prepare(model, optimizer)
     args = Namespace(clip_grad=None, shrink_perturb=0.5, lr=0.1, perturb_fraction=1.0)
     batches = Namespace(to_input=lambda images: images, m=4, accumulation=1)
-    job = training.Job(args, accelerator, model, None, F.cross_entropy, None, optimizer, None, batches)
+    job = build.Job(args, accelerator, model, None, F.cross_entropy, None, optimizer, None, batches)
     good, bad = torch.ones(4, 6), torch.full((4, 6), 1e37)
     labels = torch.tensor([0, 1, 1, 0])
 
     def weights():
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    training.update(job, iter([{"image": good, "label": labels}]))
+    loop.update(job, iter([{"image": good, "label": labels}]))
     before = weights()
-    training.update(job, iter([{"image": bad, "label": labels}]))
+    loop.update(job, iter([{"image": bad, "label": labels}]))
     assert job.optimizer.step_was_skipped and torch.equal(weights(), before)
 
 
 def test_the_first_weights_of_shrink_and_perturb_are_a_copy(accelerator):
     job = prepared(accelerator, "--method base --shrink-perturb 0.1", m=4, accumulation=1)
     first = [p.detach().clone() for p in network().parameters()]
-    training.update(job, iter([{"image": torch.randn(4, 6).double(), "label": torch.tensor([0, 1, 2, 3])}]))
+    loop.update(job, iter([{"image": torch.randn(4, 6).double(), "label": torch.tensor([0, 1, 2, 3])}]))
     for kept, own, now in zip(job.initial, first, job.model.parameters()):
         assert torch.equal(kept, own) and not torch.equal(kept, now)
 
@@ -181,7 +181,7 @@ def test_an_update_without_perturbation_is_the_base_optimizers(accelerator):
     params = [p.detach().clone() for p in job.model.parameters()]
     velocity = [torch.zeros_like(p) for p in params]
     for perturb, name in ((True, "sam"), (False, "base"), (True, "sam")):
-        training.update(job, iter([{"image": images, "label": labels}]), perturb=perturb)
+        loop.update(job, iter([{"image": images, "label": labels}]), perturb=perturb)
         own = list(zip(images.split(4), labels.split(4)))
         update_by_hand(params, velocity, own, CASES[name], ("ce", 0.0), None)
         for ours, expected in zip(job.model.parameters(), params):
@@ -192,26 +192,25 @@ def test_an_update_without_perturbation_is_the_base_optimizers(accelerator):
 def test_every_third_update_of_a_run_perturbs_wherever_it_resumes(accelerator, monkeypatch, first):
     """Of all steps, not of an epoch's."""
     asked = []
-    monkeypatch.setattr(training, "update", lambda job, batches, perturb: asked.append(perturb) or torch.zeros(()))
+    monkeypatch.setattr(loop, "update", lambda job, batches, perturb: asked.append(perturb) or torch.zeros(()))
     job = prepared(accelerator, "--method sam --perturb-interval 3", m=4, accumulation=1)
     job.batches.steps, job.batches.train, job.schedule = 4, lambda epoch, step: iter([]), lambda update: None
-    progress = training.Progress(epoch=first // 4, steps=first)
+    progress = run.Progress(epoch=first // 4, updates=first)
     job.args.checkpoint_interval = None
-    with training.Watch(accelerator) as watch, training.tqdm(disable=True) as bar:
-        training.train_epoch(job, progress, watch, bar)
+    loop.train_epoch(job, progress, lambda loss: None)
     assert asked == [step % 3 == 0 for step in range(first, first + 4)]
 
 
 def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_micro_batch(accelerator):
     AcceleratorState._reset_state(True)
-    accelerator = training.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
+    accelerator = build.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
     job = prepared(accelerator, "--method sam --perturb-fraction 0.5", m=8, accumulation=1)
     torch._dynamo.reset()
     graphs = []
     for _ in range(5):
         torch._dynamo.utils.counters.clear()
         images, labels = torch.randn(16, 6).double(), torch.randint(0, K, (16,))
-        training.update(job, iter([{"image": images, "label": labels}]))
+        loop.update(job, iter([{"image": images, "label": labels}]))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[1:] == [0, 0, 0, 0]
 
@@ -219,16 +218,16 @@ def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_mic
 def test_a_model_is_compiled_by_one_backend(accelerator, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(settings.InputError, match="--torchcompile eager and Accelerate's --dynamo_backend inductor"):
-        training.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
+        build.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
 
 
 def test_fast_kernels_are_for_a_gpu(monkeypatch):
     matmul, cudnn = Namespace(allow_tf32=False), Namespace(benchmark=False)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     monkeypatch.setattr(torch.backends, "cudnn", cudnn)
-    settings.use_fast_kernels(torch.device("cpu"))
+    device.use_fast_kernels(torch.device("cpu"))
     assert not matmul.allow_tf32 and not cudnn.benchmark
-    settings.use_fast_kernels(torch.device("cuda"))
+    device.use_fast_kernels(torch.device("cuda"))
     assert matmul.allow_tf32 and cudnn.benchmark
 
 
@@ -249,8 +248,8 @@ def test_schedules_equal_their_closed_forms():
         flags = f"--lr {lr} --min-lr {low} --warmup-lr {first} --warmup-epochs {warmup} --epochs {total}".split()
         flags += ["--sched", sched, "--method", "base", "--output", "nowhere"]
         args = settings.parse(settings.parser("", ""), flags)
-        optimizer = training.build_optimizer(args, network())
-        schedule = training.build_schedule(args, optimizer, steps)
+        optimizer = build.build_optimizer(args, network())
+        schedule = build.build_schedule(args, optimizer, steps)
         for update in (0, 1, 13, 19, 20, 21, 33, 59):
             schedule(update)
             part = (update - warmup * steps) / ((total - warmup) * steps)
@@ -266,7 +265,7 @@ def test_fused_kernels_give_the_weights_of_the_plain_ones(opt):
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU(), torch.nn.Conv2d(4, 5, 2)).double()
         model = model.to(memory_format=torch.channels_last)
         flags = ["--opt", opt, "--opt-kwargs", f"fused={fused}", "--method", "sam", "--weight-decay", "0.1"]
-        optimizer = training.build_optimizer(settings.parse(settings.parser("", ""), [*flags, "--output", "x"]), model)
+        optimizer = build.build_optimizer(settings.parse(settings.parser("", ""), [*flags, "--output", "x"]), model)
         assert all(group["fused"] is fused for group in optimizer.param_groups)
         for _ in range(8):
             x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
@@ -282,6 +281,6 @@ def test_fused_kernels_give_the_weights_of_the_plain_ones(opt):
 def test_the_base_optimizer_gets_its_own_settings():
     flags = ["--opt", "adamw", "--opt-kwargs", "betas=(0.5,0.6)", "eps=0.125", "--method", "sam", "--output", "nowhere"]
     args = settings.parse(settings.parser("", ""), flags)
-    optimizer = training.build_optimizer(args, network())
+    optimizer = build.build_optimizer(args, network())
     assert type(optimizer.base_optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["betas"] == (0.5, 0.6) and optimizer.param_groups[0]["eps"] == 0.125

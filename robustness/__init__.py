@@ -1,0 +1,1 @@
+"""What only the evaluator and the measuring script use."""
