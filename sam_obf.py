@@ -1,5 +1,5 @@
 # Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
-"""Sharpness-aware minimization (SAM) as perturbed forgetting, in one file to copy: torch >= 2.5.
+"""Sharpness-aware minimization as perturbed forgetting, in one file: torch 2.5 or newer.
 
 "The paper" is "Forget Sharpness: Perturbed Forgetting of Model Biases Within SAM Dynamics" (Vani et
 al., ICML 2024, arXiv 2406.06700). Each training step makes two passes over a micro-batch:
@@ -549,6 +549,7 @@ class SAM(torch.optim.Optimizer):
                 for owner, name, tensor, copy, surely in moved:
                     if surely or not torch.equal(tensor, copy):
                         tensor.copy_(copy)
+                        run.unseen.update(() if surely else [id(tensor)])
                     owner[name] = tensor
             _drop_copies_of_weights()
             guard.remove()
