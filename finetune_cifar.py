@@ -1,18 +1,21 @@
-"""Fine-tune a trained model with SAM, OBF or a baseline: on CIFAR-10, CIFAR-100, a folder of images or the digits."""
+"""Fine-tune a trained model with SAM, OBF or a baseline.
 
-from accelerate.utils import set_seed
+On CIFAR-10, CIFAR-100, another dataset of the Hub, a folder of images, or the bundled digits.
+"""
 
-from common import checkpoints, data, loaders, settings, training
+from common import checkpoints, loop, run, settings
+from common.build import build_job
+from common.dry_run import dry_run
+from common.errors import clear_errors
+from common.monitor import Monitor
 
-MODEL_HELP = (
-    "folder of a trained model (OUTPUT/last), timm name with pretrained weights, or hf-hub:OWNER/NAME (%(default)s)"
-)
+MODEL_HELP = "a run's OUTPUT/last, a timm name, or hf-hub:OWNER/NAME (%(default)s)"
 
 
 def parser() -> settings.Parser:
     """The flags."""
-    defaults = {"model": "resnet50", "dataset": "uoft-cs/cifar10", "epochs": 100, "batch_size": 512, "lr": 0.01}
-    return settings.parser(__doc__, MODEL_HELP, **defaults)
+    own = {"model": "resnet50", "dataset": "uoft-cs/cifar10", "epochs": 100}
+    return settings.parser(__doc__, MODEL_HELP, **own, batch_size=512, lr=0.01)
 
 
 def create_model(args, num_classes):
@@ -29,28 +32,24 @@ def create_model(args, num_classes):
 def main(argv=None):
     """Run as from the command line; returns top-1, in [0, 1], of the last epoch by split."""
     args = settings.parse(parser(), argv)
-    accelerator = training.build_accelerator(args)
-    # Its cache is locked, so one process downloads; a barrier would time out when that takes long.
-    splits = data.load(args.dataset, args.streaming, args.validation_share, args.train_share)
-    set_seed(args.seed)
-    model = create_model(args, splits["train"].features["label"].num_classes)
-    batches = loaders.open_splits(args, accelerator, splits, model)
-    training.check_model(args, model, batches)
-    training.set_head_bias(args, model)
-    timm_config = checkpoints.timm_config(args, model, batches)
-    model = model.to(memory_format=batches.memory_format)
-    criterion = training.build_criterion(args)
-    optimizer = training.build_optimizer(args, model)
-    objective = training.build_objective(args, criterion, optimizer)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    schedule = training.build_schedule(args, optimizer, batches.steps)
-    job = training.Job(args, accelerator, model, timm_config, criterion, objective, optimizer, schedule, batches)
+    job = build_job(args, create_model)
     if args.dry_run:
-        return training.dry_run(job)
-    training.fit(job)
-    return training.final_evaluation(job)
+        return dry_run(job)
+    progress = run.start(job)  # from a checkpoint, if there is one to resume from
+    with Monitor(job, progress) as monitor:
+        while progress.epoch < args.epochs:
+            loop.train_epoch(job, progress, monitor.after_update)
+            run.save_checkpoint(job, progress)  # now: a kill in the evaluation costs no training
+            run.save_model(job, "last")
+            if run.due(args, progress, args.save_interval):
+                run.save_model(job, f"epochs/{progress.epoch + 1:04d}")
+            top1 = run.validate(job, progress)
+            if run.is_best(job, progress, top1):
+                run.save_model(job, "best")
+            monitor.end_epoch(top1)
+    return run.finish(job)
 
 
 if __name__ == "__main__":
-    with settings.clear_errors():
+    with clear_errors():
         main()

@@ -28,7 +28,8 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from common import data, loaders, report, settings
-from common.settings import InputError
+from common.errors import InputError, clear_errors, lost_process
+from common.methods import METHODS
 
 DEATHS = 3  # of workers, without a word, in a row at the same point; then it counts as failed
 AGREE = 600  # seconds in which all processes of a worker must come to the end of a run
@@ -195,7 +196,8 @@ def check_folder(args, axes, checked):
     Raises:
         InputError: it does, or it cannot be written.
     """
-    free = {*axes, *settings.PERTURBATION, "m"}  # may differ between points
+    # These may differ between points.
+    free = {"m", *axes, *itertools.chain.from_iterable(own for _, own in METHODS.values())}
     shared = {"script": args.script} | settings.resolved(next(iter(checked.values())))
     settings.make_output(args.output / "locks")
     file, draft = args.output / "sweep.yaml", args.output / "sweep.draft"
@@ -353,7 +355,7 @@ def train(args, script, commands, accelerator, group, name=""):
             script.main(commands[name])
         except Exception as error:  # each library has its own, for a lack of memory too
             traceback.print_exc()
-            if settings.lost_process(error):
+            if lost_process(error):
                 raise
             reason = one_line(error)
     if reason:
@@ -364,8 +366,8 @@ def train(args, script, commands, accelerator, group, name=""):
 
 def one_line(error: Exception) -> str:
     """What an error says."""
-    if isinstance(error, InputError):  # a data loading process puts its traceback first
-        return " ".join(str(error).split("settings.InputError: ")[-1].split())
+    if isinstance(error, InputError):
+        return " ".join(str(error).split())
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
@@ -453,5 +455,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with settings.clear_errors():
+    with clear_errors():
         main()

@@ -227,7 +227,7 @@ def no_waiting(device):
 def make_job(device, name, method):
     """A run as train_imagenet.py builds it by the paper's recipe, and a batch of images made up."""
     import train_imagenet
-    from common import loaders, settings, training
+    from common import build, loaders, settings
 
     size = SIZES[device.type]
     flags = ["--recipe", str(ROOT / f"recipes/imagenet/{size['models'][name]}-{method}.yaml"), "--model", name]
@@ -235,19 +235,19 @@ def make_job(device, name, method):
     args = settings.parse(train_imagenet.parser(), flags)
     torch.manual_seed(0)
     os.environ |= {"ACCELERATE_MIXED_PRECISION": "bf16"} | ({"ACCELERATE_USE_CPU": "1"} if device.type == "cpu" else {})
-    accelerator = training.build_accelerator(args)
+    accelerator = build.build_accelerator(args)
     layout = torch.channels_last
     model = train_imagenet.create_model(args, 1000).to(memory_format=layout).train()
-    training.set_head_bias(args, model)
+    build.set_head_bias(args, model)
     config = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     to_input = loaders.to_input(config, torch.float32, layout)
     batches = loaders.Batches(None, 100, 1, args.m, {}, to_input, layout, config, label_names=[])
-    criterion = training.build_criterion(args)
-    optimizer = training.build_optimizer(args, model)
-    objective = training.build_objective(args, criterion, optimizer)
+    criterion = build.build_criterion(args)
+    optimizer = build.build_optimizer(args, model)
+    objective = build.build_objective(args, criterion, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
-    schedule = training.build_schedule(args, optimizer, batches.steps)
-    job = training.Job(args, accelerator, model, "", criterion, objective, optimizer, schedule, batches)
+    schedule = build.build_schedule(args, optimizer, batches.updates)
+    job = build.Job(args, accelerator, model, "", criterion, objective, optimizer, schedule, batches)
     images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, device=device)
     labels = torch.randint(1000, (args.batch_size,), device=device)
     return job, {"image": images.contiguous(memory_format=layout), "label": labels}
@@ -255,7 +255,7 @@ def make_job(device, name, method):
 
 def training_loop(device, name):
     """(d), and (c) for the training loop: base, SAM and OBF by the paper's recipe, but for a smaller batch."""
-    from common import training
+    from common import loop
 
     rates, peaks = {}, {}
     for method in ("base", "sam", "obf"):
@@ -265,12 +265,12 @@ def training_loop(device, name):
         batches = itertools.repeat(batch)
         for i in range(3):
             job.schedule(i + 1)
-            training.update(job, batches)
+            loop.update(job, batches)
         with waiting_is_an_error(device):
-            training.update(job, batches)
+            loop.update(job, batches)
         shown(f"(c) {name}, {method}: an update of the loop", "the host waits for nothing", "no wait")
         updates = SIZES[device.type]["updates"]
-        seconds, _ = timed(lambda n=updates, j=job, b=batches: [training.update(j, b) for _ in range(n)], device)
+        seconds, _ = timed(lambda n=updates, j=job, b=batches: [loop.update(j, b) for _ in range(n)], device)
         rates[method] = updates * len(batch["label"]) / seconds
         peaks[method] = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else 0
         weights = sum(p.nbytes for p in job.model.parameters())

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from common import loaders, settings, training
+from common import build, loaders, loop, monitor, settings
+from common.run import Progress
 from sam_obf import SAM, OutputBiasForgetting, momentum_perturbation
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,29 +111,31 @@ def whole_update(flags, monkeypatch, to_input=None):
     usual = ["--clip-grad", "1", "--shrink-perturb", "0.1", "--rho-min", "0.01", "--output", "nowhere"]
     args = settings.parse(settings.parser("", ""), [*flags, *usual])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5, device="cuda"))
-    criterion = training.build_criterion(args)
-    optimizer = training.build_optimizer(args, model)
-    objective = training.build_objective(args, criterion, optimizer)
+    criterion = build.build_criterion(args)
+    optimizer = build.build_optimizer(args, model)
+    objective = build.build_objective(args, criterion, optimizer)
     alone = {"no_sync": lambda _: contextlib.nullcontext(), "backward": backward, "scaler": None}
     clip = torch.nn.utils.clip_grad_norm_
     device = torch.device("cuda")
     accelerator = Namespace(**alone, is_fsdp2=False, num_processes=1, device=device, clip_grad_norm_=clip)
     config = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
     to_input = to_input or loaders.to_input(config, torch.float32)
-    batches = Namespace(to_input=to_input, m=4, accumulation=2, steps=10)
-    schedule = training.build_schedule(args, optimizer, batches.steps)
-    job = training.Job(
+    batches = Namespace(to_input=to_input, m=4, accumulation=2, updates=10)
+    schedule = build.build_schedule(args, optimizer, batches.updates)
+    job = build.Job(
         args, accelerator, model, None, criterion, objective, Prepared(optimizer), schedule=schedule, batches=batches
     )
     images = torch.zeros(8, 3, 4, 4, dtype=torch.uint8, device="cuda")
     labels = torch.zeros(8, dtype=torch.long, device="cuda")
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    watch = training.Watch(accelerator)
-    watch.interval = 100
+    job.args.checkpoint_interval = None
+    progress = Progress()
+    watch = monitor.Monitor(job, progress)
+    watch.interval, watch.bar = 100, Namespace(update=lambda: None)
     for i in range(2):
         schedule(i)
-        loss = training.update(job, iter([{"image": images, "label": labels}] * 2))
-        assert watch.look(loss, i, now=False) is None
+        loss = loop.update(job, iter([{"image": images, "label": labels}] * 2))
+        watch.after_update(loss)
     assert all(p.device.type == "cuda" for p in model.parameters())
 
 

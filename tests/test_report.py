@@ -14,7 +14,11 @@ from robustness import published, report
 def drawn(monkeypatch):
     """The pictures as they are saved, each with its name and caption."""
     pictures = {}
-    monkeypatch.setattr(report, "save", lambda figure, path, caption: pictures.update({path.stem: (figure, caption)}))
+
+    def save(figure, path, caption):
+        pictures[path.stem] = (figure, caption)
+
+    monkeypatch.setattr(runs_report, "save", save)
     yield pictures
     plt.close("all")
 

@@ -20,15 +20,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
-from test_data import write_folder
+from accelerate.state import PartialState
+from helpers import ROOT, TORCHRUN, fresh_process, write_folder
 
 import sweep
 import train_imagenet
 from common import loaders, report, settings
-from common.settings import InputError
+from common.errors import InputError, clear_errors
 
-ROOT = Path(__file__).parent.parent
 GRID = {"method": ["sam", "obf"], "lr": [0.01, 0.02], "seed": [0, 1]}
 FORK = multiprocessing.get_context("fork")  # workers that need not import torch anew
 gc.freeze()  # what is collected after a failed run is not what torch's import left
@@ -101,17 +100,8 @@ def test_every_point_is_trained_and_tabulated(tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_train_each_run_together(tmp_path):
     write_folder(tmp_path / "images", splits=("train", "validation", "test"), images=4)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "sweep.py",
-    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
-    command = [*launch, *write_sweep(tmp_path, {"method": ["obf", "sam"]})]
+    command = [*TORCHRUN, "2", "sweep.py", *write_sweep(tmp_path, {"method": ["obf", "sam"]})]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -260,7 +250,7 @@ ERRORS = {
     "4": (KeyError("missing"), "KeyError: 'missing'"),
     "5": (
         InputError(
-            "Caught InputError in worker 0.\nTraceback\ncommon.settings.InputError: bad image"
+            "Caught InputError in worker 0.\nTraceback\ncommon.errors.InputError: bad image"
         ),
         "bad image",
     ),
@@ -398,8 +388,7 @@ def process(rank, port, tmp_path, train, flags):
     """One of two, as torchrun would start it; what it prints goes to a file."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    fresh_process()
 
     def main(argv):
         results = train(rank, Path(argv[argv.index("--output") + 1]).name)
@@ -414,7 +403,7 @@ def worker(output, flags):
     """A process of its own."""
     sys.stdout = sys.stderr = output.open("w", buffering=1)
     report.draw_curves = lambda *_: None
-    with settings.clear_errors():
+    with clear_errors():
         sweep.main(flags)
 
 

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 import train_imagenet
-from common import training
+from common import loop, run
 
 seen = {}
 
@@ -39,8 +39,8 @@ def evaluate_top1(job, loader):
     return result
 
 
-own_train_epoch, training.train_epoch = training.train_epoch, train_epoch
-own_evaluate_top1, training.evaluate_top1 = training.evaluate_top1, evaluate_top1
+own_train_epoch, loop.train_epoch = loop.train_epoch, train_epoch
+own_evaluate_top1, run.evaluate_top1 = run.evaluate_top1, evaluate_top1
 output = Path(sys.argv[1])
 train_imagenet.main([*sys.argv[2:], "--output", str(output / "run")])
 save_file(seen, output / f"{PartialState().process_index}.safetensors")

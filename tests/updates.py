@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.profiler import profile
 
-from common import settings, training
+from common import build, loop, settings
 
 LOADED, STEPS = 8, 10  # examples that all processes load at once; updates
 CLIP = 0.5  # shortens most gradients
@@ -39,9 +39,9 @@ def run(accelerator, m, method, accumulation, interleaved):
     if interleaved:
         order = torch.arange(examples).view(-1, 2, 2, LOADED // 4).transpose(1, 2).flatten()
         images, labels = images[order], labels[order]
-    criterion = training.build_criterion(args)
-    optimizer = training.build_optimizer(args, model)
-    objective = training.build_objective(args, criterion, optimizer)
+    criterion = build.build_criterion(args)
+    optimizer = build.build_optimizer(args, model)
+    objective = build.build_objective(args, criterion, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     share = LOADED // accelerator.num_processes
     batches = (
@@ -50,16 +50,16 @@ def run(accelerator, m, method, accumulation, interleaved):
     )
     args = Namespace(clip_grad=CLIP, perturb_fraction=1.0, shrink_perturb=None)
     split = Namespace(to_input=lambda images: images, m=m, accumulation=accumulation)
-    job = training.Job(args, accelerator, model, None, criterion, objective, optimizer, schedule=None, batches=split)
+    job = build.Job(args, accelerator, model, None, criterion, objective, optimizer, schedule=None, batches=split)
     for _ in range(STEPS):
-        training.update(job, batches)
+        loop.update(job, batches)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     sharded = sum(p.numel() for p in model.parameters()) > sum(
         (p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters()
     )
     with profile() as profiler:
-        training.update(job, batches)
+        loop.update(job, batches)
     calls = sum(event.name().startswith("c10d::") for event in profiler.profiler.kineto_results.events())
     accelerator.free_memory()
     views = getattr(model, "gradient_as_bucket_view", False)
@@ -79,7 +79,7 @@ def every_method(accelerator, m, interleaved=False):
 
 if __name__ == "__main__":
     output = Path(sys.argv[1])
-    accelerator = training.build_accelerator(Namespace(log_with=None, output=None, torchcompile=None))
+    accelerator = build.build_accelerator(Namespace(log_with=None, output=None, torchcompile=None))
     ddp = every_method(accelerator, MICRO_BATCH)
     # The launcher's setting works on GPUs only.
     shard_everything = {"auto_wrap_policy": "size_based_wrap", "min_num_params": 100, "fsdp_version": 2}

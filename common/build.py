@@ -1,0 +1,210 @@
+"""What a run is built of: accelerator, data, model, loss, perturbation, optimizer, schedule."""
+
+import argparse
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, set_seed
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch.distributed.fsdp import StateDictType
+
+from common import checkpoints, data, loaders
+from common.device import use_fast_kernels
+from common.errors import InputError, did_you_mean
+from common.methods import ASAM, GSAM, METHODS
+from sam_obf import SAM, proportional_rho
+
+
+@dataclasses.dataclass
+class Job:
+    """What a run works with."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: torch.nn.Module
+    timm_config: str  # from checkpoints.timm_config
+    criterion: Callable
+    objective: Callable | None  # what the perturbation ascends
+    optimizer: torch.optim.Optimizer
+    schedule: Callable  # from build_schedule
+    batches: loaders.Batches
+
+    def __post_init__(self):
+        # The first weights, for shrink-and-perturb.
+        shrinks, params = self.args.shrink_perturb, self.model.parameters()
+        self.initial = [p.detach().clone() for p in params] if shrinks else []
+        # Of this epoch and process: the sum of the updates' losses, and the number of training
+        # examples that the descent pass got right. They stay on the device, unread by the host.
+        device = self.accelerator.device
+        self.loss_sum, self.right = torch.zeros((), device=device), torch.zeros((), device=device)
+
+
+def build_job(args, create_model: Callable) -> Job:
+    """Build a run from its settings; ``create_model(args, num_classes)`` is the script's own.
+
+    Raises:
+        InputError: settings, data, model and machine do not fit.
+    """
+    accelerator = build_accelerator(args)
+    # Its cache is locked, so one process downloads. A barrier would time out if that takes long.
+    splits = data.load(args.dataset, args.streaming, args.validation_share, args.train_share)
+    set_seed(args.seed)
+    model = create_model(args, splits["train"].features["label"].num_classes)
+    batches = loaders.open_splits(args, accelerator, splits, model)
+    check_model(args, model, batches)
+    set_head_bias(args, model)
+    timm_config = checkpoints.timm_config(args, model, batches)
+    model = model.to(memory_format=batches.memory_format)
+    criterion = build_criterion(args)
+    optimizer = build_optimizer(args, model)
+    objective = build_objective(args, criterion, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    schedule = build_schedule(args, optimizer, batches.updates)
+    parts = (model, timm_config, criterion, objective, optimizer, schedule, batches)
+    return Job(args, accelerator, *parts)
+
+
+def build_accelerator(args) -> Accelerator:
+    """Accelerate as launched, with the run's tracker.
+
+    Raises:
+        InputError: the tracker's package is missing, two backends are to compile the model, or FSDP
+            would save what only unpickling can load.
+    """
+    if args.log_with and LoggerType(args.log_with) not in get_available_trackers():
+        package = args.log_with.replace("_", "-")
+        raise InputError(f"--log-with {args.log_with} needs its package: pip install {package}")
+    launched = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if args.torchcompile and launched != "no":
+        both = f"--torchcompile {args.torchcompile} and Accelerate's --dynamo_backend {launched}"
+        raise InputError(f"{both}: drop one")
+    # Accelerate knows no other name yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    # Each process keeps batch norm statistics of its own; they are averaged before they are used or
+    # saved. Exchanged gradients live in the buckets of the exchange, not in a copy.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        log_with=args.log_with,
+        project_dir=args.output,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        dynamo_backend=args.torchcompile,
+        kwargs_handlers=[ddp],
+    )
+    use_fast_kernels(accelerator.device)
+    fsdp, full = getattr(accelerator.state, "fsdp_plugin", None), StateDictType.FULL_STATE_DICT
+    if fsdp is not None and (fsdp.fsdp_version != 2 or fsdp.state_dict_type != full):
+        needed = "fsdp_version: 2 and fsdp_state_dict_type: FULL_STATE_DICT"
+        raise InputError(f"FSDP needs {needed}, as in fsdp2.yaml")
+    return accelerator
+
+
+def check_model(args, model, batches: loaders.Batches) -> None:
+    """Try a forward pass as in training, on black images; the model and its buffers stay the same.
+
+    Raises:
+        InputError: the model does not take them, or does not return logits (examples, classes).
+    """
+    examples, num_classes = min(2, ascending(args, batches.m)), len(batches.label_names)
+    input_size = batches.config["input_size"]
+    images = torch.zeros(examples, *input_size, dtype=next(model.parameters()).dtype)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad():
+            logits = torch.func.functional_call(model, buffers, (images,))
+        if logits.shape != (examples, num_classes):
+            expected = (examples, num_classes)
+            raise ValueError(f"it returns {tuple(logits.shape)}, not logits {expected}")
+    except Exception as error:  # each model fails in its own way
+        raise InputError(
+            f"the model cannot be trained on {examples} at once (m, or its perturb_fraction) of "
+            f"images {input_size}: {error}; change model, model_kwargs, img_size or m"
+        ) from error
+
+
+def set_head_bias(args, model) -> None:
+    """Set the classifier's biases to ``head_bias``, unless that is None; all logits start near it.
+
+    Raises:
+        InputError: the classifier has no biases.
+    """
+    if args.head_bias is None:
+        return
+    bias = getattr(model.get_classifier(), "bias", None)
+    if bias is None:
+        needs = f"head_bias {args.head_bias} needs a classifier with biases"
+        raise InputError(f"{needs}: {args.model} has none")
+    torch.nn.init.constant_(bias, args.head_bias)
+
+
+def build_criterion(args):
+    """The training loss, a function of logits and labels."""
+    if args.loss == "bce":
+        return BinaryCrossEntropy(args.smoothing, sum_classes=True)
+    return LabelSmoothingCrossEntropy(args.smoothing)
+
+
+def ascending(args, examples: int) -> int:
+    """How many of a micro-batch's examples the ascent pass sees."""
+    return max(1, round((args.perturb_fraction or 1) * examples))
+
+
+def build_objective(args, criterion, optimizer):
+    """What the perturbation ascends, a function of model, inputs and labels; None for method base.
+
+    Raises:
+        InputError: method momentum, and the optimizer keeps none.
+    """
+    ascent, _ = METHODS[args.method]
+    return ascent and ascent(args, criterion, optimizer)
+
+
+def build_optimizer(args, model):
+    """timm's optimizer, inside SAM unless the method is base.
+
+    Raises:
+        InputError: timm or torch does not take the settings.
+    """
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum}
+    ascent, _ = METHODS[args.method]
+    variant = {key: value for key in ASAM | GSAM if (value := getattr(args, key)) is not None}
+    try:
+        base = create_optimizer_v2(model, args.opt, **options | args.opt_kwargs)
+        # Else a GradScaler lets a fused one skip its step, and nobody sees it.
+        base._step_supports_amp_scaling = False
+        return SAM(base, model, args.rho, **variant) if ascent else base
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        message, known = str(error), list_optimizers()
+        if args.opt.lower().removeprefix("lookahead_") not in known:
+            message = f"timm has no optimizer {args.opt!r}{did_you_mean(args.opt, known)}"
+        raise InputError(message) from error
+
+
+def build_schedule(args, optimizer, updates_per_epoch: int):
+    """A function of the number of updates made, which sets lr and, if it follows lr, rho."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        args.sched,
+        num_epochs=args.epochs - args.warmup_epochs,
+        warmup_epochs=args.warmup_epochs,
+        warmup_prefix=True,
+        warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr,
+        decay_rate=1.0,  # the power of poly
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+
+    def schedule(updates):
+        scheduler.step_update(updates)
+        if args.rho_min is not None:
+            rhos = {"rho_min": args.rho_min, "rho_max": args.rho}
+            proportional_rho(optimizer, **rhos, lr_min=args.min_lr, lr_max=args.lr)
+
+    return schedule

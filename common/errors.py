@@ -1,0 +1,65 @@
+"""Errors that a user can act on: one line, and no traceback."""
+
+import contextlib
+import difflib
+import gc
+import multiprocessing
+import signal
+import sys
+
+import torch
+from accelerate.state import PartialState
+
+
+class InputError(ValueError):
+    """Something that the user can mend; the scripts print its message and no traceback."""
+
+    def __str__(self):
+        # A loader worker's error comes with the worker's traceback before the message.
+        return super().__str__().split("errors.InputError: ")[-1].strip()
+
+
+def did_you_mean(word, known) -> str:
+    """The end of an error about an unknown word: the nearest known one, or nothing if none is."""
+    nearest = difflib.get_close_matches(str(word), known, 1)
+    return f": did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether an error says that another process of the run cannot be reached.
+
+    gloo has no class for that.
+    """
+    lost = isinstance(error, torch.distributed.DistError)
+    return lost or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """End the program with one line for what the user can mend, or if another process died."""
+    try:
+        yield
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        saved = "what was saved is intact (training: go on with --resume auto)"
+        print(f"\ninterrupted: {saved}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        raise SystemExit(
+            "error: another process of this run died or cannot be reached; look for its own error "
+            f"({error}). What was saved is intact: start all processes anew with the same command "
+            "(training: with --resume auto)"
+        ) from None
+    else:
+        # Garbage may hold the process group, whose threads would go on. If one of them frees a
+        # tensor while Python ends, the program aborts.
+        gc.collect()
+        PartialState().destroy_process_group()
+    finally:
+        # Loader workers outlive a SIGTERM by a minute, also the one of this program's own end.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a killed worker for an accident
+        for worker in multiprocessing.active_children():
+            worker.kill()

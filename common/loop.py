@@ -1,0 +1,119 @@
+"""How SAM is driven: an epoch, an update of it, and both passes over a micro-batch."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+from common.build import Job, ascending
+
+
+def train_epoch(job: Job, progress, after_update: Callable) -> None:
+    """Make the updates that are left of an epoch.
+
+    ``progress`` says how far the run has come, and is kept up to date. ``after_update`` gets each
+    update's loss; it may end the program.
+    """
+    if progress.epoch_updates == job.batches.updates:  # resumed between training and evaluation
+        return
+    job.model.train()
+    job.loss_sum.fill_(progress.loss)
+    job.right.fill_(progress.right / job.accelerator.num_processes)
+    loaded = progress.epoch_updates * job.batches.accumulation
+    batches = job.batches.train(progress.epoch, loaded)
+    while progress.epoch_updates < job.batches.updates:
+        job.schedule(progress.updates - progress.skipped)
+        perturb = progress.updates % (job.args.perturb_interval or 1) == 0
+        loss = update(job, batches, perturb)
+        job.loss_sum += loss
+        progress.epoch_updates += 1
+        progress.updates += 1
+        progress.skipped += job.optimizer.step_was_skipped
+        after_update(loss)
+    job.schedule(progress.updates - progress.skipped)
+    next(batches, None)  # lets the loader know of the end
+
+
+def update(job: Job, batches, perturb: bool = True) -> torch.Tensor:
+    """Update the weights once, from the next ``accumulation`` loader batches.
+
+    Without ``perturb`` it is the base optimizer's update.
+
+    Returns:
+        The batches' mean loss in this process.
+    """
+    total, objective = 0.0, job.objective if perturb else None
+    late = _exchanges_late(job)
+    for i in range(job.batches.accumulation):
+        last = i == job.batches.accumulation - 1
+        loss = forward_backward(job, next(batches), objective, sync=last and not late)
+        total += loss / job.batches.accumulation
+    if late:
+        _exchange(job)
+    if job.args.clip_grad:
+        job.accelerator.clip_grad_norm_(job.model.parameters(), job.args.clip_grad)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    if job.initial and not job.optimizer.step_was_skipped:  # fp16 skips a step that overflowed
+        share = job.args.shrink_perturb * job.optimizer.param_groups[0]["lr"] / job.args.lr
+        with torch.no_grad():
+            torch._foreach_lerp_(list(job.model.parameters()), job.initial, share)
+    return total
+
+
+def forward_backward(job: Job, batch: dict, objective: Callable | None, sync: bool) -> torch.Tensor:
+    """Add the gradient of a loader batch to ``.grad``, micro-batch by micro-batch.
+
+    Args:
+        objective: what the ascent pass ascends; None for no perturbation.
+        sync: exchange gradients between processes, in the last descent pass.
+
+    Returns:
+        The descent passes' mean loss.
+    """
+    total, m = 0.0, job.batches.m
+    micro_batches = list(zip(batch["image"].split(m), batch["label"].split(m)))
+    share = 1 / (len(micro_batches) * job.batches.accumulation)
+    for i, (images, labels) in enumerate(micro_batches):
+        images = job.batches.to_input(images)
+
+        def ascent():
+            part = ascending(job.args, len(images))
+            with _alone(job):
+                return objective(job.model, images[:part], labels[:part])
+
+        perturbed = contextlib.nullcontext()
+        if objective is not None:
+            options = {"loss_weight": share, "grad_scaler": job.accelerator.scaler}
+            perturbed = job.optimizer.optimizer.perturbed(ascent, **options)
+        exchanges = sync and i == len(micro_batches) - 1
+        # DDP exchanges gradients if the forward pass allowed it: hence the order of the contexts.
+        with perturbed, contextlib.nullcontext() if exchanges else _alone(job):
+            logits = job.model(images)
+            loss = job.criterion(logits, labels)
+            job.accelerator.backward(loss * share)
+        total += loss.detach() / len(micro_batches)
+        job.right += (logits.argmax(-1) == labels).sum()
+    return total
+
+
+def _alone(job):
+    """No exchange of gradients; but FSDP2 has no gradients before it has exchanged them."""
+    if job.accelerator.is_fsdp2:
+        return contextlib.nullcontext()
+    return job.accelerator.no_sync(job.model)
+
+
+# GSAM replaces a micro-batch's gradient after its backward pass, too late for DDP's own exchange.
+
+
+def _exchanges_late(job):
+    gsam = getattr(job.optimizer.optimizer, "gsam_alpha", 0) > 0
+    return gsam and job.accelerator.num_processes > 1 and not job.accelerator.is_fsdp2
+
+
+def _exchange(job):
+    grads = [p.grad for p in job.model.parameters() if p.grad is not None]
+    mean = job.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+    for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
+        grad.copy_(part.view_as(grad))
