@@ -15,8 +15,9 @@ from timm.data import ImageNetInfo
 
 import eval_robustness
 from common import checkpoints
-from common.settings import InputError
-from robustness import corruptions, sets
+from common.errors import InputError
+from robustness import corruptions
+from robustness.labels import SUBSETS, outputs
 
 INFO = ImageNetInfo("imagenet-1k")
 WORDNET = INFO.label_names()
@@ -125,10 +126,10 @@ def test_a_folder_meets_imagenets_1000_by_id_number_and_words(tmp_path, evaluate
 
 def test_some_of_imagenets_classes_as_outputs_meet_words_and_ids_but_no_numbers():
     own = ["n01484850", "n01440764", "n01443537"]
-    assert sets.outputs(["tench", "Great White Shark"], own) == [1, 0]
-    assert sets.outputs(["n01443537"], ["great white shark", "tench", "goldfish"]) == [2]
+    assert outputs(["tench", "Great White Shark"], own) == [1, 0]
+    assert outputs(["n01443537"], ["great white shark", "tench", "goldfish"]) == [2]
     with pytest.raises(InputError, match=r"1 of 1 classes \('0'\) mean none of the 3 outputs \('n01484850', "):
-        sets.outputs(["0"], own)
+        outputs(["0"], own)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +148,10 @@ def test_some_of_imagenets_classes_as_outputs_meet_words_and_ids_but_no_numbers(
 )
 def test_names_that_do_not_map_are_refused_with_both_sides(classes, label_names, words):
     if words is None:
-        assert sets.outputs(classes, label_names) == [0]
+        assert outputs(classes, label_names) == [0]
     else:
         with pytest.raises(InputError, match=words):
-            sets.outputs(classes, label_names)
+            outputs(classes, label_names)
 
 
 def test_what_does_not_map_ends_before_the_first_image(tmp_path, evaluate, monkeypatch):
@@ -279,7 +280,7 @@ def test_data_alone_makes_a_benchmark_of_a_known_set_too(tmp_path, evaluate):
 # ----------------------------------------------------------------------------------------------------------------------
 # ImageNet-A, the clean accuracies of A and R, and ImageNet-C
 
-A, R = sets.SUBSETS["a"], sets.SUBSETS["r"]
+A, R = SUBSETS["a"], SUBSETS["r"]
 
 
 def test_a_is_judged_among_its_own_200_classes_and_among_all(tmp_path, evaluate):

@@ -35,7 +35,7 @@ def measurements(seeds, kinds, forgetting) -> list[dict]:
 def data(tmp_path, monkeypatch):
     """Data in which own forgetting goes with accuracy after the last epoch, and obf's is double."""
     monkeypatch.setattr(tables, "DATA", tmp_path)
-    monkeypatch.setattr(tables.measure_forgetting, "RESAMPLES", 20)
+    monkeypatch.setattr(tables.rank_correlations, "RESAMPLES", 20)
 
     def usual(accuracy, kind, epoch):
         return accuracy * (2 if kind == "obf" else 1) if epoch == 20 else -3 * accuracy

@@ -16,6 +16,8 @@ from test_data import file_of, write_folder
 
 import train_imagenet
 from common import data, loaders, settings
+from common.errors import InputError
+from common.images import decode, decode_to_tensor
 
 CONFIG = {
     "input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 0.5, "crop_mode": "center",
@@ -129,7 +131,7 @@ def test_held_out_images_get_the_evaluation_transform_with_the_flags_crop_and_in
     batches, splits = opened(accelerator, images)
     seen = torch.cat([batch["image"] for batch in batches.evaluation["validation"]])
     for row, pixels in zip(splits["validation"], seen, strict=True):
-        image = loaders.decode(row["image"])
+        image = decode(row["image"])
         width, height = image.size  # the shorter side becomes 32 / 0.5 pixels, of which the middle 32 are kept
         scale = 64 / min(image.size)
         image = image.resize((int(width * scale), int(height * scale)), Image.NEAREST)
@@ -251,7 +253,7 @@ def test_torchcodec_gives_the_pixels_of_timms_crops_and_flips_within_1_or_2_of_2
     flags += ["--train-num-samples", "16"] * streaming
     usual, fast = (opened(accelerator, jpegs, *flags, "--decoder", name)[0] for name in ("pil", "torchcodec"))
     for epoch in range(2):
-        rows = zip(range(usual.steps), usual.train(epoch, 0), fast.train(epoch, 0))
+        rows = zip(range(usual.updates), usual.train(epoch, 0), fast.train(epoch, 0))
         for _, one, other in rows:
             assert one["image"].shape == other["image"].shape and other["image"].dtype == torch.uint8
             assert (one["image"].int() - other["image"].int()).abs().max() <= tolerance
@@ -286,12 +288,12 @@ def test_what_torchcodec_does_not_read_as_pil_does_is_read_by_pil_and_said_once(
     pytest.importorskip("torchcodec")
     image = photograph(np.random.default_rng(1))
     unsaid = multiprocessing.get_context("spawn").Lock()
-    assert loaders.decode_to_tensor(file_of(image, "jpeg"), unsaid).shape == (3, image.height, image.width)
+    assert decode_to_tensor(file_of(image, "jpeg"), unsaid).shape == (3, image.height, image.width)
     assert not capsys.readouterr().err
     files = [turned(image), file_of(image.convert("CMYK"), "jpeg"), file_of(image, "webp"), file_of(image, "png")]
     for file in files:
-        expected = np.asarray(loaders.decode(file)).transpose(2, 0, 1)
-        assert np.array_equal(loaders.decode_to_tensor(file, unsaid).numpy(), expected)
+        expected = np.asarray(decode(file)).transpose(2, 0, 1)
+        assert np.array_equal(decode_to_tensor(file, unsaid).numpy(), expected)
     assert capsys.readouterr().err == (
         "read by PIL, not by torchcodec, as others like it will be: a.jpeg (JPEG, RGB, Exif orientation 6)\n"
     )
@@ -312,7 +314,7 @@ def test_an_image_that_neither_reads_is_named(file):
         whole = file_of(photograph(np.random.default_rng(2)), "jpeg")["bytes"]
         file = whole[: len(whole) // 2]
     with pytest.raises(settings.InputError, match=r"cannot read the image broken\.jpg: replace or remove it"):
-        loaders.decode_to_tensor({"bytes": file, "path": "broken.jpg"}, multiprocessing.get_context("spawn").Lock())
+        decode_to_tensor({"bytes": file, "path": "broken.jpg"}, multiprocessing.get_context("spawn").Lock())
 
 
 def test_torchcodec_without_its_package_or_for_another_interpolation_is_an_error(accelerator, images, monkeypatch):
@@ -358,3 +360,39 @@ def test_batches_reach_a_gpu_by_a_stream_of_their_own_which_the_model_waits_for(
     loaders._copying_stream.cache_clear()
     assert len(own) == 1
     assert log == 4 * [("copy", own[0], True), ("wait", own[0]), *2 * [("keep", computing)], "computed"]
+
+
+def batch_settings(**values):
+    return argparse.Namespace(**({"batch_size": 4096, "device_batch_size": 256, "m": None} | values))
+
+
+@pytest.mark.parametrize(
+    "values, processes, split",
+    [
+        ({}, 8, (256, 2, 256)),
+        ({"m": 64}, 1, (256, 16, 64)),
+        ({"m": 64}, 8, (256, 2, 64)),
+        ({"m": 64}, 32, (128, 1, 64)),  # what a process loads at once shrinks with its share
+        ({"m": 64, "device_batch_size": 200}, 8, (128, 4, 64)),
+        ({"m": 64, "device_batch_size": 32}, 8, (64, 8, 64)),
+        ({"m": 3, "batch_size": 60}, 4, (15, 1, 3)),
+        ({"batch_size": 6}, 2, (3, 1, 3)),
+        ({"m": 1, "batch_size": 1018}, 2, (1, 509, 1)),  # tiny, but asked for
+    ],
+)
+def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, split):
+    assert loaders.split_batch(batch_settings(**values), processes) == split
+
+
+@pytest.mark.parametrize(
+    "values, processes, words",
+    [
+        ({"m": 48}, 8, "m 48 does not divide batch_size 4096: choose one of 1, 2, 4,"),
+        ({}, 3, "4096 in micro-batches of 1 does not split over 3 processes: choose one of 1, 2, 4"),
+        ({"m": 64, "batch_size": 384}, 4, "does not split over 4 processes: choose one of 1, 2, 3, 6 processes"),
+        ({"batch_size": 1018}, 2, "in loader batches of 1, .* choose batch_size 1020, or give --m, .* 1, 509$"),
+    ],
+)
+def test_batch_that_does_not_split_names_what_does(values, processes, words):
+    with pytest.raises(InputError, match=words):
+        loaders.split_batch(batch_settings(**values), processes)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-import measure_forgetting
 from experiments.page import fill, interval, read, spread, write
+from robustness import rank_correlations
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -81,7 +81,7 @@ def forgetting_table() -> list[dict]:
     runs = read(DATA / "forgetting.csv").astype({"rho": float})
     own = runs[runs["perturbation"] == "own"].to_dict("records")
     rows = {quantity: {"quantity": title} for quantity, title in QUANTITIES.items()}
-    for found in measure_forgetting.correlations(own, SEED):
+    for found in rank_correlations.table(own, SEED):
         if found["quantity"] in rows and found["fixed"] is None:
             head = TARGETS[found["target"]] + (
                 ", mean over epochs" if found["epochs"] == "mean" else ""

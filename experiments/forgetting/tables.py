@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-import measure_forgetting
 from common import report
 from experiments.page import fill, interval, read, spread, write
+from robustness import rank_correlations
 from robustness.report import forgetting_styles
 
 HERE = Path(__file__).resolve().parent
@@ -91,7 +91,7 @@ def measured_on(split: str) -> pd.DataFrame:
 def taus(split: str):
     """The rank correlations on a split, as a function of what they are of."""
     rows = measured_on(split).to_dict("records")
-    correlations = measure_forgetting.correlations(rows, SEED, gap=split == "train")
+    correlations = rank_correlations.table(rows, SEED, gap=split == "train")
 
     def tau(quantity, kind="sam", epochs="last", target="accuracy", fixed=None):
         which = {"perturbation": kind, "quantity": quantity, "epochs": epochs}
@@ -181,8 +181,8 @@ def references_table() -> list[dict]:
     for name, (of, quantity) in entries.items():
         row = {"predictor": name}
         for target, title in TARGETS.items():
-            function = measure_forgetting.TARGETS[target]
-            found = measure_forgetting.correlate(of.to_dict("records"), function, SEED)
+            function = rank_correlations.TARGETS[target]
+            found = rank_correlations.correlate(of.to_dict("records"), function, SEED)
             row[title] = shown(found[quantity])
             own = "" if quantity == "forgetting" else above_flatness(found["forgetting"])
             row[f"own forgetting above it ({'accuracy' if target == 'accuracy' else 'gap'})"] = own
@@ -201,7 +201,7 @@ def estimates_table(kind: str) -> list[dict]:
         row = {f"estimate (n = {len(runs)})": title, "bits": f"{own['forgetting'].mean():+.3f}"}
         row["τ with the first"] = f"{kendalltau(own['forgetting'], first)[0]:+.2f}"
         for target, head in TARGETS.items():
-            values = [measure_forgetting.TARGETS[target](run) for run in own.to_dict("records")]
+            values = [rank_correlations.TARGETS[target](run) for run in own.to_dict("records")]
             row[head] = f"{kendalltau(own['forgetting'], values)[0]:+.2f}"
         rows.append(row)
     return rows
@@ -242,7 +242,7 @@ def draw_scatter(path):
         runs = runs.assign(m=runs["trained_m"], rho=runs["trained_rho"]).to_dict("records")
         style, handles = forgetting_styles(runs)
         for run in runs:
-            point = [measure_forgetting.QUANTITIES[quantity](run)], [100 * run["accuracy"]]
+            point = [rank_correlations.QUANTITIES[quantity](run)], [100 * run["accuracy"]]
             axis.plot(*point, linestyle="", alpha=0.8, **style(run["method"], run["m"], run["rho"]))
         axis.set_title(f"{name}\nKendall's τ {shown(tau(quantity, kind))}", fontsize=10)
         axis.set(xlabel="-lambda_max" if quantity == "flatness" else "forgetting, bits")
