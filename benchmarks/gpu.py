@@ -246,7 +246,7 @@ def make_job(device, name, method):
     optimizer = build.build_optimizer(args, model)
     objective = build.build_objective(args, criterion, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
-    schedule = build.build_schedule(args, optimizer, batches.steps)
+    schedule = build.build_schedule(args, optimizer, batches.updates)
     job = build.Job(args, accelerator, model, "", criterion, objective, optimizer, schedule, batches)
     images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, device=device)
     labels = torch.randint(1000, (args.batch_size,), device=device)

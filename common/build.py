@@ -66,7 +66,7 @@ def build_job(args, create_model: Callable) -> Job:
     optimizer = build_optimizer(args, model)
     objective = build_objective(args, criterion, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
-    schedule = build_schedule(args, optimizer, batches.steps)
+    schedule = build_schedule(args, optimizer, batches.updates)
     parts = (model, timm_config, criterion, objective, optimizer, schedule, batches)
     return Job(args, accelerator, *parts)
 

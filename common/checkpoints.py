@@ -1,4 +1,4 @@
-"""What a run keeps on disk: checkpoints to resume from, through Accelerate, and models in timm's layout."""
+"""What a run keeps on disk: checkpoints to resume from, and models in timm's layout."""
 
 import contextlib
 import json
@@ -20,40 +20,48 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from common.errors import InputError, lost_process
 
 FORMAT = 2  # of progress.json
+PAPER = (
+    "Forget Sharpness: Perturbed Forgetting of Model Biases Within SAM Dynamics, arXiv 2406.06700"
+)  # fmt: skip
 
 
-def save(accelerator, model, optimizer, folder: Path, progress: dict, settings: dict, keep: int) -> None:
-    """Write the checkpoint ``folder/step-N`` whole or not at all; remove all but the newest ``keep``.
+def save(accelerator, model, optimizer, folder: Path, record: dict, keep: int) -> None:
+    """Write the checkpoint ``folder/step-N`` whole or not at all; keep the newest ``keep``.
 
-    ``progress`` holds numbers, N among them under "updates"; ``settings`` are those that a resumed run must share.
+    ``record`` has "progress", numbers, N among them under "updates", and "settings", which a
+    resumed run must share.
 
     Raises:
         InputError: the disk is full; earlier checkpoints are untouched.
     """
-    final, draft = folder / f"step-{progress['updates']:08d}", folder / "draft"
+    final, draft = folder / f"step-{record['progress']['updates']:08d}", folder / "draft"
     if final.exists():
         return
     needed = _bytes([model.state_dict(), optimizer.state_dict()])
     with fail_together(accelerator), writing(folder, needed):
         if accelerator.is_main_process:
             make_room(folder, needed)
-    # With FSDP, Accelerate exchanges weights while it saves: there, the others wait if one process fails.
+    # With FSDP, Accelerate exchanges weights in here: if one process fails, the others wait.
     with fail_together(accelerator), writing(folder, needed):
         accelerator.save_state(str(draft))
     with fail_together(accelerator), writing(folder, needed):
         if accelerator.is_main_process:
-            sizes = {str(file.relative_to(draft)): file.stat().st_size for file in draft.rglob("*") if file.is_file()}
-            record = {"format": FORMAT, "progress": progress, "settings": settings, "files": sizes}
+            files = [file for file in draft.rglob("*") if file.is_file()]
+            sizes = {str(file.relative_to(draft)): file.stat().st_size for file in files}
+            record = {"format": FORMAT, **record, "files": sizes}
             (draft / "progress.json").write_text(json.dumps(record, indent=2) + "\n")
             draft.rename(final)
-            for old in _steps(folder)[:-keep]:
-                (old / "progress.json").unlink()  # from here on it is no checkpoint, whatever else is left of it
+            for old in _all(folder)[:-keep]:
+                (old / "progress.json").unlink()  # whatever else is left now is no checkpoint
                 shutil.rmtree(old)
 
 
 @contextlib.contextmanager
 def fail_together(accelerator):
-    """Where one process may fail alone, in a block without an exchange between them: all fail, with its message."""
+    """Around what may fail in one process alone: then all fail, with its message.
+
+    The block must not exchange anything between processes.
+    """
     failure = None
     try:
         yield
@@ -70,7 +78,7 @@ def fail_together(accelerator):
 
 @contextlib.contextmanager
 def writing(folder: Path | str, needed: int = 0):
-    """Raise ``InputError`` if writing into ``folder`` fails, which takes ``needed`` bytes; leave no draft behind."""
+    """Raise ``InputError`` if writing ``needed`` bytes into ``folder`` fails; leave no draft."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
@@ -81,8 +89,8 @@ def writing(folder: Path | str, needed: int = 0):
         free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
         space = f". It needs {needed / 2**20:.1f} MiB, {free:.1f} MiB are free" if needed else ""
         raise InputError(
-            f"cannot write to {folder}: {error}{space}. What was saved before is intact: mend that, then go on with "
-            f"--resume auto"
+            f"cannot write to {folder}: {error}{space}. What was saved before is intact: mend "
+            "that, then go on with --resume auto"
         ) from error
 
 
@@ -106,63 +114,69 @@ def _tensors(state):
             yield from _tensors(value)
 
 
-def _steps(folder):
+def _all(folder):
     return sorted(path.parent for path in folder.glob("step-*/progress.json"))
 
 
 def find(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that ``--resume`` means: "auto" is the newest in ``folder``, or None if there is none yet.
+    """The checkpoint that ``--resume`` means.
+
+    "auto" is the newest in ``folder``, or None if there is none yet.
 
     Raises:
         InputError: a path without a checkpoint.
     """
     if resume == "auto":
-        return (_steps(folder) or [None])[-1]
+        return (_all(folder) or [None])[-1]
     path = Path(resume)
     if (path / "progress.json").exists():
         return path
     for candidate in (path, path / "checkpoints"):
-        if _steps(candidate):
-            return _steps(candidate)[-1]
-    raise InputError(f"there is no checkpoint in {resume}: name a run's folder, or use --resume auto")
+        if _all(candidate):
+            return _all(candidate)[-1]
+    remedy = "name a run's folder, or use --resume auto"
+    raise InputError(f"there is no checkpoint in {resume}: {remedy}")
 
 
 def read(path: Path, settings: dict) -> dict:
-    """Check that a checkpoint is whole and of a run with the same ``settings``; return its progress.
+    """Check that a checkpoint is whole and of a run with these ``settings``; return its progress.
 
     Raises:
-        InputError: it is damaged, of a newer format, or of other settings.
+        InputError: it is damaged, of another format, or of other settings.
     """
     remedy = f"remove {path} to resume from the one before it, or start anew with --overwrite"
     try:
         record = json.loads((path / "progress.json").read_text())
-        version, progress, saved, files = (record[key] for key in ("format", "progress", "settings", "files"))
+        keys = ("format", "progress", "settings", "files")
+        version, progress, saved, files = (record[key] for key in keys)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {path / 'progress.json'} ({error!r}): {remedy}") from error
     if version > FORMAT:
-        raise InputError(f"the checkpoint {path} has format {version}, newer than {FORMAT}: update sam-obf")
+        newer = f"format {version}, newer than {FORMAT}"
+        raise InputError(f"the checkpoint {path} has {newer}: update sam-obf")
     if version < FORMAT:
-        raise InputError(
-            f"the checkpoint {path} has format {version}, of an older sam-obf: finish that run with the version that "
-            f"began it, or start anew with --overwrite"
-        )
-    for name, size in files.items():
-        found = (path / name).stat().st_size if (path / name).exists() else 0
-        if found != size:
-            raise InputError(f"{path / name} is truncated, {found} of {size} bytes: {remedy}")
+        older = f"format {version}, of an older sam-obf"
+        finish = "finish that run with the version that began it, or start anew with --overwrite"
+        raise InputError(f"the checkpoint {path} has {older}: {finish}")
+    for name, expected in files.items():
+        size = (path / name).stat().st_size if (path / name).exists() else 0
+        if size != expected:
+            truncated = f"{path / name} is truncated, {size} of {expected} bytes"
+            raise InputError(f"{truncated}: {remedy}")
     for key in sorted({*saved, *settings}):
         if saved.get(key) != settings.get(key):
-            # The one setting whose default depends on the number of processes.
-            remedy = f"resume with --m {saved[key]}" if key == "m" else "resume with the same settings"
+            remedy = "resume with the same settings"
+            if key == "m":  # the one setting whose default depends on the number of processes
+                remedy = f"resume with --m {saved[key]}"
             raise InputError(
-                f"{path} is of a run with {key} {saved.get(key)!r}, and this one has {settings.get(key)!r}: "
-                f"{remedy}, or start anew in another --output"
+                f"{path} is of a run with {key} {saved.get(key)!r}, and this one has "
+                f"{settings.get(key)!r}: {remedy}, or start anew in another --output"
             )
     return progress
 
 
 def restore(accelerator, path: Path) -> None:
-    """Load weights, optimizer, loss scale and random states of a checkpoint that ``read`` has passed.
+    """Load weights, optimizer, loss scale and random states of a checkpoint that ``read`` took.
 
     Raises:
         InputError: its contents are damaged.
@@ -174,7 +188,8 @@ def restore(accelerator, path: Path) -> None:
         if state.exists():
             load(state)
         else:
-            accelerator.print(f"{path} is of fewer processes: random numbers differ from those of an unbroken run")
+            differ = "random numbers differ from those of an unbroken run"
+            accelerator.print(f"{path} is of fewer processes: {differ}")
     except Exception as error:  # whatever unpickling a damaged file may raise
         if lost_process(error):
             raise
@@ -193,22 +208,27 @@ def timm_config(args, model, batches) -> str:
 
 
 def save_model(accelerator, model, folder: Path, config: str) -> None:
-    """Replace the model in ``folder``, in timm's layout, by this one; whenever interrupted, one of them is there."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """Replace the model in ``folder``, in timm's layout.
+
+    Whenever this is interrupted, the old model or the new one is there.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
     needed = _bytes(weights)
     with fail_together(accelerator), writing(folder, needed):
         if accelerator.is_main_process:
             make_room(folder, needed)
             draft = folder / "draft"
             draft.mkdir()
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, draft / "model.safetensors")
+            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(tensors, draft / "model.safetensors")
             os.replace(draft / "model.safetensors", folder / "model.safetensors")
             draft.rmdir()
             (folder / "config.json").write_text(config)
 
 
 def create_model(name: str, img_size: int | None, **model_kwargs) -> torch.nn.Module:
-    """timm's ``create_model``; a model made for one size of images is made for ``img_size``, if that is given."""
+    """timm's ``create_model``, for images of ``img_size`` if the model is made for one size."""
     if img_size is not None:
         model_kwargs = resolve_model_input_args(name, {"img_size": img_size}, **model_kwargs)
         name = model_kwargs.pop("model_name")
@@ -216,7 +236,7 @@ def create_model(name: str, img_size: int | None, **model_kwargs) -> torch.nn.Mo
 
 
 def open_model(name: str, img_size: int | None = None, **model_kwargs) -> torch.nn.Module:
-    """A trained model: from a folder in timm's layout, by its timm name, or by an ``hf-hub:`` or ``local-dir:`` id.
+    """A trained model: a folder in timm's layout, or a timm, ``hf-hub:`` or ``local-dir:`` name.
 
     One made for images of another size than ``img_size``, pixels, is adapted to that.
 
@@ -227,12 +247,14 @@ def open_model(name: str, img_size: int | None = None, **model_kwargs) -> torch.
     if folder.is_dir():
         for file in ("config.json", "model.safetensors"):
             if not (folder / file).exists():
-                found = [folder / name for name in ("last", "best") if (folder / name).is_dir()]
-                hint = f": did you mean {found[0]}?" if found else ""
-                raise InputError(f"the folder {folder} has no {file}, so it is no model in timm's layout{hint}")
+                inside = [folder / name for name in ("last", "best") if (folder / name).is_dir()]
+                hint = f": did you mean {inside[0]}?" if inside else ""
+                no_model = f"has no {file}, so it is no model in timm's layout"
+                raise InputError(f"the folder {folder} {no_model}{hint}")
         source = f"local-dir:{folder}"
     elif ":" not in name and not is_model_pretrained(name):
-        raise InputError(f"there is no folder {name!r}, and timm has no pretrained model of that name")
+        unknown = "and timm has no pretrained model of that name"
+        raise InputError(f"there is no folder {name!r}, {unknown}")
     try:
         return create_model(source, img_size, pretrained=True, **model_kwargs)
     except Exception as error:  # safetensors, json, the Hub and timm each raise their own
@@ -246,7 +268,8 @@ def check_hub(repo: str) -> None:
         InputError: not logged in, no right to write there, or no network.
     """
     if huggingface_hub.get_token() is None:
-        raise InputError(f"--push-to-hub {repo} needs a login: run `hf auth login` with a token that may write")
+        login = "run `hf auth login` with a token that may write"
+        raise InputError(f"--push-to-hub {repo} needs a login: {login}")
     try:
         huggingface_hub.create_repo(repo, exist_ok=True)
     except Exception as error:  # httpx's errors and the Hub's own have no common base
@@ -260,13 +283,13 @@ def push(repo: str, folder: Path, settings: dict, results: dict) -> None:
         InputError: the Hub does not take it.
     """
     config = json.loads((folder / "config.json").read_text())
-    method, dataset = settings["method"], settings["dataset"]
+    trained = f"trained on {settings['dataset']} with `--method {settings['method']}` of sam-obf"
     card = {
-        "description": f"{config['architecture']} trained on {dataset} with `--method {method}` of sam-obf",
+        "description": f"{config['architecture']} {trained}",
         "details": {
             "Top-1 accuracy": {split: f"{top1:.2%}" for split, top1 in results.items()},
             "Settings": {key: value for key, value in settings.items() if value is not None},
-            "Paper": "Forget Sharpness: Perturbed Forgetting of Model Biases Within SAM Dynamics, arXiv 2406.06700",
+            "Paper": PAPER,
         },
         "usage": f'```python\nmodel = timm.create_model("hf-hub:{repo}", pretrained=True)\n```',
     }
@@ -275,4 +298,5 @@ def push(repo: str, folder: Path, settings: dict, results: dict) -> None:
     try:
         push_to_hf_hub(model, repo, model_config=names, model_card=card, safe_serialization=True)
     except Exception as error:  # httpx's errors and the Hub's own have no common base
-        raise InputError(f"cannot upload {folder} to the Hub's {repo}, but all is saved here: {error}") from error
+        where = f"{folder} to the Hub's {repo}"
+        raise InputError(f"cannot upload {where}, but all is saved here: {error}") from error

@@ -28,7 +28,7 @@ def dry_run(job: Job) -> None:
     if accelerator.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
     weights = sum(p.numel() for p in job.model.parameters()) / 1e6
-    updates, processes = job.batches.steps, accelerator.num_processes
+    updates, processes = job.batches.updates, accelerator.num_processes
     accumulation = count(job.batches.accumulation, "loader batch", "loader batches")
     accelerator.print(
         f"dry run of {args.model} ({weights:.1f} M weights) on {args.dataset}, "

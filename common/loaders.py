@@ -34,7 +34,7 @@ class Batches:
     """The batches of a run."""
 
     train: Callable  # (epoch, first): the batches of an epoch after the ``first`` of this process
-    steps: int  # updates of an epoch
+    updates: int  # of an epoch
     accumulation: int  # loader batches of an update
     m: int  # examples of a micro-batch
     evaluation: dict  # by split: a prepared loader of its images in order
@@ -89,7 +89,7 @@ def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batch
         evaluation[split] = loader
     return Batches(
         train,
-        steps=size // args.batch_size,
+        updates=size // args.batch_size,
         accumulation=accumulation,
         m=m,
         evaluation=evaluation,

@@ -14,14 +14,14 @@ def train_epoch(job: Job, progress, after_update: Callable) -> None:
     ``progress`` says how far the run has come, and is kept up to date. ``after_update`` gets each
     update's loss; it may end the program.
     """
-    if progress.epoch_updates == job.batches.steps:  # resumed between training and evaluation
+    if progress.epoch_updates == job.batches.updates:  # resumed between training and evaluation
         return
     job.model.train()
     job.loss_sum.fill_(progress.loss)
     job.right.fill_(progress.right / job.accelerator.num_processes)
     loaded = progress.epoch_updates * job.batches.accumulation
     batches = job.batches.train(progress.epoch, loaded)
-    while progress.epoch_updates < job.batches.steps:
+    while progress.epoch_updates < job.batches.updates:
         job.schedule(progress.updates - progress.skipped)
         perturb = progress.updates % (job.args.perturb_interval or 1) == 0
         loss = update(job, batches, perturb)

@@ -24,7 +24,7 @@ class Monitor:
 
     def __init__(self, job: Job, progress: Progress):
         self.job, self.progress, self.signal = job, progress, 0
-        self.patience = min(PATIENCE, job.batches.steps)
+        self.patience = min(PATIENCE, job.batches.updates)
         self.interval, self.noted, self.start = 1, 0, time.monotonic()
         # Updates in a row without a finite loss: here, and in any process at the last comparison.
         self.bad, self.known_bad = torch.zeros((), device=job.accelerator.device), 0.0
@@ -32,7 +32,7 @@ class Monitor:
     def __enter__(self):
         numbers = (signal.SIGTERM, signal.SIGINT)
         self.handlers = {number: signal.signal(number, self._stop) for number in numbers}
-        total = self.job.args.epochs * self.job.batches.steps
+        total = self.job.args.epochs * self.job.batches.updates
         hidden = not self.job.accelerator.is_main_process
         options = {"unit": "update", "initial": self.progress.updates, "disable": hidden}
         self.bar, self.shown = progress_bar.bar(self._title(), total=total, **options), {}
@@ -64,7 +64,7 @@ class Monitor:
         self.noted += 1
         self.bar.update()
         progress, every = self.progress, self.job.args.checkpoint_interval
-        last = progress.epoch_updates == self.job.batches.steps
+        last = progress.epoch_updates == self.job.batches.updates
         due = every is not None and progress.updates % every == 0
         if self.noted < self.interval and not due and not last:
             return

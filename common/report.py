@@ -12,7 +12,11 @@ from scipy.special import expit, logit
 
 matplotlib.use("agg")
 
-EDGES = (5e-4, 1 - 5e-4)  # where accuracies of 0 and 1 are drawn, which the logit scale has infinitely far away
+EDGES = (
+    5e-4,
+    1 - 5e-4,
+)  # where accuracies of 0 and 1 are drawn: on the logit scale they are infinite
+PERCENT = (0.1, 0.2, 0.5, 1, 2, 5, *range(10, 100, 10), 95, 98, 99, 99.5, 99.8, 99.9)  # ticks
 MAX_CURVES = 20  # that a picture can tell apart
 
 
@@ -39,19 +43,22 @@ def save(figure, path, caption):
 
 
 def logit_axis(panel, which, values):
-    """Put the axis ``which`` ("x" or "y") on the logit scale, on which 0.1 % is far from 1 %, and 98 % from 99 %.
+    """Put the axis ``which`` ("x" or "y") on the logit scale.
 
-    Its limits fit the ``values``, accuracies in [0, 1].
+    On it 0.1 % is far from 1 %, and 98 % from 99 %. Its limits fit the ``values``, accuracies in
+    [0, 1].
     """
     ends = logit(np.clip([np.min(values), np.max(values)], *EDGES))
     low, high = ends + np.array([-1, 1]) * max(0.05 * np.ptp(ends), 0.05)
-    ticks = []
-    for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9):
+    ticks, nearest = [], (high - low) / 9
+    for tick in PERCENT:
         place = logit(tick / 100)
-        if low <= place <= high and (not ticks or place - logit(ticks[-1] / 100) > (high - low) / 9):
+        apart = not ticks or place - logit(ticks[-1] / 100) > nearest
+        if low <= place <= high and apart:
             ticks.append(tick)
     if len(ticks) < 3:
-        ticks = [tick for tick in MaxNLocator(5).tick_values(*100 * expit([low, high])) if 0 < tick < 100]
+        linear = MaxNLocator(5).tick_values(*100 * expit([low, high]))
+        ticks = [tick for tick in linear if 0 < tick < 100]
     panel.set(**{f"{which}scale": "logit"})
     axis = panel.xaxis if which == "x" else panel.yaxis
     axis.set_major_locator(FixedLocator(np.array(ticks) / 100))
@@ -62,24 +69,24 @@ def logit_axis(panel, which, values):
 
 def series(rows, x, y):
     """The values of ``y`` by those of ``x``; what is None is left out."""
-    found = {}
+    values = {}
     for row in rows:
         if row.get(y) is not None:
-            found.setdefault(row[x], []).append(row[y])
-    return found
+            values.setdefault(row[x], []).append(row[y])
+    return values
 
 
-def band(axis, found, **style):
+def band(axis, values, **style):
     """The means of a ``series`` as a line, and a band from the least to the greatest value."""
-    xs = sorted(found)
-    axis.plot(xs, [np.mean(found[x]) for x in xs], **style)
-    if any(len(values) > 1 for values in found.values()):
-        ends = [[end(found[x]) for x in xs] for end in (min, max)]
-        axis.fill_between(xs, *ends, color=style["color"], alpha=0.15, linewidth=0)
+    xs = sorted(values)
+    axis.plot(xs, [np.mean(values[x]) for x in xs], **style)
+    if any(len(several) > 1 for several in values.values()):
+        low, high = ([end(values[x]) for x in xs] for end in (min, max))
+        axis.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's ``metrics.jsonl``, with ``run``, its folder, and epochs from 1; none without such a file."""
+    """The rows of a run's ``metrics.jsonl``; epochs count from 1, ``run`` is the folder."""
     file = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [{**row, "run": str(folder), "epoch": row["epoch"] + 1} for row in rows]
@@ -89,40 +96,50 @@ def draw_curves(groups, path):
     """Loss, accuracy, lr and rho over epochs.
 
     Args:
-        groups: by name, ``read_metrics`` of a run, or of all runs that differ in the seed alone. Of more than
-            ``MAX_CURVES`` those are drawn that are best on the held-out images at the end.
+        groups: by name, ``read_metrics`` of a run, or of all runs that differ in the seed alone.
+            Of more than ``MAX_CURVES`` the best on the held-out images at the end are drawn.
     """
     first = next(iter(groups.values()))
     held_out = "validation" if "validation" in first[0] else "test"
 
-    def last(name):
-        found = series(groups[name], "epoch", held_out)
-        return np.mean(found[max(found)])
+    def final(name):
+        accuracies = series(groups[name], "epoch", held_out)
+        return np.mean(accuracies[max(accuracies)])
 
-    best = sorted(groups, key=last, reverse=True)[:MAX_CURVES]
+    best = sorted(groups, key=final, reverse=True)[:MAX_CURVES]
+    shown = [name for name in groups if name in best]
     runs = {name: len({row["run"] for row in rows}) for name, rows in groups.items()}
-    panels = {"loss": "training loss", held_out: f"top-1 on {held_out}, %", "train": "top-1 in training, %"}
-    panels |= {"lr": "learning rate", "rho": "rho"}
+    colors = plt.get_cmap("tab10" if len(best) <= 10 else "tab20")
+    panels = {"loss": "training loss", held_out: f"top-1 on {held_out}, %"}
+    panels |= {"train": "top-1 in training, %", "lr": "learning rate", "rho": "rho"}
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     for axis, (key, title) in zip(axes.flat, panels.items()):
-        found = {name: series(groups[name], "epoch", key) for name in groups if name in best}
-        every = [value for own in found.values() for values in own.values() for value in values]
-        if key in (held_out, "train") and every:
-            logit_axis(axis, "y", every)
-            found = {name: {x: np.clip(values, *EDGES) for x, values in own.items()} for name, own in found.items()}
-        for i, (name, own) in enumerate(found.items()):
+        curves = {name: series(groups[name], "epoch", key) for name in shown}
+        values = [v for curve in curves.values() for several in curve.values() for v in several]
+        accuracy = key in (held_out, "train")
+        if accuracy and values:
+            logit_axis(axis, "y", values)
+        for i, (name, curve) in enumerate(curves.items()):
             label = f"{name} ({runs[name]} runs)" if runs[name] > 1 else name
-            band(axis, own, color=plt.get_cmap("tab10" if len(best) <= 10 else "tab20")(i), label=label, marker=".")
-        axis.set(xlabel="epoch", title=title, visible=bool(every))
+            if accuracy:
+                curve = {epoch: np.clip(several, *EDGES) for epoch, several in curve.items()}
+            band(axis, curve, color=colors(i), label=label, marker=".")
+        axis.set(xlabel="epoch", title=title, visible=bool(values))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1, 2].set_axis_off()
-    several = f"the {len(best)} best of {len(groups)} settings" if len(best) < len(groups) else None
-    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=8, title=several)
-    training = "Loss and accuracy in training are those of augmented images, with SAM at perturbed weights"
-    others = "accuracies are on the logit scale; learning rate and rho are those at the end of an epoch"
-    bands = " Lines are means over seeds, bands go from the least to the greatest." if max(runs.values()) > 1 else ""
-    save(figure, path, f"{training}; {others}.{bands}")
+    legend = axes[1, 2]
+    legend.set_axis_off()
+    title = f"the {len(best)} best of {len(groups)} settings" if len(best) < len(groups) else None
+    handles = axes[0, 0].get_legend_handles_labels()
+    legend.legend(*handles, loc="center", frameon=False, fontsize=8, title=title)
+    caption = (
+        "Loss and accuracy in training are those of augmented images, with SAM at perturbed "
+        "weights; accuracies are on the logit scale; learning rate and rho are those at the end of "
+        "an epoch."
+    )
+    if max(runs.values()) > 1:
+        caption += " Lines are means over seeds, bands go from the least to the greatest."
+    save(figure, path, caption)
 
 
 def pairs(point: dict) -> str:
@@ -131,28 +148,42 @@ def pairs(point: dict) -> str:
 
 
 def show_sweep(rows, choose):
-    """Print top-1, mean and standard deviation over seeds, by settings; of those to ``choose``, the best on validation.
+    """Print top-1, mean and standard deviation over seeds, by settings.
 
-    Each row has a ``point``, the settings of a run, and its ``results``, top-1 in [0, 1] by split.
+    Of the settings to ``choose``, the best on validation. Each row has a ``point``, the settings of
+    a run, and its ``results``, top-1 in [0, 1] by split.
     """
     groups = {}
     for row in rows:
         point = row["point"]
         shown = {key: value for key, value in point.items() if key not in ("seed", *choose)}
         chosen = {key: point[key] for key in choose if key in point}
-        groups.setdefault(pairs(shown), {}).setdefault(pairs(chosen), []).append(row["results"])
+        candidates = groups.setdefault(pairs(shown), {})
+        candidates.setdefault(pairs(chosen), []).append(row["results"])
     splits = list(rows[0]["results"])
-    lines = [["settings", *(["chosen", "of"] if choose else []), "runs", *(f"{split} %" for split in splits)]]
+    head = ["settings", "chosen", "of", "runs"] if choose else ["settings", "runs"]
+    lines = [head + [f"{split} %" for split in splits]]
+    held_out, means = "validation" if "validation" in splits else splits[0], []
     for shown, candidates in groups.items():
         chosen = next(iter(candidates))
         if choose:
-            chosen = max(candidates, key=lambda name: np.mean([result["validation"] for result in candidates[name]]))
+            chosen = max(candidates, key=lambda name: mean_top1(candidates[name], "validation"))
         results = candidates[chosen]
-        cells = [shown, *([chosen, str(len(candidates))] if choose else []), str(len(results))]
+        means.append(mean_top1(results, held_out))
+        cells = [shown, chosen, str(len(candidates))] if choose else [shown]
+        cells.append(str(len(results)))
         for split in splits:
             values = [100 * result[split] for result in results]
             spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.2f}{spread}")
         lines.append(cells)
-    print("\nTop-1, mean ± standard deviation over seeds" + (", best on validation" if choose else "") + ":\n")
+    if len(means) > 1:
+        best = lines[1 + int(np.argmax(means))]
+        best[0] = f"**{best[0]}**"
+    print(f"\nTop-1, mean ± standard deviation over seeds; the best on {held_out} in bold:\n")
     table(lines, True)
+
+
+def mean_top1(results, split):
+    """The mean over runs of top-1 on a split."""
+    return np.mean([result[split] for result in results])

@@ -66,18 +66,18 @@ def start(job: Job) -> Progress:
     progress = Progress()
     if checkpoint:
         progress = Progress(**checkpoints.read(checkpoint, identity(job)))
-    own = checkpoint and checkpoint.parent.resolve() == (output / "checkpoints").resolve()
-    if not own:
+    continues = checkpoint and checkpoint.parent.resolve() == (output / "checkpoints").resolve()
+    if not continues:
         progress.best = -1.0  # another run's best model stays with it
     accelerator.wait_for_everyone()  # the main process is about to change the folder
     with checkpoints.fail_together(accelerator), checkpoints.writing(output):
         if accelerator.is_main_process:
-            prepare_folder(output, resolved(args), progress.epoch if own else None)
+            prepare_folder(output, resolved(args), progress.epoch if continues else None)
     if checkpoint:
         checkpoints.restore(accelerator, checkpoint)
         reached = f"after epoch {progress.epoch}, update {progress.epoch_updates}"
         accelerator.print(f"resuming from {checkpoint}, {reached}")
-    if checkpoint and not own:
+    if checkpoint and not continues:
         begin = f"metrics.jsonl, best/ and epochs/ of {output} begin here"
         accelerator.print(f"{begin}: earlier epochs' stay in that run")
         save_checkpoint(job, progress)  # for --resume auto
@@ -96,14 +96,14 @@ def find_checkpoint(args) -> Path | None:
     output = Path(args.output)
     if not args.resume:
         return None
-    found = checkpoints.find(args.resume, output / "checkpoints")
+    checkpoint = checkpoints.find(args.resume, output / "checkpoints")
     trained = [name for name in ("results.json", *MODELS) if (output / name).exists()]
-    if found is None and trained:
+    if checkpoint is None and trained:
         raise InputError(
             f"{output} has {', '.join(trained)} of an earlier run, but no checkpoint to resume "
             f"from: replace that run with --overwrite, or choose another --output"
         )
-    return found
+    return checkpoint
 
 
 def prepare_folder(output: Path, settings: dict, epoch: int | None) -> None:
@@ -143,8 +143,9 @@ def save_checkpoint(job: Job, progress: Progress) -> None:
     if not job.accelerator.gather(finite[None].long()).all():
         raise InputError(f"the weights are not finite after update {progress.updates}: {REMEDY}")
     folder = Path(job.args.output) / "checkpoints"
-    record = (dataclasses.asdict(progress), identity(job), job.args.checkpoint_hist)
-    checkpoints.save(job.accelerator, job.model, job.optimizer, folder, *record)
+    record = {"progress": dataclasses.asdict(progress), "settings": identity(job)}
+    state = (job.accelerator, job.model, job.optimizer)
+    checkpoints.save(*state, folder, record, job.args.checkpoint_hist)
 
 
 def average_batch_norm(job: Job) -> None:
@@ -214,7 +215,7 @@ def is_best(job: Job, progress: Progress, top1: float | None) -> bool:
 
 def log_epoch(job: Job, progress: Progress, top1: float | None) -> None:
     """Write an epoch's line of metrics.jsonl; lr and rho are those at its end."""
-    updates = job.batches.steps
+    updates = job.batches.updates
     loss = progress.loss / updates
     line = {"epoch": progress.epoch, "loss": loss if math.isfinite(loss) else None}
     line["train"] = progress.right / (updates * job.args.batch_size)

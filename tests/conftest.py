@@ -12,3 +12,33 @@ for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_MODULES_CACHE"):
     os.environ.pop(name, None)
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+import pytest  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from helpers import fresh_process, write_folder  # noqa: E402
+from timm.models import save_for_hf  # noqa: E402
+
+
+@pytest.fixture
+def accelerator():
+    """Accelerate on the CPU, in one process."""
+    fresh_process()
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of three images each, to train and to validate on: an update an epoch."""
+    return write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small model of two classes in timm's layout, whose seed is that of no run."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "run" / "best"
+    torch.manual_seed(7)
+    model = timm.create_model("test_resnet", num_classes=2)
+    save_for_hf(model, folder, safe_serialization=True)
+    return folder

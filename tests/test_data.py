@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import write_cifar100, write_folder
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_transform
@@ -25,17 +26,6 @@ from common import data, images, loaders
 from common import digits as digits_module
 from common.errors import InputError
 from robustness import sets
-
-
-def write_folder(root, splits=("train", "val"), classes=("cat", "dog"), images=3):
-    rng = np.random.RandomState(0)
-    for split in splits:
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(images):
-                pixels = rng.randint(0, 255, (20, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{split}_{name}_{i}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -159,19 +149,6 @@ def test_hub_columns_are_found_by_type_and_unlabelled_splits_left_out(monkeypatc
         "validation": ["image", "label"],
     }
     assert splits["validation"]["label"] == [1, 0]
-
-
-def write_cifar100(root, train=12, test=6):
-    """A copy of the Hub's uoft-cs/cifar100: parquet files with three columns."""
-    names = {"fine_label": [f"fine{i}" for i in range(100)], "coarse_label": [f"coarse{i}" for i in range(20)]}
-    features = {"img": datasets.Image()} | {key: datasets.ClassLabel(names=value) for key, value in names.items()}
-    (root / "cifar100").mkdir(parents=True)
-    for split, size in (("train", train), ("test", test)):
-        images = [Image.new("RGB", (32, 32), (i, 0, 0)) for i in range(size)]
-        columns = {"img": images, "fine_label": [i % 3 for i in range(size)], "coarse_label": [0] * size}
-        ds = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-        ds.to_parquet(root / "cifar100" / f"{split}-00000-of-00001.parquet")
-    return root
 
 
 def test_local_copy_of_cifar_loads_with_fine_labels_and_test_held_out(tmp_path):

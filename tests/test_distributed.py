@@ -2,13 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from helpers import TORCHRUN, fresh_process
 from safetensors.torch import load_file
 from updates import METHODS, MICRO_BATCH, every_method
 
@@ -19,14 +18,12 @@ TESTS = Path(__file__).parent
 def results(tmp_path_factory):
     """What updates.py finds, by kind of launch."""
     folder = tmp_path_factory.mktemp("updates")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launch, str(TESTS / "updates.py"), str(folder)]
+    command = [*TORCHRUN, "2", str(TESTS / "updates.py"), str(folder)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(TESTS.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = {name: load_file(folder / name) for name in ("ddp", "fsdp2")}
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    fresh_process()
     accelerator = Accelerator(cpu=True)
     found["one, m 2"] = every_method(accelerator, MICRO_BATCH)
     found["one, m 4"] = every_method(accelerator, 2 * MICRO_BATCH, interleaved=True)

@@ -156,13 +156,13 @@ def test_the_scripts_take_every_command_of_the_pages(words, monkeypatch):
     check_command(words)
 
 
-@pytest.mark.parametrize("script", (ROOT / "experiments").glob("*/run.sh"), ids=name_of)
+@pytest.mark.parametrize("script", sorted((ROOT / "experiments").glob("*/run.sh")), ids=name_of)
 def test_the_scripts_take_every_command_of_an_experiment(script, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     log = tmp_path / "log"
     for name in ("python", "torchrun"):  # which only note how they were called
         stub = tmp_path / name
-        stub.write_text(f'#!/bin/bash\n{{ printf "%q " {name} "$@"; echo; }} >> {log}\n')
+        stub.write_text(f'#!/bin/bash\nline=$(printf "%q " {name} "$@")\necho "$line" >> {log}\n')
         stub.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run(["bash", str(script)], check=True, env=environment, timeout=60)

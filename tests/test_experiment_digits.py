@@ -42,6 +42,7 @@ def test_gamma_and_lambda(data):
     assert list(one.values()) == ["1", "61.00 ± 1.41", "61.10 ± 1.41"]
 
 
+@pytest.mark.skipif(not (tables.HERE / "data").exists(), reason="the runs have not ended yet")
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_the_page_has_the_tables_of_the_data(name):
     text = (tables.HERE / "README.md").read_text()

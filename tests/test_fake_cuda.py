@@ -120,8 +120,8 @@ def whole_update(flags, monkeypatch, to_input=None):
     accelerator = Namespace(**alone, is_fsdp2=False, num_processes=1, device=device, clip_grad_norm_=clip)
     config = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
     to_input = to_input or loaders.to_input(config, torch.float32)
-    batches = Namespace(to_input=to_input, m=4, accumulation=2, steps=10)
-    schedule = build.build_schedule(args, optimizer, batches.steps)
+    batches = Namespace(to_input=to_input, m=4, accumulation=2, updates=10)
+    schedule = build.build_schedule(args, optimizer, batches.updates)
     job = build.Job(
         args, accelerator, model, None, criterion, objective, Prepared(optimizer), schedule=schedule, batches=batches
     )

@@ -269,7 +269,7 @@ def test_torchcodec_gives_the_pixels_of_timms_crops_and_flips_within_1_or_2_of_2
     flags += ["--train-num-samples", "16"] * streaming
     usual, fast = (opened(accelerator, jpegs, *flags, "--decoder", name)[0] for name in ("pil", "torchcodec"))
     for epoch in range(2):
-        rows = zip(range(usual.steps), usual.train(epoch, 0), fast.train(epoch, 0))
+        rows = zip(range(usual.updates), usual.train(epoch, 0), fast.train(epoch, 0))
         for _, one, other in rows:
             assert one["image"].shape == other["image"].shape and other["image"].dtype == torch.uint8
             assert (one["image"].int() - other["image"].int()).abs().max() <= tolerance
@@ -376,3 +376,39 @@ def test_batches_reach_a_gpu_by_a_stream_of_their_own_which_the_model_waits_for(
     loaders._copying_stream.cache_clear()
     assert len(own) == 1
     assert log == 4 * [("copy", own[0], True), ("wait", own[0]), *2 * [("keep", computing)], "computed"]
+
+
+def batch_settings(**values):
+    return argparse.Namespace(**({"batch_size": 4096, "device_batch_size": 256, "m": None} | values))
+
+
+@pytest.mark.parametrize(
+    "values, processes, split",
+    [
+        ({}, 8, (256, 2, 256)),
+        ({"m": 64}, 1, (256, 16, 64)),
+        ({"m": 64}, 8, (256, 2, 64)),
+        ({"m": 64}, 32, (128, 1, 64)),  # what a process loads at once shrinks with its share
+        ({"m": 64, "device_batch_size": 200}, 8, (128, 4, 64)),
+        ({"m": 64, "device_batch_size": 32}, 8, (64, 8, 64)),
+        ({"m": 3, "batch_size": 60}, 4, (15, 1, 3)),
+        ({"batch_size": 6}, 2, (3, 1, 3)),
+        ({"m": 1, "batch_size": 1018}, 2, (1, 509, 1)),  # tiny, but asked for
+    ],
+)
+def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, split):
+    assert loaders.split_batch(batch_settings(**values), processes) == split
+
+
+@pytest.mark.parametrize(
+    "values, processes, words",
+    [
+        ({"m": 48}, 8, "m 48 does not divide batch_size 4096: choose one of 1, 2, 4,"),
+        ({}, 3, "4096 in micro-batches of 1 does not split over 3 processes: choose one of 1, 2, 4"),
+        ({"m": 64, "batch_size": 384}, 4, "does not split over 4 processes: choose one of 1, 2, 3, 6 processes"),
+        ({"batch_size": 1018}, 2, "in loader batches of 1, .* choose batch_size 1020, or give --m, .* 1, 509$"),
+    ],
+)
+def test_batch_that_does_not_split_names_what_does(values, processes, words):
+    with pytest.raises(InputError, match=words):
+        loaders.split_batch(batch_settings(**values), processes)

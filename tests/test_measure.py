@@ -21,10 +21,9 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
+from helpers import small_recipe, write_folder
 from scipy.stats import kendalltau
-from test_data import write_folder
 from test_forgetting import counted_entropy
-from test_training import small_recipe
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 import measure_forgetting

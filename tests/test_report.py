@@ -15,10 +15,10 @@ def drawn(monkeypatch):
     """The pictures as they are saved, each with its name and caption."""
     pictures = {}
 
-    def keep(figure, path, caption):
+    def save(figure, path, caption):
         pictures[path.stem] = (figure, caption)
 
-    monkeypatch.setattr(runs_report, "save", keep)
+    monkeypatch.setattr(runs_report, "save", save)
     yield pictures
     plt.close("all")
 

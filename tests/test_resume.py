@@ -9,83 +9,37 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import load_file
-from test_data import write_folder
+from helpers import (
+    ROOT,
+    TORCHRUN,
+    final_weights,
+    finish,
+    in_process,
+    metrics,
+    recipe,
+    short_run,
+    start,
+    updates_saved,
+    wait_for,
+    write_folder,
+)
 
-import train_imagenet
-from common import checkpoints, loop, monitor
-from common import run as run_module
-from common.errors import InputError, clear_errors
+from common import checkpoints, loop, run
+from common.errors import InputError
 
-ROOT = Path(__file__).parent.parent
-# Dropout, augmentation, workers, a schedule for lr and rho, noise in the perturbation, momentum: all must resume.
-RECIPE = {
-    "model": "test_vit", "img_size": 160, "epochs": 3, "batch_size": 4, "m": 2, "workers": 1, "lr": 0.05, "opt": "sgd",
-    "model_kwargs": {"proj_drop_rate": 0.1}, "method": "random", "rho": 0.1, "rho_min": 0.01, "warmup_epochs": 1,
-    "checkpoint_interval": 1, "scale": [0.3, 1.0],
-}  # fmt: skip
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
+    """Four updates an epoch."""
     return write_folder(tmp_path_factory.mktemp("images"), images=8)
-
-
-def recipe(tmp_path, images, **changes):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, "dataset": str(images), **changes}))
-    return path
-
-
-def command(recipe, output, *flags, processes=1):
-    start = [sys.executable]
-    if processes > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*start, "train_imagenet.py", "--recipe", str(recipe), "--output", str(output), *flags]
-
-
-def start(*args, **kwargs):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(*args, **kwargs), cwd=ROOT, env=environment, **pipes, start_new_session=True)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
-
-
-def final_weights(output):
-    newest = checkpoints.find("auto", output / "checkpoints")
-    return load_file(newest / "model.safetensors")
-
-
-def steps_saved(output):
-    newest = checkpoints.find("auto", output / "checkpoints")
-    return int(newest.name.split("-")[1]) if newest else 0
-
-
-def in_process(recipe, output, *flags):
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    return train_imagenet.main(["--recipe", str(recipe), "--output", str(output), *flags])
-
-
-def metrics(output):
-    """A run's lines, without the time that they took."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def assert_same_run(one, other):
@@ -95,9 +49,6 @@ def assert_same_run(one, other):
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
     for a, b in zip(final_weights(one).values(), final_weights(other).values(), strict=True):
         assert torch.equal(a, b)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has started no threads
@@ -127,14 +78,14 @@ def test_killed_ten_times_and_resumed_equals_the_uninterrupted_run(tmp_path, ima
     assert finished(apart(train_apart, path, tmp_path / "whole"))
     output, rng = tmp_path / "killed", random.Random(0)
     for kill in range(10):
-        run = apart(train_apart, path, output, "--resume", "auto")
-        before, deadline = steps_saved(output), time.monotonic() + 60
-        while steps_saved(output) <= before and time.monotonic() < deadline:
+        process = apart(train_apart, path, output, "--resume", "auto")
+        before, deadline = updates_saved(output), time.monotonic() + 60
+        while updates_saved(output) <= before and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.08))  # into the next step, or the writing of its checkpoint
-        run.kill()
-        run.join()
-        assert before < steps_saved(output) < 32, f"kill {kill} came too early or too late"
+        process.kill()
+        process.join()
+        assert before < updates_saved(output) < 32, f"kill {kill} came too early or too late"
     assert finished(apart(train_apart, path, output, "--resume", "auto"))
     assert_same_run(tmp_path / "whole", output)
 
@@ -160,10 +111,10 @@ def die_while_writing(file, recipe, output):
 def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, images, file):
     path, output = recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "run"
     assert finished(apart(train_apart, path, tmp_path / "whole"))
-    run = apart(die_while_writing, file, path, output)
-    run.join()
-    assert run.exitcode == -signal.SIGKILL
-    assert steps_saved(output) == 2
+    process = apart(die_while_writing, file, path, output)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert updates_saved(output) == 2
     assert finished(apart(train_apart, path, output, "--resume", "auto"))
     assert_same_run(tmp_path / "whole", output)
 
@@ -173,15 +124,9 @@ def test_killed_stream_resumes_where_it_was(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=2, streaming=True, train_num_samples=16)
     assert finished(apart(train_apart, path, tmp_path / "whole"))
     apart(die_while_writing, "optimizer.bin", path, tmp_path / "run").join()
-    assert steps_saved(tmp_path / "run") == 2
+    assert updates_saved(tmp_path / "run") == 2
     assert finished(apart(train_apart, path, tmp_path / "run", "--resume", "auto"))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def wait_for(path, process):
-    deadline = time.monotonic() + 90
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
 
 
 def test_run_that_accumulates_resumes_at_the_same_image(tmp_path, images):
@@ -195,7 +140,7 @@ def test_run_that_accumulates_resumes_at_the_same_image(tmp_path, images):
 
 def die_while_evaluating(recipe, output):
     """Be killed in the evaluation of the second epoch."""
-    evaluate, seen = run_module.evaluate_top1, []
+    evaluate, seen = run.evaluate_top1, []
 
     def die(*args):
         seen.append(args)
@@ -203,7 +148,7 @@ def die_while_evaluating(recipe, output):
             os.kill(os.getpid(), signal.SIGKILL)
         return evaluate(*args)
 
-    run_module.evaluate_top1 = die
+    run.evaluate_top1 = die
     train_apart(recipe, output)
 
 
@@ -212,7 +157,7 @@ def test_kill_while_evaluating_costs_no_training(tmp_path, images, monkeypatch):
     path, output = recipe(tmp_path, images, workers=0, epochs=2, checkpoint_interval=None), tmp_path / "run"
     assert finished(apart(train_apart, path, tmp_path / "whole"))
     apart(die_while_evaluating, path, output).join()
-    assert steps_saved(output) == 8
+    assert updates_saved(output) == 8
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
     monkeypatch.setattr(loop, "update", None)
     in_process(path, output, "--resume", "auto")
@@ -233,13 +178,13 @@ def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(
     tmp_path, whole_run_with_workers, how, code
 ):
     path, whole = whole_run_with_workers
-    run = start(path, tmp_path / "run")
-    wait_for(tmp_path / "run" / "checkpoints" / "step-00000004", run)
-    os.killpg(run.pid, how)  # schedulers and terminals send it to loader workers too
-    out, err = run.communicate(timeout=120)
-    assert run.returncode == code and "Traceback" not in err, err
+    process = start(path, tmp_path / "run")
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000004", process)
+    os.killpg(process.pid, how)  # schedulers and terminals send it to loader workers too
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code and "Traceback" not in err, err
     assert f"stopped by {how.name} after update" in out
-    assert steps_saved(tmp_path / "run") < 32
+    assert updates_saved(tmp_path / "run") < 32
     assert "resuming from" in finish(start(path, tmp_path / "run", "--resume", "auto"))
     assert_same_run(whole, tmp_path / "run")
 
@@ -256,13 +201,13 @@ def whole_run_of_two(tmp_path_factory, images):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_two_processes_killed_or_terminated_resume_to_the_same_weights(tmp_path, whole_run_of_two, how):
     path, weights = whole_run_of_two
-    run = start(path, tmp_path / "run", processes=2)
-    wait_for(tmp_path / "run" / "checkpoints" / "step-00000005", run)
-    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    for pid in workers if how == signal.SIGKILL else [run.pid]:  # torchrun passes SIGTERM on
+    process = start(path, tmp_path / "run", processes=2)
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000005", process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in workers if how == signal.SIGKILL else [process.pid]:  # torchrun passes SIGTERM on
         os.kill(int(pid), how)
-    run.communicate(timeout=60)
-    assert 5 <= steps_saved(tmp_path / "run") < 32
+    process.communicate(timeout=60)
+    assert 5 <= updates_saved(tmp_path / "run") < 32
     finish(start(path, tmp_path / "run", "--resume", "auto", processes=2))
     torch.testing.assert_close(final_weights(tmp_path / "run"), weights, rtol=1e-6, atol=1e-6)
 
@@ -303,7 +248,7 @@ def test_run_whose_checkpoints_were_removed_is_not_trained_anew_unasked(tmp_path
             in_process(path, output, "--resume", "auto")
         (shutil.rmtree if (output / missing).is_dir() else os.remove)(output / missing)
     (output / "results.json").write_text("of an earlier run")
-    monkeypatch.setattr(run_module, "finish", lambda job: {})
+    monkeypatch.setattr(run, "finish", lambda job: {})
     in_process(path, output, "--overwrite")
     assert not (output / "results.json").exists()
 
@@ -317,17 +262,6 @@ def test_finished_run_whose_best_model_was_removed_says_so(tmp_path, images):
     else:
         with pytest.raises(InputError, match="run/best was removed since this run saved it"):
             in_process(path, output, "--resume", "auto")
-
-
-def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
-    parts = {"args": Namespace(epochs=1), "batches": Namespace(steps=1)}
-    job = Namespace(accelerator=Accelerator(cpu=True), **parts)
-    with monitor.Monitor(job, run_module.Progress()):
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.signal(signal.SIGINT, previous) is signal.default_int_handler
 
 
 ONLY_THE_MAIN_PROCESS_FAILS = """
@@ -352,7 +286,7 @@ with settings.clear_errors():
 @pytest.mark.parametrize("what, words", [("disk", "the disk is full. It needs"), ("hub", "the Hub is down")])
 def test_all_processes_end_with_the_main_one_s_error(tmp_path, images, what, words):
     (tmp_path / "script.py").write_text(ONLY_THE_MAIN_PROCESS_FAILS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [*TORCHRUN, "2"]
     launch += ["--log-dir", str(tmp_path / "logs"), "--redirects", "3", str(tmp_path / "script.py"), what]
     path = recipe(tmp_path, images, workers=0, push_to_hub="me/model")
     launch += ["--recipe", str(path), "--output", str(tmp_path / "run")]
@@ -371,13 +305,6 @@ def test_resume_auto_without_a_checkpoint_starts(tmp_path, images):
 # Bad input
 
 
-def short_run(tmp_path, images, **changes):
-    """A run of two epochs, with the checkpoints of steps 7 and 8; returns its recipe and folder."""
-    path = recipe(tmp_path, images, workers=0, epochs=2, **changes)
-    in_process(path, tmp_path / "run")
-    return path, tmp_path / "run"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, words",
@@ -394,7 +321,7 @@ def test_checkpoint_of_other_settings_is_refused_and_kept(tmp_path, images, flag
     path, output = short_run(tmp_path, images)
     with pytest.raises(InputError, match=words):
         in_process(path, output, "--resume", "auto", *flags)
-    assert steps_saved(output) == 8
+    assert updates_saved(output) == 8
 
 
 @pytest.mark.slow
@@ -514,54 +441,8 @@ def test_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_one_before(
     assert in_process(path, output, "--resume", "auto")
 
 
-def test_process_that_dies_while_a_checkpoint_is_written_is_called_that_and_no_full_disk(tmp_path, images, monkeypatch):
-    def save_state(*_):
-        raise RuntimeError("[/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
-
-    monkeypatch.setattr(Accelerator, "save_state", save_state)
-    with pytest.raises(SystemExit, match=r"^error: another process of this run died .*reset by peer.* --resume auto"):
-        with clear_errors():
-            in_process(recipe(tmp_path, images, workers=0), tmp_path / "run")
-
-
 def test_full_disk_is_noticed_before_writing(tmp_path, images, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match=r"the disk is full\. It needs [1-9]"):
         in_process(recipe(tmp_path, images, workers=0), tmp_path / "run")
-
-
-def test_loss_that_stays_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, images):
-    path = recipe(tmp_path, images, workers=0, epochs=8, lr=1e30, rho_min=None, warmup_epochs=0)
-    with pytest.raises(InputError, match=r"has not been finite since update [23]:|weights are not finite after update"):
-        in_process(path, tmp_path / "run")
-    assert steps_saved(tmp_path / "run") in (1, 2)
-    assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path / "run").values())
-
-
-def test_loss_that_is_nan_in_a_short_run_saves_no_model(tmp_path, images):
-    path = recipe(tmp_path, images, workers=0, epochs=1, lr=1e30, rho_min=None, warmup_epochs=0)
-    with pytest.raises(InputError, match=r"has not been finite since update [23]:|weights are not finite after update"):
-        in_process(path, tmp_path / "run")
-    assert not (tmp_path / "run" / "best").exists() and not (tmp_path / "run" / "last").exists()
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
-
-
-@pytest.mark.parametrize("bad", [1, 4])
-def test_nan_loss_of_finite_weights_is_null_in_the_metrics_and_for_a_whole_epoch_an_error(
-    tmp_path, images, monkeypatch, bad
-):
-    update, seen = loop.update, []
-
-    def sometimes_nan(*args, **kwargs):
-        seen.append(update(*args, **kwargs))
-        return torch.tensor(float("nan")) if len(seen) <= bad else seen[-1]
-
-    monkeypatch.setattr(loop, "update", sometimes_nan)
-    path = recipe(tmp_path, images, workers=0, epochs=1, warmup_epochs=0)
-    if bad == 4:
-        with pytest.raises(InputError, match="has not been finite since update 1:"):
-            in_process(path, tmp_path / "run")
-        return
-    in_process(path, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None

@@ -1,25 +1,25 @@
-"""What a whole run of a training script does with its epochs, its processes and its transforms."""
+"""A whole run: what it does with its epochs and processes, what it saves, tracks and uploads."""
 
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import accelerate.tracking
+import huggingface_hub
 import pytest
-import timm
 import torch
+import yaml
+from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import LoggerType
+from helpers import ROOT, TORCHRUN, make_job, run_script, same, saved, small_recipe, train, write_folder
 from safetensors.torch import load_file
-from test_data import write_folder
-from test_training import small_recipe
-from timm.models import save_for_hf
 
-import finetune_cifar
 import train_imagenet
-from common import loop, report, run
-
-ROOT = Path(__file__).parent.parent
+from common import checkpoints, loop, report, run, settings
+from common.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     images = write_folder(folder / "images", images=7)  # of 14, two processes evaluate four at a time
     flags = [*small_recipe(folder, images), "--epochs", "2", "--scale", "0.2", "1", "--method", "random"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tests" / "two_processes.py"), str(folder), *flags]
+    program = str(ROOT / "tests" / "two_processes.py")
+    command = [*TORCHRUN, "2", program, str(folder), *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -60,10 +60,6 @@ def test_training_accuracy_is_that_of_all_processes_images(processes):
 
 def test_two_processes_evaluate_every_image_once(processes):
     assert [process["examples"].item() for process in processes[0]] == [14, 14]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One run in this process, whose accuracies on validation are made up
 
 
 SCRIPTED = [0.2, 0.5, 0.5, 0.4]  # top-1 on validation after each epoch
@@ -101,14 +97,6 @@ def scripted(tmp_path_factory):
         ]
         train_imagenet.main([*flags, "--method", "base"])
     return folder / "run", finally_seen
-
-
-def saved(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_epochs_are_kept_by_their_number_from_one(scripted):
@@ -151,11 +139,11 @@ def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeyp
     recipe = {"epochs": 3, "warmup_epochs": 1, "method": "sam", "rho": 0.3, "rho_min": 0.1, "lr": 0.01, "min_lr": 0.001}
     train_imagenet.main(small_recipe(tmp_path, images, **recipe))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = len(seen) // 3
-    assert steps > 1
+    updates = len(seen) // 3
+    assert updates > 1
     for i, line in enumerate(lines):
-        losses, right = zip(*seen[i * steps : (i + 1) * steps])
-        assert line["loss"] == pytest.approx(sum(losses) / steps) and line["train"] == sum(right) / (4 * steps)
+        losses, right = zip(*seen[i * updates : (i + 1) * updates])
+        assert line["loss"] == pytest.approx(sum(losses) / updates) and line["train"] == sum(right) / (4 * updates)
         assert line["rho"] == pytest.approx(0.1 + 0.2 * (line["lr"] - 0.001) / 0.009) and line["seconds"] > 0
     assert [line["lr"] for line in lines] == pytest.approx([0.01, 0.0055, 0.001])
     for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
@@ -219,19 +207,214 @@ def test_without_validation_images_last_is_saved_and_there_is_no_best(tmp_path):
     assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == {"last"}
 
 
-@pytest.mark.parametrize("script", [train_imagenet, finetune_cifar])
-def test_head_bias_is_that_of_the_first_weights(tmp_path, monkeypatch, script):
-    images, seen = write_folder(tmp_path / "images"), []
-    model, trained = "test_resnet", tmp_path / "trained"
-    if script is finetune_cifar:
-        save_for_hf(timm.create_model(model, num_classes=2), trained, safe_serialization=True)
-        model = str(trained)
-    own = loop.train_epoch
+def test_last_and_best_are_the_epochs_that_they_say(tmp_path, accelerator, monkeypatch):
+    """Epochs 2 and 3 are equally good: the earlier one is the best."""
+    dataset = write_folder(tmp_path / "images")
+    top1 = iter([0.5, 0.9, 0.9, 0.7, 0.11, 0.22])  # of four epochs, then of the saved models
+    monkeypatch.setattr(run, "evaluate_top1", lambda *_: {"top1": next(top1), "examples": 6})
+    returned = train_imagenet.main(small_recipe(tmp_path, dataset, epochs=4, save_interval=1))
+    weights = {file.parent.name: file.read_bytes() for file in (tmp_path / "run").rglob("*/model.safetensors")}
+    assert weights["best"] == weights["0002"] and weights["last"] == weights["0004"]
+    assert len({weights[name] for name in ("0001", "0002", "0003", "0004")}) == 4
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert saved == {"last": {"validation": 0.11}, "best": {"validation": 0.22}}
+    assert returned == saved["last"]
 
-    def train_epoch(job, *others):
-        seen.append(job.model.get_classifier().bias.detach().clone())
-        own(job, *others)
 
-    monkeypatch.setattr(loop, "train_epoch", train_epoch)
-    script.main(small_recipe(tmp_path, images, head_bias=-3.5, model=model))
-    assert torch.equal(seen[0], torch.full((2,), -3.5))
+@pytest.mark.parametrize("size", [1, 5, 7, 10])
+def test_top1_counts_every_example_once(accelerator, size):
+    torch.manual_seed(size)
+    logits, labels = torch.randn(size, 4), torch.randint(0, 4, (size,))
+    examples = [{"image": row, "label": label} for row, label in zip(logits, labels)]
+    loader = accelerator.prepare(torch.utils.data.DataLoader(examples, batch_size=3))
+    model = torch.nn.Identity()
+    result = run.evaluate_top1(make_job(accelerator, model, None), loader)
+    assert result["examples"] == size and not model.training
+    assert result["top1"] == pytest.approx(
+        sum(row.argmax() == label for row, label in zip(logits, labels)).item() / size
+    )
+
+
+OPENED_ELSEWHERE = """
+import sys, timm, torch
+from common import dry_run, data, loaders
+from timm.data import create_transform, resolve_data_config
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+model = model.to(memory_format=torch.channels_last)  # as in training: another format rounds otherwise
+images = loaders.Images(data.load("digits")["test"], create_transform(**resolve_data_config({}, model=model)))
+loader = torch.utils.data.DataLoader(images, 100)
+with torch.no_grad():
+    right = sum((model(batch["image"]).argmax(-1) == batch["label"]).sum().item() for batch in loader)
+print(right / 697)
+"""
+
+
+@pytest.mark.slow
+def test_digits_run_leaves_a_checkpoint_that_another_process_opens_with_the_same_accuracy(tmp_path):
+    flags = [
+        "--recipe",
+        "recipes/digits.yaml",
+        "--epochs",
+        "4",
+        "--warmup-epochs",
+        "1",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    done = run_script(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1/4:" in done.stderr and "epoch 2/4, best " in done.stderr
+    assert "loss=" in done.stderr and "lr=" in done.stderr and "rho=" in done.stderr  # the progress bar
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(saved) == ["last", "best"]
+    results = saved["best"]
+    assert list(saved["last"]) == list(results)
+    assert list(results) == ["validation", "test", "recoloured", "rotated", "sketch", "occluded", "noisy"]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["split", "images", "last", "best"] in lines
+    for split, top1 in results.items():
+        assert any(line[:1] == [split] and line[2:] == [f"{saved['last'][split]:.2%}", f"{top1:.2%}"] for line in lines)
+    assert results["test"] > 0.5  # four epochs, ten classes
+    epochs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in epochs] == [0, 1, 2, 3]
+    assert all(f"loss={line['loss']:.3f}, " in done.stderr for line in epochs)  # at its end, the epoch's mean
+    assert results["validation"] == max(line["validation"] for line in epochs)
+    assert saved["last"]["validation"] == epochs[-1]["validation"]
+    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["gamma"] == 1.0
+
+    best = tmp_path / "run" / "best"
+    assert sorted(file.name for file in best.iterdir()) == ["config.json", "model.safetensors"]
+    opened = subprocess.run(
+        [sys.executable, "-c", OPENED_ELSEWHERE, str(best)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert float(opened.stdout) == results["test"], opened.stderr
+
+
+@pytest.mark.parametrize("method", settings.METHODS)
+def test_every_method_trains_on_a_folder(tmp_path, method, accelerator):
+    dataset = write_folder(tmp_path / "images", images=5)
+    options = {
+        "method": method,
+        "device_batch_size": 4,
+        "batch_size": 8,
+        "clip_grad": 1.0,
+        "loss": "bce",
+        "smoothing": 0.1,
+    }
+    argv = small_recipe(tmp_path, dataset, epochs=2, opt="adamw", weight_decay=0.1, **options)
+    assert set(train_imagenet.main(argv)) == {"validation"}
+    assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, accelerator):
+    dataset = write_folder(tmp_path / "images", images=8)
+    weights = []
+    for seed in (0, 0, 1):
+        argv = [*small_recipe(tmp_path, dataset, method="random", workers=2), "--seed", str(seed), "--overwrite"]
+        train_imagenet.main(argv)
+        weights.append((tmp_path / "run" / "best" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_m_that_was_not_given_is_said_and_written_into_the_settings(tmp_path, accelerator, capsys):
+    dataset = write_folder(tmp_path / "images")
+    train_imagenet.main(small_recipe(tmp_path, dataset, m=None, batch_size=6, device_batch_size=3))
+    assert "m is 3: without --m" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["m"] == 3
+
+
+def test_streamed_folder_trains_and_evaluates_every_validation_image(tmp_path, images):
+    changes = {"dataset": str(images), "model": "test_resnet", "streaming": True, "train_num_samples": 6}
+    results = train(train_imagenet, tmp_path, **changes)
+    assert list(results) == ["validation"]
+    first = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
+    train(train_imagenet, tmp_path, "--overwrite", **changes)
+    assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == first
+
+
+def test_stream_of_unknown_length_asks_for_it(tmp_path):
+    images = write_folder(tmp_path / "images")
+    with pytest.raises(InputError, match="give --train-num-samples"):
+        train(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", streaming=True)
+
+
+def test_tracker_receives_settings_and_values(tmp_path, images, monkeypatch):
+    class Memory(GeneralTracker):
+        name, requires_logging_directory, config, values = "memory", False, {}, {}
+        tracker = None
+
+        @on_main_process
+        def __init__(self, run_name, **kwargs):
+            super().__init__()
+
+        @on_main_process
+        def store_init_configuration(self, values):
+            self.config.update(values)
+
+        @on_main_process
+        def log(self, values, step=None, **kwargs):
+            self.values.update(values)
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Memory)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.TENSORBOARD])
+    results = train(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", log_with="tensorboard")
+    assert Memory.config["lr"] == 0.01 and Memory.config["method"] == "obf"
+    top1 = results["validation"]
+    assert Memory.values["last/validation"] == Memory.values["best/validation"] == top1
+    assert Memory.values["validation/top1"] == top1
+    assert {"train/loss", "train/lr", "train/rho"} <= set(Memory.values)
+
+
+def test_upload_holds_model_and_card_with_settings_and_accuracies(tmp_path, images, monkeypatch):
+    uploaded = {}
+
+    def upload_folder(self, *, repo_id, folder_path, **kwargs):
+        shutil.copytree(folder_path, tmp_path / "uploaded")
+        uploaded["repo"] = repo_id
+
+    def create_repo(*args, **kwargs):
+        return huggingface_hub.RepoUrl("https://huggingface.co/me/model")
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", lambda *args, **kwargs: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    results = train(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", push_to_hub="me/model")
+    assert uploaded["repo"] == "me/model"
+    assert {file.name for file in (tmp_path / "uploaded").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    card = (tmp_path / "uploaded" / "README.md").read_text()
+    assert f"validation: {results['validation']:.2%}" in card
+    assert "rho: 0.05" in card and "--method obf" in card and "hf-hub:me/model" in card
+    config = json.loads((tmp_path / "uploaded" / "config.json").read_text())
+    assert config["label_names"] == ["cat", "dog"]
+    weights = load_file(tmp_path / "run" / "last" / "model.safetensors")
+    assert all(torch.equal(t, weights[n]) for n, t in load_file(tmp_path / "uploaded/model.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    "token, error, words",
+    [(None, None, "needs a login: run `hf auth login`"), ("t", OSError("403 Forbidden"), "cannot write .* 403")],
+)
+def test_upload_that_cannot_work_ends_before_training(tmp_path, images, monkeypatch, token, error, words):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    monkeypatch.setattr(huggingface_hub, "create_repo", fail)
+    with pytest.raises(InputError, match=words):
+        train(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", push_to_hub="me/model")
+    assert not (tmp_path / "run").exists()
+
+
+def test_upload_that_fails_at_the_end_says_what_was_saved(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(checkpoints, "check_hub", lambda repo: None)
+    monkeypatch.setattr(checkpoints, "push_to_hf_hub", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(InputError, match=r"cannot upload .*run/last to the Hub's me/model, but all is saved"):
+        train(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", push_to_hub="me/model")
+    assert (tmp_path / "run" / "results.json").exists()

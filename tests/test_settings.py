@@ -157,10 +157,3 @@ def test_output_where_nothing_can_be_written(tmp_path, monkeypatch, kind, words)
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "folder")  # root may write anywhere
     with pytest.raises(InputError, match=f"cannot write to .*{words}; choose another --output"):
         parse(tmp_path, None, "--output", str(tmp_path / kind / "below" / "run"))
-
-
-def test_ctrl_c_is_one_line_and_no_traceback(capsys):
-    with pytest.raises(SystemExit) as ended, settings.clear_errors():
-        raise KeyboardInterrupt
-    assert ended.value.code == 130
-    assert capsys.readouterr().err.strip().startswith("interrupted: what was saved is intact")

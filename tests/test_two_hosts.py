@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import write_folder
-from test_resume import final_weights, recipe, steps_saved, wait_for
+from helpers import ROOT, TORCHRUN, final_weights, recipe, updates_saved, wait_for, write_folder
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # for documentation, RFC 5737: nobody's
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "wire"}
 
@@ -89,7 +87,7 @@ def run(tmp_path_factory):
     changes = {"model": "test_resnet", "model_kwargs": {}, "img_size": 32, "method": "obf", "epochs": 8, "workers": 0}
     path = recipe(folder, write_folder(folder / "images", images=8), **changes)
     flags = ["train_imagenet.py", "--recipe", str(path), "--output", str(folder / "one")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *flags]
+    command = [*TORCHRUN, "2", *flags]
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "GLOO_SOCKET_IFNAME"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -124,6 +122,6 @@ def test_host_dies_the_other_says_so_and_the_run_resumes(tmp_path, hosts, run, d
         die(hosts[dead])
         processes[dead].wait()
         subprocess.run(on(hosts[dead], "ip", "link", "set", "wire", "up"), check=True)
-    assert 5 <= steps_saved(tmp_path / "run") < 32
+    assert 5 <= updates_saved(tmp_path / "run") < 32
     finish(launch(hosts, path, tmp_path / "run", "--resume", "auto"))
     torch.testing.assert_close(final_weights(tmp_path / "run"), weights, rtol=1e-6, atol=1e-6)

@@ -1,24 +1,20 @@
-"""One update of the training scripts, beside the same written out in explicit loops over examples and parameters."""
+"""One update and one epoch, beside the same written out in loops over examples and parameters."""
 
+import copy
 import math
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
+from helpers import ascend_the_loss, make_job
+from timm.loss import BinaryCrossEntropy
 
-from common import build, device, loop, run, settings
+from common import build, loop, run, settings
+from sam_obf import SAM
 
 K, LR, MOMENTUM, DECAY = 5, 0.3, 0.7, 0.01
-
-
-@pytest.fixture
-def accelerator():
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    return Accelerator(cpu=True)
 
 
 def network():
@@ -76,6 +72,8 @@ CASES = {  # flags, the ascent's objective by hand, where |theta| enters, GSAM's
     "momentum": ("--rho 0.4", "momentum", None, 0, False),
     "gsam+obf": ("--rho 0.4 --gsam-alpha 0.2", {"gamma": 1.0, "lam": 1 / K, "link": "sigmoid"}, None, 0.2, False),
 }  # fmt: skip
+
+
 LOSSES = {"ce": ("", "ce", 0.0), "ce smoothed": ("--smoothing 0.3", "ce", 0.3), "bce": ("--loss bce", "bce", 0.0),
           "bce smoothed": ("--loss bce --smoothing 0.3", "bce", 0.3)}  # fmt: skip
 
@@ -146,6 +144,92 @@ def test_update_is_that_written_out_by_hand(accelerator, name, loss):
     assert min(lengths) < clip < max(lengths), "clipping must shorten some gradients here, and not all"
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("m", [2, 4])
+def test_update_is_the_mean_over_micro_batches_of_the_gradient_at_their_own_perturbed_weights(
+    accelerator, m, accumulation
+):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3).double()
+    reference = copy.deepcopy(model)
+    images, labels = torch.randn(4 * accumulation, 6).double(), torch.randint(0, 3, (4 * accumulation,))
+
+    model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3))
+    for i in range(accumulation):
+        batch = {"image": images[4 * i : 4 * i + 4], "label": labels[4 * i : 4 * i + 4]}
+        job = make_job(accelerator, model, optimizer, objective=ascend_the_loss, m=m, accumulation=accumulation)
+        loop.forward_backward(job, batch, job.objective, sync=i == accumulation - 1)
+
+    params, total = list(reference.parameters()), None
+    for x, y in zip(images.split(m), labels.split(m)):
+        g = torch.autograd.grad(F.cross_entropy(reference(x), y), params)
+        norm = sum((gi**2).sum() for gi in g).sqrt()
+        moved = copy.deepcopy(reference)
+        for p, gi in zip(moved.parameters(), g):
+            p.data += 0.3 * gi / norm
+        gp = torch.autograd.grad(F.cross_entropy(moved(x), y), list(moved.parameters()))
+        total = gp if total is None else [a + b for a, b in zip(total, gp)]
+    for p, gradient in zip(model.parameters(), total):
+        torch.testing.assert_close(p.grad, gradient * m / len(images), rtol=1e-10, atol=1e-12)
+
+
+def test_perturbation_of_a_part_of_the_micro_batch_is_that_of_its_first_examples(accelerator):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3).double()
+    images, labels = torch.randn(8, 6).double(), torch.randint(0, 3, (8,))
+    params = list(model.parameters())
+    g = torch.autograd.grad(F.cross_entropy(model(images[:2]), labels[:2]), params)
+    norm = sum((gi**2).sum() for gi in g).sqrt()
+    moved = copy.deepcopy(model)
+    for p, gi in zip(moved.parameters(), g):
+        p.data += 0.3 * gi / norm
+    gp = torch.autograd.grad(F.cross_entropy(moved(images), labels), list(moved.parameters()))
+
+    model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(params, lr=0.1), model, rho=0.3))
+    args = {"perturb_fraction": 0.25}
+    job = make_job(accelerator, model, optimizer, args=args, objective=ascend_the_loss, m=8)
+    loop.forward_backward(job, {"image": images, "label": labels}, job.objective, sync=True)
+    for p, gradient in zip(params, gp):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, BinaryCrossEntropy()], ids=["ce", "bce"])
+def test_right_answers_are_counted_at_the_weights_of_the_descent_pass(accelerator, loss):
+    """A perturbation long enough to change most predictions, and two micro-batches of each of two loader batches."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3).double()
+    images, labels = torch.randn(16, 6).double(), torch.randint(0, 3, (16,))
+    expected, clean = 0, (model(images).argmax(-1) == labels).sum().item()
+    for x, y in zip(images.split(4), labels.split(4)):
+        g = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+        norm = sum((gi**2).sum() for gi in g).sqrt()
+        weight, bias = (p + 5 * gi / norm for p, gi in zip(model.parameters(), g))
+        expected += ((x @ weight.T + bias).argmax(-1) == y).sum().item()
+    model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=5.0))
+    job = make_job(
+        accelerator, model, optimizer, m=4, accumulation=2, criterion=loss, objective=lambda f, x, y: loss(f(x), y)
+    )
+    loop.update(job, iter([{"image": images[i : i + 8], "label": labels[i : i + 8]} for i in (0, 8)]))
+    assert job.right.item() == expected != clean
+
+
+def test_shrink_and_perturb_pulls_to_the_first_weights_in_proportion_to_lr(accelerator):
+    model = torch.nn.Linear(3, 2).double()
+    weight = model.weight.detach().clone()
+    initial = [torch.full_like(p, 7.0) for p in model.parameters()]
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    images, labels = torch.randn(4, 3).double(), torch.tensor([0, 1, 1, 0])
+    job = make_job(accelerator, model, optimizer, args={"shrink_perturb": 0.01, "lr": 0.2})
+    job.initial = initial
+    loss = F.cross_entropy(images @ weight.T + model.bias.detach(), labels)
+    (g,) = torch.autograd.grad(
+        F.cross_entropy(images @ weight.requires_grad_().T + model.bias.detach(), labels), weight
+    )
+    assert loop.update(job, iter([{"image": images, "label": labels}])).item() == pytest.approx(loss.item())
+    factor = 0.01 * 0.05 / 0.2
+    torch.testing.assert_close(model.weight.data, factor * 7 + (1 - factor) * (weight.detach() - 0.05 * g))
+
+
 def test_shrink_and_perturb_waits_for_a_step_that_was_made(accelerator):
     """After an overflow of fp16 neither the update nor the pull to the first weights is made."""
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -190,15 +274,41 @@ def test_an_update_without_perturbation_is_the_base_optimizers(accelerator):
 
 @pytest.mark.parametrize("first", [0, 4])
 def test_every_third_update_of_a_run_perturbs_wherever_it_resumes(accelerator, monkeypatch, first):
-    """Of all steps, not of an epoch's."""
+    """Of all updates, not of an epoch's."""
     asked = []
     monkeypatch.setattr(loop, "update", lambda job, batches, perturb: asked.append(perturb) or torch.zeros(()))
     job = prepared(accelerator, "--method sam --perturb-interval 3", m=4, accumulation=1)
-    job.batches.steps, job.batches.train, job.schedule = 4, lambda epoch, step: iter([]), lambda update: None
+    job.batches.updates, job.batches.train, job.schedule = 4, lambda epoch, first: iter([]), lambda update: None
     progress = run.Progress(epoch=first // 4, updates=first)
     job.args.checkpoint_interval = None
     loop.train_epoch(job, progress, lambda loss: None)
     assert asked == [step % 3 == 0 for step in range(first, first + 4)]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("method", ["base", "sam"])
+def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerator, method, fused):
+    """fp16's loss scaling, which works on a CPU too: the second of three updates overflows."""
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model = torch.nn.Linear(3, 2)
+    flags = ["--method", method, "--opt-kwargs", f"fused={fused}", "--output", "nowhere"]
+    args = settings.parse(settings.parser("", ""), flags)
+    model, optimizer = accelerator.prepare(model, build.build_optimizer(args, model))
+    scheduled, weights = [], []
+    images = [torch.ones(4, 3), torch.full((4, 3), 1e37), torch.ones(4, 3)]
+    job = make_job(
+        accelerator, model, optimizer, objective=None if method == "base" else ascend_the_loss, updates=3,
+        train=lambda epoch, first: iter([{"image": x, "label": torch.tensor([0, 1, 1, 0])} for x in images]),
+        schedule=scheduled.append,
+        to_input=lambda x: weights.append(model.weight.detach().clone()) or x,
+    )  # fmt: skip
+    progress = run.Progress()
+    loop.train_epoch(job, progress, lambda loss: None)
+    assert (progress.updates, progress.skipped) == (3, 1)
+    assert scheduled == [0, 1, 1, 2]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+    assert accelerator.scaler.get_scale() == 2.0**9
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_micro_batch(accelerator):
@@ -213,74 +323,3 @@ def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_mic
         loop.update(job, iter([{"image": images, "label": labels}]))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[1:] == [0, 0, 0, 0]
-
-
-def test_a_model_is_compiled_by_one_backend(accelerator, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(settings.InputError, match="--torchcompile eager and Accelerate's --dynamo_backend inductor"):
-        build.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
-
-
-def test_fast_kernels_are_for_a_gpu(monkeypatch):
-    matmul, cudnn = Namespace(allow_tf32=False), Namespace(benchmark=False)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
-    device.use_fast_kernels(torch.device("cpu"))
-    assert not matmul.allow_tf32 and not cudnn.benchmark
-    device.use_fast_kernels(torch.device("cuda"))
-    assert matmul.allow_tf32 and cudnn.benchmark
-
-
-def test_momentum_needs_an_optimizer_that_has_it(accelerator):
-    with pytest.raises(settings.InputError, match="method momentum does not go with opt momentum"):
-        prepared(accelerator, "--method momentum --opt momentum --momentum 0", m=4, accumulation=1)
-
-
-def test_schedules_equal_their_closed_forms():
-    """Warm-up is linear from warmup_lr to lr; then lr falls to min_lr linearly, as half a cosine, or not."""
-    lr, low, first, warmup, total, steps = 0.8, 0.2, 0.1, 2, 6, 10
-    fall = {
-        "poly": lambda part: lr + (low - lr) * part,
-        "cosine": lambda part: low + (lr - low) * (1 + math.cos(math.pi * part)) / 2,
-        "constant": lambda part: lr,
-    }
-    for sched, after in fall.items():
-        flags = f"--lr {lr} --min-lr {low} --warmup-lr {first} --warmup-epochs {warmup} --epochs {total}".split()
-        flags += ["--sched", sched, "--method", "base", "--output", "nowhere"]
-        args = settings.parse(settings.parser("", ""), flags)
-        optimizer = build.build_optimizer(args, network())
-        schedule = build.build_schedule(args, optimizer, steps)
-        for update in (0, 1, 13, 19, 20, 21, 33, 59):
-            schedule(update)
-            part = (update - warmup * steps) / ((total - warmup) * steps)
-            expected = first + (lr - first) * update / (warmup * steps) if part < 0 else after(part)
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9), (sched, update)
-
-
-@pytest.mark.parametrize("opt", ["sgd", "momentum", "adamw", "lookahead_adam"])
-def test_fused_kernels_give_the_weights_of_the_plain_ones(opt):
-    weights = []
-    for fused in (True, False):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU(), torch.nn.Conv2d(4, 5, 2)).double()
-        model = model.to(memory_format=torch.channels_last)
-        flags = ["--opt", opt, "--opt-kwargs", f"fused={fused}", "--method", "sam", "--weight-decay", "0.1"]
-        optimizer = build.build_optimizer(settings.parse(settings.parser("", ""), [*flags, "--output", "x"]), model)
-        assert all(group["fused"] is fused for group in optimizer.param_groups)
-        for _ in range(8):
-            x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-            with optimizer.perturbed(lambda: model(x).square().mean()):
-                model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        weights.append([p.detach() for p in model.parameters()])
-    for fused, plain in zip(*weights, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-13)
-
-
-def test_the_base_optimizer_gets_its_own_settings():
-    flags = ["--opt", "adamw", "--opt-kwargs", "betas=(0.5,0.6)", "eps=0.125", "--method", "sam", "--output", "nowhere"]
-    args = settings.parse(settings.parser("", ""), flags)
-    optimizer = build.build_optimizer(args, network())
-    assert type(optimizer.base_optimizer) is torch.optim.AdamW
-    assert optimizer.param_groups[0]["betas"] == (0.5, 0.6) and optimizer.param_groups[0]["eps"] == 0.125
