@@ -1,11 +1,13 @@
 # Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
-"""Images per second of ``eval_robustness.py``, beside timm's own validation: its loader, and a plain loop.
+"""Images per second of ``eval_robustness.py``, beside timm's own validation.
 
-Same model, folder, batch size, workers and preprocessing; they take turns, and a ratio compares two of the same round.
-The third contestant scores ImageNet-Real besides, in the same pass; the fourth makes what ``--corrupt`` adds, of the
-first ``--corrupt-images``, since it evaluates every image 28 times.
+Timm's is its loader and a plain loop. Model, folder, batch size, workers and preprocessing are the
+same; the contestants take turns, and a ratio compares two of the same round. The third scores
+ImageNet-Real besides, in the same pass; the fourth makes what ``--corrupt`` adds, of the first
+``--corrupt-images``, since it evaluates every image 28 times.
 
-    python benchmarks/evaluation.py                                                   # 2048 made-up photographs
+    # 2048 made-up photographs
+    python benchmarks/evaluation.py
     python benchmarks/evaluation.py --folder imagenet/val --model vit_small_patch32_224 --workers 12
 """
 
@@ -33,7 +35,7 @@ MIN_RATIO, MAX_REAL = 1.0, 1.05
 
 
 def name_like_imagenet(folder):
-    """Made-up photographs as validation images: in folders called by WordNet id, numbered from 1."""
+    """Make photographs validation images: in folders called by WordNet id, numbered from 1."""
     names = ImageNetInfo("imagenet-1k").label_names()
     for number, path in enumerate(sorted(Path(folder).glob("*/*.jpg")), 1):
         target = Path(folder) / names[number % 1000] / f"ILSVRC2012_val_{number:08d}.JPEG"
@@ -44,32 +46,38 @@ def name_like_imagenet(folder):
 @torch.no_grad()
 def timms(args, accelerator, model, config, folder):
     dataset = create_dataset("", root=folder, class_map="")
-    options = {key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
-    pin = accelerator.device.type == "cuda"
-    options |= {
-        "batch_size": args.batch_size,
-        "num_workers": args.workers,
-        "device": accelerator.device,
-        "pin_memory": pin,
+    options = {
+        key: config[key]
+        for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     }
-    loader = create_loader(dataset, persistent_workers=False, **options)
+    pin = accelerator.device.type == "cuda"
+    options |= {"batch_size": args.batch_size, "num_workers": args.workers, "pin_memory": pin}
+    options |= {"device": accelerator.device, "persistent_workers": False}
+    loader = create_loader(dataset, **options)
     right = 0
     for images, labels in loader:
         right += accuracy(model(images), labels, topk=(1, 5))[0].item() * len(labels)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", help="validation images as WORDNET_ID/FILE (made up)")
     parser.add_argument("--images", type=int, default=2048, help="to make up (%(default)s)")
-    parser.add_argument("--model", default="test_vit", help="fast by default: the loader is what differs (%(default)s)")
+    parser.add_argument(
+        "--model",
+        default="test_vit",
+        help="fast by default: the loader is what differs (%(default)s)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     parser.add_argument("--corrupt-images", type=int, default=128, help="(%(default)s)")
     parser.set_defaults(channels_last=None)  # the evaluator's own
     args = parser.parse_args()
-    torch.set_num_threads(max(1, os.cpu_count() - args.workers))  # or the model's threads disturb the workers at random
+    # Or the model's threads disturb the workers at random.
+    torch.set_num_threads(max(1, os.cpu_count() - args.workers))
     accelerator = Accelerator()
     model = timm.create_model(args.model, num_classes=1000).eval().to(accelerator.device)
     config = resolve_data_config({"img_size": 224, "crop_pct": 0.875}, model=model)
@@ -108,7 +116,9 @@ def main():
     for name, values in seconds.items():
         images = len(part) if name == "corrupted" else len(ds)
         print(f"{name:<10} {images / statistics.median(values):8.1f} images/s")
-    times = statistics.median(a / len(part) * len(ds) / b for a, b in zip(seconds["corrupted"], seconds["ours"]))
+    times = statistics.median(
+        a / len(part) * len(ds) / b for a, b in zip(seconds["corrupted"], seconds["ours"])
+    )
     print(f"time an image, with --corrupt to without    {times:.1f}, for 28 evaluations of it")
     verdicts = ["ok" if fine else "MISSED" for fine in (to_timm >= MIN_RATIO, real <= MAX_REAL)]
     print(f"throughput, ours to timm's    {to_timm:.3f}   target >= {MIN_RATIO} {verdicts[0]}")

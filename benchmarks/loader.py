@@ -1,10 +1,11 @@
 # Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
 """Images per second of the training input, by either decoder, beside that of timm's own loader.
 
-All read the same folder of JPEG files with the same transforms, workers and batch size, and put normalised batches on
-the device. They take turns, an epoch each, and a ratio compares two epochs of the same round.
+All read the same folder of JPEG files with the same transforms, workers and batch size, and put
+normalised batches on the device. They take turns, an epoch each, and a ratio compares two epochs of
+the same round.
 
-    python benchmarks/loader.py                                  # 1024 made-up photographs of 500 x 375 pixels
+    python benchmarks/loader.py              # 1024 made-up photographs of 500 x 375 pixels
     python benchmarks/loader.py --folder imagenet/train --workers 12 --device cuda
 """
 
@@ -28,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import data, loaders, settings
 
 CONFIG = {
-    "input_size": (3, 224, 224), "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center",
+    "input_size": (3, 224, 224), "interpolation": "bilinear",
+    "crop_pct": 0.875, "crop_mode": "center",
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
 }  # fmt: skip
 AUGMENTATION = {"scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
@@ -45,7 +47,9 @@ def write_photographs(folder, number, seed=0):
         image = 128 + 50 * (image - image.mean()) / image.std()
         path = Path(folder) / f"class{i % 4}" / f"{i}.jpg"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(path, quality=92)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(
+            path, quality=92
+        )
 
 
 def ours(args, accelerator, decoder):
@@ -62,14 +66,17 @@ def timms(args, accelerator):
     dataset = create_dataset("", root=args.folder, class_map="")
     kept = {key: value for key, value in CONFIG.items() if key not in ("crop_pct", "crop_mode")}
     loader = create_loader(
-        dataset, batch_size=args.batch_size, is_training=True, num_workers=args.workers, device=accelerator.device,
-        color_jitter=None, pin_memory=accelerator.device.type == "cuda", **kept, **AUGMENTATION,
+        dataset, batch_size=args.batch_size, is_training=True, num_workers=args.workers,
+        device=accelerator.device, pin_memory=accelerator.device.type == "cuda",
+        color_jitter=None, **kept, **AUGMENTATION,
     )  # fmt: skip
     return lambda epoch: (images for images, _ in loader)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", help="images as CLASS/FILE (made up)")
     parser.add_argument("--images", type=int, default=1024, help="to make up (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
@@ -82,13 +89,16 @@ def main():
     except settings.InputError as error:
         print(error)
         decoders.remove("torchcodec")
-    torch.set_num_threads(max(1, os.cpu_count() - args.workers))  # those that normalise wait spinning, beside workers
+    # Those that normalise wait spinning, beside workers.
+    torch.set_num_threads(max(1, os.cpu_count() - args.workers))
     accelerator = Accelerator()
     with tempfile.TemporaryDirectory() as made_up:
         if args.folder is None:
             write_photographs(made_up, args.images)
             args.folder = made_up
-        contestants = {name: ours(args, accelerator, name) for name in decoders} | {"timm": timms(args, accelerator)}
+        contestants = {name: ours(args, accelerator, name) for name in decoders} | {
+            "timm": timms(args, accelerator)
+        }
         rates = {name: [] for name in contestants}
         for epoch in tqdm(range(args.rounds + 1), desc="rounds", leave=False):
             for name in random.Random(epoch).sample(list(contestants), len(contestants)):
@@ -99,7 +109,8 @@ def main():
                     torch.cuda.synchronize()
                 if epoch:  # the first one starts the workers
                     rates[name].append(seen / (time.perf_counter() - start))
-    print(f"batch {args.batch_size}, {args.workers} workers, {accelerator.device}, {args.rounds} rounds, medians")
+    setup = f"batch {args.batch_size}, {args.workers} workers, {accelerator.device}"
+    print(f"{setup}, {args.rounds} rounds, medians")
     print(f"timm        {statistics.median(rates['timm']):8.1f} images/s")
     for name in decoders:
         ratios = sorted(one / other for one, other in zip(rates[name], rates["timm"]))

@@ -1,7 +1,7 @@
-"""Images that show their class, a model that reads it, and the robustness sets made of them in their real layouts.
+"""Images that show their class, a model that reads it, and robustness sets of such images.
 
-Run as ``oracle.py FOLDER OUTPUT``, it evaluates two oracles on every ImageNet-V2 ``FOLDER/v2-*``, on any number
-of processes.
+The sets are in their real layouts. Run as ``oracle.py FOLDER OUTPUT``, it evaluates two oracles on
+every ImageNet-V2 ``FOLDER/v2-*``, on any number of processes.
 """
 
 import io
@@ -28,12 +28,13 @@ def jpeg(index):
 
 
 class Oracle(torch.nn.Module):
-    """Right on every ``picture``, except those of ``mistaken`` classes, which it takes for the next one."""
+    """Right on every ``picture``, but for ``mistaken`` classes, which it takes for the next one."""
 
     def __init__(self, mistaken=()):
         super().__init__()
         self.num_classes, self.mistaken = 1000, torch.tensor(sorted(mistaken), dtype=torch.long)
-        self.pretrained_cfg = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bilinear", **COLOUR}
+        size = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bilinear"}
+        self.pretrained_cfg = size | COLOUR
         self.weight = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, x):
@@ -59,7 +60,10 @@ def write_tars(root, labels, indices, shards=2):
     for shard in range(shards):
         with tarfile.open(root / "test" / f"{shard}.tar", "w") as tar:
             for i in range(shard, len(labels), shards):
-                for suffix, content in (("cls", str(labels[i]).encode()), ("jpg", jpeg(indices[i]))):
+                for suffix, content in (
+                    ("cls", str(labels[i]).encode()),
+                    ("jpg", jpeg(indices[i])),
+                ):
                     entry = tarfile.TarInfo(f"s{i:07d}.{suffix}")
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))

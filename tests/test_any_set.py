@@ -1,4 +1,4 @@
-"""Any set for any model: classes meet outputs by name, whatever the order and the naming; what does not fit is said."""
+"""Any set for any model: classes meet outputs by name; what does not fit is said."""
 
 import itertools
 import json
@@ -25,13 +25,13 @@ CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 
 
 class Reader(torch.nn.Module):
-    """Sees which class an image shows, of as many as it has outputs; the output for it is ``order[class]``."""
+    """Sees which class an image shows; the output for it is ``order[class]``."""
 
     def __init__(self, label_names, order):
         super().__init__()
         self.num_classes, self.order = len(order), torch.tensor(order)
-        self.pretrained_cfg = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bilinear", **COLOUR}
-        self.pretrained_cfg["label_names"] = label_names
+        size = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bilinear"}
+        self.pretrained_cfg = size | COLOUR | {"label_names": label_names}
         self.weight = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, x):
@@ -39,12 +39,16 @@ class Reader(torch.nn.Module):
         decimals = (((x * std + mean) * 255).mean((-2, -1)) / 25).floor().clamp(0, 9).long()
         shown = (decimals * torch.tensor([1, 10, 100])).sum(-1) % self.num_classes
         best = 10 * torch.nn.functional.one_hot(self.order[shown], self.num_classes).float()
-        return best * self.weight - 1e-3 * torch.arange(self.num_classes)  # of the others, the first
+        return best * self.weight - 1e-3 * torch.arange(
+            self.num_classes
+        )  # of the others, the first
 
 
 def shuffled(names, seed=0):
     """The names in another order, and the place of each."""
-    order = random.Random(seed).sample(range(len(names)), len(names))  # order[i]: the output of class i
+    order = random.Random(seed).sample(
+        range(len(names)), len(names)
+    )  # order[i]: the output of class i
     places = [None] * len(names)
     for i, place in enumerate(order):
         places[place] = names[i]
@@ -59,7 +63,8 @@ def evaluate(tmp_path, monkeypatch):
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
         monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: Reader(label_names, order))
-        common = ["--model", "reader", "--workers", "0", "--batch-size", "8", "--output", str(tmp_path / "out")]
+        common = ["--model", "reader", "--workers", "0", "--batch-size", "8"]
+        common += ["--output", str(tmp_path / "out")]
         return eval_robustness.main([*common, *map(str, flags)])["reader"]
 
     return run
@@ -73,7 +78,7 @@ def write(root, names, classes=None):
     return root
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Names
 
 NAMINGS = {
@@ -96,12 +101,16 @@ NAMINGS = {
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_folder_meets_a_models_own_label_names_in_any_order_and_spelling(tmp_path, evaluate, folders, outputs, seed):
+def test_a_folder_meets_a_models_own_names_in_any_order_and_spelling(
+    tmp_path, evaluate, folders, outputs, seed
+):
     label_names, order = shuffled(NAMINGS[outputs], seed)
     folder = write(tmp_path / "images", NAMINGS[folders])
     found = evaluate(label_names, order, "--data", f"mine={folder}")
     assert (found["mine"]["top1"], found["mine"]["examples"]) == (1.0, 10)
-    assert np.mean([i == place for i, place in enumerate(order)]) < 0.5  # by position it would be wrong
+    assert (
+        np.mean([i == place for i, place in enumerate(order)]) < 0.5
+    )  # by position it would be wrong
 
 
 @pytest.mark.parametrize(
@@ -109,8 +118,20 @@ def test_a_folder_meets_a_models_own_label_names_in_any_order_and_spelling(tmp_p
     [
         {0: "n01440764", 2: "n01484850", 134: "n02012849", 517: "n03126707", 999: "n15075141"},
         {0: "0", 2: "2", 134: "134", 517: "0517", 999: "999"},
-        {0: "tench, Tinca tinca", 2: "great_white_shark", 134: "crane", 517: "crane2", 999: "Toilet Tissue"},
-        {0: "n01440764-tench", 2: "white shark", 134: "n02012849_crane", 517: "517", 999: "bathroom-tissue"},
+        {
+            0: "tench, Tinca tinca",
+            2: "great_white_shark",
+            134: "crane",
+            517: "crane2",
+            999: "Toilet Tissue",
+        },
+        {
+            0: "n01440764-tench",
+            2: "white shark",
+            134: "n02012849_crane",
+            517: "517",
+            999: "bathroom-tissue",
+        },
     ],
     ids=lambda names: names[0],
 )
@@ -128,14 +149,20 @@ def test_some_of_imagenets_classes_as_outputs_meet_words_and_ids_but_no_numbers(
     own = ["n01484850", "n01440764", "n01443537"]
     assert outputs(["tench", "Great White Shark"], own) == [1, 0]
     assert outputs(["n01443537"], ["great white shark", "tench", "goldfish"]) == [2]
-    with pytest.raises(InputError, match=r"1 of 1 classes \('0'\) mean none of the 3 outputs \('n01484850', "):
+    with pytest.raises(
+        InputError, match=r"1 of 1 classes \('0'\) mean none of the 3 outputs \('n01484850', "
+    ):
         outputs(["0"], own)
 
 
 @pytest.mark.parametrize(
     "classes, label_names, words",
     [
-        (["cat", "unicorn"], CIFAR, r"1 of 2 classes \('unicorn'\) mean none of the 10 outputs \('airplane', "),
+        (
+            ["cat", "unicorn"],
+            CIFAR,
+            r"1 of 2 classes \('unicorn'\) mean none of the 10 outputs \('airplane', ",
+        ),
         (["3", "5"], CIFAR, r"2 of 2 classes \('3', '5'\) mean none"),  # a number is no position
         (["n02084071"], CIFAR, "mean none of the 10 outputs"),
         (["tench", "Cardigan"], WORDNET, r"\('Cardigan'\) mean none"),  # a dog, and what one wears
@@ -157,10 +184,9 @@ def test_names_that_do_not_map_are_refused_with_both_sides(classes, label_names,
 def test_what_does_not_map_ends_before_the_first_image(tmp_path, evaluate, monkeypatch):
     monkeypatch.setattr(eval_robustness, "predict", None)
     folder = write(tmp_path / "images", ["cat", "unicorn"])
-    words = (
-        r"reader cannot be evaluated on mine: 1 of 2 classes \('unicorn'\) mean none .* \('airplane', .*: rename its"
-    )
-    with pytest.raises(InputError, match=f"{words.replace(': rename its', '')}.*: choose another set, or rename its"):
+    words = r"reader cannot be evaluated on mine: 1 of 2 classes \('unicorn'\) mean none .* "
+    words += r"\('airplane', .*: choose another set, or rename its"
+    with pytest.raises(InputError, match=words):
         evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")
 
 
@@ -169,29 +195,34 @@ def test_all_outputs_compete_and_those_without_images_are_said(tmp_path, evaluat
     found = evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")
     assert found["mine"]["top1"] == 0.5
     printed = capsys.readouterr().out
-    assert "mine for reader: cat is output 3, cat; dog is output 5, dog; the 8 other outputs have no images" in printed
+    assert "mine for reader: cat is output 3, cat; dog is output 5, dog; the 8 other" in printed
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Without a benchmark
 
 
 @pytest.mark.parametrize(
     "label_names, outputs, words",
     [
-        (CIFAR, 10, r"no --benchmarks would fit, and --data NAME=PLACE, .* outputs of reader: 'airplane', 'automob"),
+        (CIFAR, 10, r"no --benchmarks would fit, and --data .* outputs of reader: 'airplane', "),
         ([str(i) for i in range(10)], 10, "--benchmarks digits would fit, and"),
         (None, 1000, "--benchmarks imagenet real a-clean r-clean v2 r a sketch would fit"),
     ],
 )
-def test_without_a_benchmark_those_that_fit_are_listed(evaluate, monkeypatch, label_names, outputs, words):
+def test_without_a_benchmark_those_that_fit_are_listed(
+    evaluate, monkeypatch, label_names, outputs, words
+):
     monkeypatch.setattr(eval_robustness, "predict", None)
     with pytest.raises(InputError, match=f"nothing to evaluate on: {words}"):
         evaluate(label_names, list(range(outputs)))
 
 
 def test_a_cifar_model_on_the_digits_is_refused(evaluate):
-    with pytest.raises(InputError, match=r"10 of 10 classes \('0', '1', .*\) mean none of the 10 outputs \('airplane'"):
+    with pytest.raises(
+        InputError,
+        match=r"10 of 10 classes \('0', '1', .*\) mean none of the 10 outputs \('airplane'",
+    ):
         evaluate(CIFAR, list(range(10)), "--benchmarks", "digits")
 
 
@@ -200,16 +231,20 @@ def test_a_model_without_label_names_is_refused(evaluate):
         evaluate(None, list(range(10)), "--benchmarks", "digits")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Places
 
 
 def hub_layout(root, names, labels, column="label"):
-    """As of the Hub's uoft-cs/cifar10: Parquet with ``img`` and a class label, test beside train."""
-    features = datasets.Features({"img": datasets.Image(), column: datasets.ClassLabel(names=names)})
+    """As of the Hub's uoft-cs/cifar10: Parquet with ``img`` and a label, test beside train."""
+    features = datasets.Features(
+        {"img": datasets.Image(), column: datasets.ClassLabel(names=names)}
+    )
     columns = {"img": [{"bytes": jpeg(label), "path": None} for label in labels], column: labels}
     for split in ("train", "test"):
-        rows = datasets.Dataset.from_dict(columns if split == "test" else {c: v[:1] for c, v in columns.items()})
+        rows = datasets.Dataset.from_dict(
+            columns if split == "test" else {c: v[:1] for c, v in columns.items()}
+        )
         rows.cast(features).to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
     return root
 
@@ -235,12 +270,16 @@ def test_numbers_without_names_in_tars_are_for_outputs_called_by_numbers(tmp_pat
         evaluate(label_names, order, "--data", f"mine={beyond}")
 
 
-@pytest.mark.parametrize("name", ["ILSVRC2012_val_00000293_{}.JPEG", "{}_tench.JPEG", "{}_10026.jpeg"])
+@pytest.mark.parametrize(
+    "name", ["ILSVRC2012_val_00000293_{}.JPEG", "{}_tench.JPEG", "{}_10026.jpeg"]
+)
 def test_a_flat_folder_goes_by_the_wordnet_ids_in_its_names(tmp_path, evaluate, name):
     (tmp_path / "flat").mkdir()
     for index in (999, 0, 517):
         (tmp_path / "flat" / name.format(WORDNET[index])).write_bytes(jpeg(index))
-    found = evaluate(None, list(range(1000)), "--data", f"mine={tmp_path / 'flat'}", "--allow-partial")["mine"]
+    found = evaluate(
+        None, list(range(1000)), "--data", f"mine={tmp_path / 'flat'}", "--allow-partial"
+    )["mine"]
     assert (found["top1"], found["examples"]) == (1.0, 3)
 
 
@@ -249,7 +288,10 @@ def test_images_outside_of_class_folders_are_named(tmp_path, evaluate, stray):
     folder = write(tmp_path / "images", CIFAR[:2] if stray else [])
     folder.mkdir(exist_ok=True)
     (folder / "b.jpeg").write_bytes(jpeg(0))
-    with pytest.raises(InputError, match=r"mine: .*images/b\.jpeg lies in no class folder: put it into .*images/CLASS"):
+    with pytest.raises(
+        InputError,
+        match=r"mine: .*images/b\.jpeg lies in no class folder: put it into .*images/CLASS",
+    ):
         evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")
 
 
@@ -264,7 +306,9 @@ def test_class_folders_may_be_anywhere_and_in_a_zip_archive(tmp_path, evaluate):
 def test_splits_of_a_folder_are_not_mixed(tmp_path, evaluate):
     for split in ("train", "val"):
         write(tmp_path / "images" / split, CIFAR)
-    with pytest.raises(InputError, match=r"mine: class folders lie in .*/train and in .*/val: name one of them"):
+    with pytest.raises(
+        InputError, match=r"mine: class folders lie in .*/train and in .*/val: name one of them"
+    ):
         evaluate(CIFAR, list(range(10)), "--data", f"mine={tmp_path / 'images'}")
     found = evaluate(CIFAR, list(range(10)), "--data", f"mine={tmp_path / 'images' / 'val'}")
     assert found["mine"]["examples"] == 10
@@ -277,7 +321,7 @@ def test_data_alone_makes_a_benchmark_of_a_known_set_too(tmp_path, evaluate):
     assert list(saved["passes"]) == ["reader on v2"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ImageNet-A, the clean accuracies of A and R, and ImageNet-C
 
 A, R = SUBSETS["a"], SUBSETS["r"]
@@ -287,7 +331,9 @@ def test_a_is_judged_among_its_own_200_classes_and_among_all(tmp_path, evaluate)
     assert len(set(A)) == 200 and A != R
     shown = {WORDNET[index]: index for index in A}
     wrong = next(i for i in range(1000) if i not in A)
-    shown[WORDNET[A[0]]] = wrong  # the best output is none of A's; of A's own it is the first, which is right
+    shown[WORDNET[A[0]]] = (
+        wrong  # the best output is none of A's; of A's own it is the first, which is right
+    )
     folder = write(tmp_path / "imagenet-a", shown, list(shown.values()))
     found = evaluate(None, list(range(1000)), "--data", f"a={folder}")
     assert (found["a-200"]["top1"], found["a-1000"]["top1"]) == (1.0, 0.995)
@@ -306,23 +352,30 @@ def test_clean_accuracies_are_those_of_imagenets_own_images_of_the_200_classes(t
     classes = list(dict.fromkeys(classes))[:60]
     (tmp_path / "val").mkdir()
     for number, index in enumerate(classes, 1):
-        (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}_{WORDNET[index]}.JPEG").write_bytes(jpeg(index))
+        (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}_{WORDNET[index]}.JPEG").write_bytes(
+            jpeg(index)
+        )
     place = f"imagenet={tmp_path / 'val'}"
-    found = evaluate(None, list(range(1000)), "--benchmarks", "imagenet", "a-clean", "r-clean", "--data", place)
+    found = evaluate(
+        None, list(range(1000)), "--benchmarks", "imagenet", "a-clean", "r-clean", "--data", place
+    )
     assert found["imagenet"]["examples"] == len(classes)
     for name, own in (("a-clean", A), ("r-clean", R)):
-        assert (found[name]["examples"], found[name]["top1"]) == (sum(i in own for i in classes), 1.0)
+        assert found[name]["examples"] == sum(i in own for i in classes)
+        assert found[name]["top1"] == 1.0
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(saved["passes"]) == ["reader on imagenet"]  # one pass
     for path in (tmp_path / "val").iterdir():
         if any(WORDNET[i] in path.name for i in A):
             path.unlink()
-    with pytest.raises(InputError, match="imagenet: no image has a right answer in a-clean: leave it out"):
+    with pytest.raises(
+        InputError, match="imagenet: no image has a right answer in a-clean: leave it out"
+    ):
         evaluate(None, list(range(1000)), "--benchmarks", "a-clean", "--data", place)
 
 
 def write_imagenet_c(root, kinds):
-    """ImageNet-C's layout, of ten classes; of as many as its severity says, another class is shown."""
+    """ImageNet-C's layout, of ten classes; as many as its severity says show another one."""
     for corruption, severity in itertools.product(kinds, range(1, 6)):
         shown = [i + (i < severity) for i in range(10)]
         write(root / corruption / str(severity), WORDNET[:10], shown)
@@ -330,7 +383,9 @@ def write_imagenet_c(root, kinds):
 
 
 @pytest.mark.parametrize("missing", [None, "fog"])
-def test_imagenet_c_gives_errors_by_corruption_and_severity_and_mce(tmp_path, evaluate, capsys, missing):
+def test_imagenet_c_gives_errors_by_corruption_and_severity_and_mce(
+    tmp_path, evaluate, capsys, missing
+):
     kinds = [name for name in corruptions.ALEXNET if name != missing]
     root = write_imagenet_c(tmp_path / "c", [*kinds, "spatter"])
     evaluate(None, list(range(1000)), "--data", f"c={root}", "--allow-partial")
@@ -342,14 +397,16 @@ def test_imagenet_c_gives_errors_by_corruption_and_severity_and_mce(tmp_path, ev
     if missing:
         assert found["mce"] is None and "mCE not known" in printed
     else:  # every error is 0.3
-        assert found["mce"] == pytest.approx(np.mean([0.3 / error for error in corruptions.ALEXNET.values()]))
+        assert found["mce"] == pytest.approx(
+            np.mean([0.3 / error for error in corruptions.ALEXNET.values()])
+        )
     with pytest.raises(InputError, match="--corrupt does not go with --data c="):
         evaluate(None, list(range(1000)), "--data", f"c={root}", "--corrupt")
     with pytest.raises(InputError, match=r"c: .*snow holds no folders CORRUPTION/SEVERITY/CLASS"):
         evaluate(None, list(range(1000)), "--data", f"c={root / 'snow'}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Beside timm's published results
 
 
@@ -377,7 +434,10 @@ def test_elsewhere_the_sizes_and_crops_of_timms_table_are_named(tmp_path, resnet
     folder = write(tmp_path / "v2", ["3", "4"])
     resnet50("--data", f"v2={folder}", "--allow-partial")
     printed = capsys.readouterr().out
-    assert "evaluate with --img-size 224 --crop-pct 0.950 --interpolation bicubic or --img-size 288" in printed
+    assert (
+        "evaluate with --img-size 224 --crop-pct 0.950 --interpolation bicubic or --img-size 288"
+        in printed
+    )
     assert "timm's %" not in printed
 
 
@@ -423,5 +483,7 @@ def test_a_model_of_one_channel_is_refused_before_the_first_image(tmp_path, eval
     monkeypatch.setattr(Reader, "__init__", init)
     monkeypatch.setattr(eval_robustness, "predict", None)
     folder = write(tmp_path / "images", CIFAR)
-    with pytest.raises(InputError, match="reader takes images of 1 channels, and those here have 3"):
+    with pytest.raises(
+        InputError, match="reader takes images of 1 channels, and those here have 3"
+    ):
         evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")

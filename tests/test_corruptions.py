@@ -1,4 +1,4 @@
-"""Corruptions: what each does to an image, and that it does so alike wherever and however the image is read."""
+"""Corruptions: what each does to an image, and that it does so alike however it is read."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def pixels(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What each does
 
 
@@ -51,11 +51,17 @@ def test_each_severity_changes_the_image_more_than_the_one_before(corruption):
 
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_strengths_mean_what_the_table_says(severity):
-    x, strength = pixels(photograph()), {name: values[severity - 1] for name, values in STRENGTHS.items()}
+    x, strength = (
+        pixels(photograph()),
+        {name: values[severity - 1] for name, values in STRENGTHS.items()},
+    )
     grey = torch.full((3, 128, 128), 128, dtype=torch.uint8)
     noise = corrupt(grey, "noise", severity, 0).float() - 128
     expected = (255 * strength["noise"] * torch.randn(200_000)).clamp(-128, 127)
-    assert noise.std().item() == pytest.approx(expected.std().item(), rel=0.05) and abs(noise.mean()) < 1
+    assert (
+        noise.std().item() == pytest.approx(expected.std().item(), rel=0.05)
+        and abs(noise.mean()) < 1
+    )
     line = torch.zeros(3, 100, 100, dtype=torch.uint8)
     line[:, :, 50] = 255
     profile = corrupt(line, "blur", severity, 0)[0, 50].double()
@@ -89,7 +95,10 @@ def test_rotations_go_to_either_side_and_squares_anywhere(severity):
         x = torch.zeros(3, 40, 60, dtype=torch.uint8)
         rows, columns = corrupt(x, "occlude", severity, seed)[0].nonzero().T
         side = round(40 * STRENGTHS["occlude"][severity - 1])
-        assert len(rows) == side**2 and rows.max() - rows.min() == columns.max() - columns.min() == side - 1
+        assert (
+            len(rows) == side**2
+            and rows.max() - rows.min() == columns.max() - columns.min() == side - 1
+        )
         places.add((rows.min().item(), columns.min().item()))
     assert angles == {-STRENGTHS["rotate"][severity - 1], STRENGTHS["rotate"][severity - 1]}
     assert len(places) > 10
@@ -100,10 +109,12 @@ def test_jpeg_is_that_of_its_quality():
     for quality, severity in zip(STRENGTHS["jpeg"], SEVERITIES):
         again = torch.from_numpy(np.array(corrupt(x, "jpeg", severity, 0)))
         y = torch.from_numpy(np.array(corrupt(again, "jpeg", severity, 0)))
-        assert (y.float() - again).abs().mean() < 0.3 * (again.float() - x).abs().mean(), quality  # it has settled
+        assert (y.float() - again).abs().mean() < 0.3 * (again.float() - x).abs().mean(), (
+            quality
+        )  # it has settled
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Alike wherever it is read
 
 
@@ -122,8 +133,12 @@ def read_all(ds, size, batch, workers, processes):
     """Every corrupted image by path and corruption."""
     found, transform = {}, create_transform(size, normalize=False)
     for process in range(processes):
-        pictures = sets.Pictures("mine", ds, transform, batch, process=process, processes=processes, corrupt=True)
-        for rows in torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=dict):
+        pictures = sets.Pictures(
+            "mine", ds, transform, batch, process=process, processes=processes, corrupt=True
+        )
+        for rows in torch.utils.data.DataLoader(
+            pictures, batch_size=None, num_workers=workers, collate_fn=dict
+        ):
             for path, image in zip(rows.get("path", ()), rows["image"]):
                 kind = (path, rows["corruption"], rows["severity"])
                 assert found.setdefault(kind, image) is image  # each once
@@ -131,8 +146,12 @@ def read_all(ds, size, batch, workers, processes):
 
 
 @pytest.mark.parametrize("batch, workers, processes", [(1, 0, 1), (3, 2, 1), (8, 1, 2)])
-def test_batches_workers_and_processes_change_no_corrupted_image(tmp_path, batch, workers, processes):
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+def test_batches_workers_and_processes_change_no_corrupted_image(
+    tmp_path, batch, workers, processes
+):
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.Value("int64")}
+    )
     paths = [tmp_path / f"{i}.png" for i in range(7)]
     for i, path in enumerate(paths):
         photograph(i).save(path)
@@ -146,11 +165,14 @@ def test_batches_workers_and_processes_change_no_corrupted_image(tmp_path, batch
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     larger = read_all(ds, 64, 7, 0, 1)  # another model's size, with the same draws
     for path in ("0.png", "1.png"):
-        places = [(x[path, "occlude", "2"] == 128).all(0).nonzero().float().mean(0) for x in (expected, larger)]
+        places = [
+            (x[path, "occlude", "2"] == 128).all(0).nonzero().float().mean(0)
+            for x in (expected, larger)
+        ]
         assert (2 * places[0] - places[1]).abs().max() < 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
 
 
@@ -161,7 +183,9 @@ def place(tmp_path):
     model = timm.create_model("test_resnet", num_classes=3)
     names = {"label_names": ["c", "a", "b"]}
     config = {"input_size": (3, 32, 32), "crop_pct": 1.0}
-    save_for_hf(model, tmp_path / "model", data_config=config, model_config=names, safe_serialization=True)
+    save_for_hf(
+        model, tmp_path / "model", data_config=config, model_config=names, safe_serialization=True
+    )
     for i in range(21):
         folder = tmp_path / "images" / "abc"[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,5 +222,7 @@ def test_a_row_for_each_corruption_a_clean_one_beside_them_and_their_mean(place)
 
 @pytest.mark.slow
 def test_two_processes_and_other_batches_give_the_same_rows(place):
-    one, two = (run(place, f"out{n}", n, "--batch-size", str(batch))[1] for n, batch in ((1, 21), (2, 4)))
+    one, two = (
+        run(place, f"out{n}", n, "--batch-size", str(batch))[1] for n, batch in ((1, 21), (2, 4))
+    )
     assert one["corrupted"] == two["corrupted"]

@@ -1,4 +1,4 @@
-"""Datasets by name: what the bundled digits hold, folders as they are found, and what a user reads when data is bad."""
+"""Datasets by name: the bundled digits, folders, and what a user reads when data is bad."""
 
 import argparse
 import io
@@ -40,7 +40,12 @@ def pixels(ds):
 
 
 def test_digits_have_the_splits_sizes_and_types_of_the_design(digits):
-    sizes = {"train": 900, "validation": 200, "test": 697, **dict.fromkeys(digits_module.SHIFTS, 697)}
+    sizes = {
+        "train": 900,
+        "validation": 200,
+        "test": 697,
+        **dict.fromkeys(digits_module.SHIFTS, 697),
+    }
     assert {name: len(split) for name, split in digits.items()} == sizes
     assert digits_module.SHIFTS == ("recoloured", "rotated", "sketch", "occluded", "noisy")
     for split in digits.values():
@@ -49,12 +54,17 @@ def test_digits_have_the_splits_sizes_and_types_of_the_design(digits):
 
 
 def test_digits_use_every_image_of_scikit_learn_once(digits):
-    """A tint scales a grey image, so dividing by its brightest channel leaves the shape, whatever the tint."""
-    rows = torch.cat([pixels(digits[split]) for split in ("train", "validation", "test")]).float().amax(-1)
+    """A tint scales a grey image: divided by its brightest channel, the shape is left."""
+    rows = (
+        torch.cat([pixels(digits[split]) for split in ("train", "validation", "test")])
+        .float()
+        .amax(-1)
+    )
     shapes = (rows / rows.amax((1, 2), keepdim=True)).flatten(1)
     raw = load_digits()
     resized = [
-        np.asarray(Image.fromarray((i * 15.9375).astype(np.uint8)).resize((32, 32), Image.BICUBIC)) for i in raw.images
+        np.asarray(Image.fromarray((i * 15.9375).astype(np.uint8)).resize((32, 32), Image.BICUBIC))
+        for i in raw.images
     ]
     originals = torch.tensor(np.array(resized)).float().flatten(1)
     originals = originals / originals.amax(1, keepdim=True)
@@ -108,7 +118,9 @@ def test_folder_loads_with_class_names_and_decodes_to_rgb(tmp_path):
     splits = data.load(str(root))
     assert list(splits) == ["train", "validation"]
     assert splits["train"].features["label"].names == ["cat", "dog"]
-    examples = loaders.Images(splits["train"], create_transform(8, normalize=False)).__getitems__(range(8))
+    examples = loaders.Images(splits["train"], create_transform(8, normalize=False)).__getitems__(
+        range(8)
+    )
     assert torch.stack([example["image"] for example in examples]).shape == (8, 3, 8, 8)
     assert all(example["image"].dtype == torch.uint8 for example in examples)
     assert sorted(example["label"] for example in examples) == [0] * 5 + [1] * 3
@@ -117,7 +129,10 @@ def test_folder_loads_with_class_names_and_decodes_to_rgb(tmp_path):
 def test_folder_named_relative_to_the_working_directory_loads(tmp_path, monkeypatch):
     write_folder(tmp_path / "my" / "images")
     monkeypatch.chdir(tmp_path)
-    assert {name: len(ds) for name, ds in data.load("my/images").items()} == {"train": 6, "validation": 6}
+    assert {name: len(ds) for name, ds in data.load("my/images").items()} == {
+        "train": 6,
+        "validation": 6,
+    }
 
 
 def test_folder_with_a_class_called_like_a_split_keeps_its_splits_apart(tmp_path):
@@ -161,10 +176,15 @@ def test_local_copy_of_cifar_loads_with_fine_labels_and_test_held_out(tmp_path):
 
 def test_random_transforms_depend_on_seed_epoch_and_index_alone(digits):
     split = digits["train"].cast_column("image", datasets.Image(decode=False))
-    transform = create_transform(16, is_training=True, scale=(0.1, 1), normalize=False, color_jitter=None)
+    transform = create_transform(
+        16, is_training=True, scale=(0.1, 1), normalize=False, color_jitter=None
+    )
 
     def look(seed, keys):
-        return [example["image"] for example in loaders.Images(split, transform, seed).__getitems__(keys)]
+        return [
+            example["image"]
+            for example in loaders.Images(split, transform, seed).__getitems__(keys)
+        ]
 
     state, torch_state = random.getstate(), torch.get_rng_state()
     first = look(0, [(3, 5), (3, 6), (3, 7)])
@@ -185,15 +205,19 @@ def test_sampler_gives_each_epoch_its_own_order_in_whole_batches():
     assert {epoch for epoch, _ in second} == {1} and [i for _, i in first] != [i for _, i in second]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Streams
 
 
 def stream(examples=60, shards=6, **options):
     """Numbered images, whose transform gives the number."""
     images = [{"bytes": png(i), "path": None} for i in range(examples)]
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(num_classes=3)})
-    ds = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in range(examples)]}, features=features)
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(num_classes=3)}
+    )
+    ds = datasets.Dataset.from_dict(
+        {"image": images, "label": [i % 3 for i in range(examples)]}, features=features
+    )
     transform = options.pop("transform", lambda image: torch.tensor(image.getpixel((0, 0))[0]))
     return loaders.Stream(ds.to_iterable_dataset(num_shards=shards), transform, 5, **options)
 
@@ -225,11 +249,13 @@ def test_processes_and_workers_share_a_stream_without_overlap(workers, shards):
         assert seen != sorted(seen)
         orders.append(seen)
     assert orders[0] != orders[1]
-    assert shards == 1 or len({frozenset(order[:30]) for order in orders}) > 1  # a process has others every time
+    assert (
+        shards == 1 or len({frozenset(order[:30]) for order in orders}) > 1
+    )  # a process has others every time
 
 
 def test_every_image_of_a_stream_is_seen_alike_often_over_the_epochs():
-    """ImageNet's 294 shards and 16 x 8 readers, without the images: what each reader takes of the shards' order."""
+    """ImageNet's 294 shards and 16 x 8 readers: what each reader takes of the shards' order."""
     shards, shares, size, epochs = 294, 128, 640, 8
     numbers, counts = np.arange(size) % shares, np.zeros((shards, size), int)
     for epoch in range(epochs):
@@ -253,7 +279,11 @@ def test_the_number_of_workers_does_not_change_a_stream():
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_stream_goes_on_after_any_batch_as_if_never_interrupted(workers):
-    noisy = {"transform": lambda image: torch.tensor([image.getpixel((0, 0))[0], random.random(), torch.rand(())])}
+    noisy = {
+        "transform": lambda image: torch.tensor(
+            [image.getpixel((0, 0))[0], random.random(), torch.rand(())]
+        )
+    }
     whole = take(stream(training=True, **noisy), workers, 20)
     for first in (1, 2, 5, 13):
         rest = stream(training=True, **noisy)
@@ -283,15 +313,19 @@ def test_shards_of_a_streamed_folder_hold_images_of_many_classes(tmp_path):
     assert sum(len(set(labels)) == 2 for labels in shards) > 16  # of two images each
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
 
 
-@pytest.mark.parametrize("folder, split, other", [("val", "validation", "train"), ("train", "train", "validation")])
+@pytest.mark.parametrize(
+    "folder, split, other", [("val", "validation", "train"), ("train", "train", "validation")]
+)
 def test_class_missing_from_a_split_is_named(tmp_path, folder, split, other):
     root = write_folder(tmp_path)
     shutil.rmtree(root / folder / "dog")
-    with pytest.raises(InputError, match=rf"1 of 2 classes have images in {other} but none in {split} \('dog'\)"):
+    with pytest.raises(
+        InputError, match=rf"1 of 2 classes have images in {other} but none in {split} \('dog'\)"
+    ):
         data.load(str(root))
 
 
@@ -320,10 +354,21 @@ def test_unreadable_image_is_named(tmp_path, content):
 @pytest.mark.parametrize(
     "error, words",
     [
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "accept its terms"),
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"), "no such dataset on the Hub"),
+        (
+            datasets.exceptions.DatasetNotFoundError(
+                "Dataset 'a/b' is a gated dataset on the Hub."
+            ),
+            "accept its terms",
+        ),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"),
+            "no such dataset on the Hub",
+        ),
         (ConnectionError("Couldn't reach the Hub"), "cannot be reached"),
-        (RuntimeError("Dataset scripts are no longer supported, but found b.py"), "no longer supported"),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found b.py"),
+            "no longer supported",
+        ),
     ],
 )
 def test_hub_errors_say_what_to_do(monkeypatch, error, words):
@@ -338,13 +383,19 @@ def test_hub_errors_say_what_to_do(monkeypatch, error, words):
 
 @pytest.mark.parametrize("label", [-1, 2, None])
 def test_label_out_of_range_is_named(monkeypatch, label):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    table = pa.table({"image": [{"bytes": png(i), "path": None} for i in range(3)], "label": [0, 1, label]})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    table = pa.table(
+        {"image": [{"bytes": png(i), "path": None} for i in range(3)], "label": [0, 1, label]}
+    )
     ds = datasets.Dataset(table.cast(features.arrow_schema)).cast(features)
     hub = datasets.DatasetDict(train=ds, validation=ds)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: hub)
     stream = loaders.Stream(ds.to_iterable_dataset(), lambda image: torch.zeros(1), batch_size=3)
-    with pytest.raises(InputError, match=rf"the stream has the label {label}; labels must lie in 0..1"):
+    with pytest.raises(
+        InputError, match=rf"the stream has the label {label}; labels must lie in 0..1"
+    ):
         list(stream)
     with pytest.raises(InputError, match=rf"train has the label {label}; labels must lie in 0..1"):
         data.load("a/b")
@@ -358,13 +409,21 @@ def test_columns_that_do_not_fit_are_listed(monkeypatch):
 
 
 @pytest.mark.parametrize("held_out", ["validation", "test"])
-def test_a_share_of_the_training_images_becomes_validation_and_the_held_out_split_test(tmp_path, held_out):
+def test_a_share_of_the_training_images_becomes_validation_and_the_held_out_split_test(
+    tmp_path, held_out
+):
     write_folder(tmp_path, splits=("train", held_out), images=8)
     whole, divided = data.load(str(tmp_path)), data.load(str(tmp_path), validation_share=0.25)
-    assert {split: len(ds) for split, ds in divided.items()} == {"train": 12, "validation": 4, "test": 16}
+    assert {split: len(ds) for split, ds in divided.items()} == {
+        "train": 12,
+        "validation": 4,
+        "test": 16,
+    }
     assert sorted(divided["validation"]["label"]) == [0, 0, 1, 1]
     paths = {split: {image["path"] for image in ds["image"]} for split, ds in divided.items()}
-    assert paths["train"] | paths["validation"] == {image["path"] for image in whole["train"]["image"]}
+    assert paths["train"] | paths["validation"] == {
+        image["path"] for image in whole["train"]["image"]
+    }
     assert paths["test"] == {image["path"] for image in whole[held_out]["image"]}
     again = data.load(str(tmp_path), validation_share=0.25)
     assert again["validation"]["image"] == divided["validation"]["image"]
@@ -380,7 +439,9 @@ def test_a_share_of_the_training_images_that_are_not_held_out_is_trained_on(tmp_
     assert set(kept["train"]) < set(images["train"])
     assert kept["validation"] == images["validation"] and kept["test"] == images["test"]
     assert "6 training images, without 18 (--train-share 0.25)" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"train_share 0\.25 does not apply, as a stream cannot be divided"):
+    with pytest.raises(
+        InputError, match=r"train_share 0\.25 does not apply, as a stream cannot be divided"
+    ):
         data.load(str(tmp_path), streaming=True, train_share=0.25)
 
 
@@ -394,7 +455,7 @@ def test_a_share_that_cannot_be_held_out_is_refused(tmp_path):
         data.load("digits", validation_share=0.5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Folders of images
 
 
@@ -424,7 +485,9 @@ def test_broken_links_empty_classes_and_folders_in_a_class_are_named(tmp_path):
     }
     for name, make in cases.items():
         make(root / "train" / name)
-        with pytest.raises(InputError, match=rf"hold no images \({root}/train/{name}.*: add images"):
+        with pytest.raises(
+            InputError, match=rf"hold no images \({root}/train/{name}.*: add images"
+        ):
             data.load(str(root))
         (root / "train" / name / "inner").rmdir() if name == "zoo" else None
         (root / "train" / name).unlink() if name == "owl" else (root / "train" / name).rmdir()
@@ -438,14 +501,23 @@ def test_files_that_are_left_out_are_one_line(tmp_path, capfd):
     root = write_folder(tmp_path)
     data.load(str(root))
     assert capfd.readouterr() == ("", "")
-    for name in ("train/cat/notes.txt", "train/cat/.hidden.png", "train/dog/a.PNG.part", "train/README"):
+    for name in (
+        "train/cat/notes.txt",
+        "train/cat/.hidden.png",
+        "train/dog/a.PNG.part",
+        "train/README",
+    ):
         (root / name).touch()
     (root / "holdout").mkdir()
     shutil.copy(root / "train" / "cat" / "train_cat_0.png", root / "train" / "cat" / "UPPER.PNG")
-    assert {split: len(ds) for split, ds in data.load(str(root)).items()} == {"train": 7, "validation": 6}
+    assert {split: len(ds) for split, ds in data.load(str(root)).items()} == {
+        "train": 7,
+        "validation": 6,
+    }
     assert capfd.readouterr().err.splitlines() == [
         f"{root}: not read, as they are called like no split: holdout",
-        f"{root}/train: left out 4 files, hidden or not named like an image: .hidden.png, README, a.PNG.part, ...",
+        f"{root}/train: left out 4 files, hidden or not named like an image: "
+        f".hidden.png, README, a.PNG.part, ...",
     ]
 
 
@@ -489,7 +561,9 @@ def cached():
     return sorted(Path(os.environ["HF_HOME"]).rglob("*"))
 
 
-def test_a_copy_of_a_hub_dataset_is_read_without_bars_and_its_images_are_not_written_again(tmp_path, capfd):
+def test_a_copy_of_a_hub_dataset_is_read_without_bars_and_its_images_are_not_written_again(
+    tmp_path, capfd
+):
     folder = write_cifar100(tmp_path, train=300, test=30) / "cifar100"
     for file in list(folder.iterdir()):
         ds = datasets.Dataset.from_parquet(str(file))
@@ -499,7 +573,11 @@ def test_a_copy_of_a_hub_dataset_is_read_without_bars_and_its_images_are_not_wri
     data.load(str(folder))  # copies it into the cache, once
     before = {path: path.stat().st_size for path in cached() if path.is_file()}
     splits = data.load(str(folder), validation_share=0.1)
-    assert {split: len(ds) for split, ds in splits.items()} == {"train": 270, "validation": 30, "test": 30}
+    assert {split: len(ds) for split, ds in splits.items()} == {
+        "train": 270,
+        "validation": 30,
+        "test": 30,
+    }
     written = sum(path.stat().st_size - before.get(path, 0) for path in cached() if path.is_file())
     assert written < 100_000  # of 3 MB
     assert capfd.readouterr() == ("", "")
@@ -520,7 +598,9 @@ def test_a_share_is_held_out_of_a_folder_without_other_splits(tmp_path, layout):
 
 def test_pointing_at_a_split_asks_for_the_folder_around_it(tmp_path, monkeypatch):
     root = write_folder(tmp_path)
-    with pytest.raises(InputError, match=rf"train is one split of a dataset: did you mean {root}\?"):
+    with pytest.raises(
+        InputError, match=rf"train is one split of a dataset: did you mean {root}\?"
+    ):
         data.load(str(root / "train"))
     monkeypatch.chdir(root)
     with pytest.raises(InputError, match="did you mean"):
@@ -533,33 +613,24 @@ def test_flat_test_images_have_no_labels_and_are_left_out_in_one_line(tmp_path, 
     (root / "test").mkdir()
     Image.new("RGB", (4, 4)).save(root / "test" / "ILSVRC2012_test_00000001.JPEG")
     assert set(data.load(str(root))) == {"train", "validation"}
-    assert capfd.readouterr().err == f"{root}/test: not read, as it has no images in class folders\n"
+    assert (
+        capfd.readouterr().err == f"{root}/test: not read, as it has no images in class folders\n"
+    )
     shutil.move(root / "test", root / "eval")
     write_folder(root, splits=("test",))
     with pytest.raises(InputError, match="test and eval would both be the split test"):
         data.load(str(root))
 
 
-SMALL = [
-    "--model",
-    "test_resnet",
-    "--img-size",
-    "32",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "4",
-    "--m",
-    "2",
-    "--workers",
-    "0",
-]
+SMALL = ["--model", "test_resnet", "--img-size", "32", "--epochs", "1", "--batch-size", "4"]
+SMALL += ["--m", "2", "--workers", "0"]
 
 
 def test_a_run_without_other_splits_reports_validation_alone(tmp_path):
-    """It chooses its best epoch there, as with a test split; a dry run writes nothing, in the caches neither."""
+    """It chooses its best epoch there; a dry run writes nothing, in the caches neither."""
     root, before = write_folder(tmp_path / "images", splits=("",), images=8), cached()
-    flags = ["--dataset", str(root), "--validation-share", "0.25", "--output", str(tmp_path / "run"), *SMALL]
+    flags = ["--dataset", str(root), "--validation-share", "0.25"]
+    flags += ["--output", str(tmp_path / "run"), *SMALL]
     train_imagenet.main([*flags, "--dry-run"])
     assert not (tmp_path / "run").exists() and cached() == before
     assert set(train_imagenet.main(flags)) == {"validation"}
@@ -571,16 +642,24 @@ def test_images_of_a_stream_may_lie_in_an_archive(tmp_path):
     root = write_folder(tmp_path / "images")
     archive = shutil.make_archive(tmp_path / "archive", "zip", root)
     whole = data.load(str(root))["train"]
-    inside = [f"zip://{Path(image['path']).relative_to(root)}::{archive}" for image in whole["image"]]
+    inside = [
+        f"zip://{Path(image['path']).relative_to(root)}::{archive}" for image in whole["image"]
+    ]
     columns = {"image": [{"bytes": None, "path": path} for path in inside], "label": whole["label"]}
-    ds = datasets.Dataset.from_dict(columns, features=whole.features).to_iterable_dataset(num_shards=2)
+    ds = datasets.Dataset.from_dict(columns, features=whole.features).to_iterable_dataset(
+        num_shards=2
+    )
     (batch,) = loaders.Stream(ds, lambda image: torch.from_numpy(np.array(image)), len(whole))
-    assert torch.equal(batch["image"], pixels(whole)) and batch["label"].tolist() == whole["label"][:]
-    with pytest.raises(InputError, match=r"cannot read the image zip://none\.png::.*replace or remove it"):
+    assert (
+        torch.equal(batch["image"], pixels(whole)) and batch["label"].tolist() == whole["label"][:]
+    )
+    with pytest.raises(
+        InputError, match=r"cannot read the image zip://none\.png::.*replace or remove it"
+    ):
         images.decode({"bytes": None, "path": f"zip://none.png::{archive}"})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images of every kind
 
 
@@ -602,7 +681,9 @@ def test_16_bits_a_pixel_become_8_without_being_cut_off(kind):
 
 @pytest.mark.parametrize("mode, dtype", [("I", np.int32), ("F", np.float32)])
 def test_pixels_without_a_known_range_of_values_are_refused(mode, dtype):
-    with pytest.raises(InputError, match=r"a\.tiff: replace or remove it .*32 bits a pixel have no known range"):
+    with pytest.raises(
+        InputError, match=r"a\.tiff: replace or remove it .*32 bits a pixel have no known range"
+    ):
         images.decode(file_of(Image.fromarray(np.array([[0, 1]], dtype)), "tiff"))
 
 
@@ -612,12 +693,14 @@ def test_every_other_mode_gives_the_colour_that_was_saved():
     files = {
         (200, 0, 0): [
             file_of(red.convert("RGBA"), "png"), file_of(palette, "png", transparency=1),
-            file_of(palette, "png", transparency=bytes([0, 9])), file_of(palette, "gif", transparency=1),
+            file_of(palette, "png", transparency=bytes([0, 9])),
+            file_of(palette, "gif", transparency=1),
             file_of(red.convert("CMYK"), "tiff"), file_of(red.convert("YCbCr"), "tiff"),
             file_of(red, "webp", lossless=True),
         ],
         (90, 90, 90): [
-            file_of(Image.new("LA", (4, 4), (90, 0)), "png"), file_of(Image.new("L", (4, 4), 90), "jpeg"),
+            file_of(Image.new("LA", (4, 4), (90, 0)), "png"),
+            file_of(Image.new("L", (4, 4), 90), "jpeg"),
             file_of(Image.new("L", (4, 4), 90), "png", transparency=90),
         ],
         (255, 255, 255): [file_of(Image.new("1", (4, 4), 1), "png")],
@@ -642,14 +725,18 @@ def damaged(kind):
     return bytes(file)
 
 
-@pytest.mark.parametrize("kind, error", [("bmp", "DecompressionBombError"), ("dds", "NotImplementedError")])
+@pytest.mark.parametrize(
+    "kind, error", [("bmp", "DecompressionBombError"), ("dds", "NotImplementedError")]
+)
 def test_whatever_pil_raises_names_the_image(tmp_path, kind, error):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(damaged(kind))
     for image in ({"bytes": damaged(kind), "path": path.name}, {"bytes": None, "path": str(path)}):
         with pytest.raises(InputError, match=rf"cannot read the image .*a\.{kind}: .*{error}"):
             images.decode(image)
-    ds = datasets.Dataset.from_dict({"image": [{"bytes": damaged(kind), "path": None}], "label": [0]})
+    ds = datasets.Dataset.from_dict(
+        {"image": [{"bytes": damaged(kind), "path": None}], "label": [0]}
+    )
     batch, _ = sets.Pictures("digits", ds, create_transform(8), 1)
     assert batch["unreadable"] == ["image 0"] and not batch["key"]
 
@@ -686,7 +773,11 @@ def test_class_folders_inside_an_archive_are_to_be_unpacked(tmp_path, streaming)
     write_folder(tmp_path / "images")
     (tmp_path / "copy" / "data").mkdir(parents=True)
     for split, name in (("train", "train"), ("val", "validation")):
-        shutil.make_archive(str(tmp_path / "copy" / "data" / name), "zip", tmp_path / "images" / split)
-    with pytest.raises(InputError, match=r"class folders inside an archive are not understood: unpack it"):
+        shutil.make_archive(
+            str(tmp_path / "copy" / "data" / name), "zip", tmp_path / "images" / split
+        )
+    with pytest.raises(
+        InputError, match=r"class folders inside an archive are not understood: unpack it"
+    ):
         splits = data.load(str(tmp_path / "copy"), streaming=streaming)
         next(iter(loaders.Stream(splits["train"], None, 2)))

@@ -52,7 +52,9 @@ def with_metadata(root, kind):
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_classes_are_those_of_a_metadata_file_as_datasets_reads_it(tmp_path, kind):
     root = with_metadata(tmp_path / "images", kind)
-    theirs = datasets.load_dataset(str(root))["train"].cast_column("image", datasets.Image(decode=False))
+    theirs = datasets.load_dataset(str(root))["train"].cast_column(
+        "image", datasets.Image(decode=False)
+    )
     expected = {row["image"]["path"].rpartition("/")[2]: row["label"] for row in theirs}
     assert labels_for_training(root) == labels_for_evaluation(root / "train") == expected
     assert set(expected.values()) == {"cat", "dog"}
@@ -69,7 +71,9 @@ def test_images_that_no_metadata_lists_are_said_and_lines_without_a_file_refused
     assert capfd.readouterr().out.splitlines() == [words]
     (root / "train" / "train_cat_0.png").unlink()
     for read in (labels_for_training, labels_for_evaluation):
-        with pytest.raises(InputError, match=r"lists 1 files that are no images there .*cat_0\.png"):
+        with pytest.raises(
+            InputError, match=r"lists 1 files that are no images there .*cat_0\.png"
+        ):
             read(root / "train" if read is labels_for_evaluation else root)
 
 
@@ -100,7 +104,9 @@ def test_splits_may_be_called_in_capitals(tmp_path, names):
 
 def test_a_class_called_like_a_split_among_others_needs_a_split_around_it(tmp_path):
     root = write_folder(tmp_path, splits=("",), classes=("bus", "train", "car"))
-    with pytest.raises(InputError, match=f"lies in no class folder: put it into {root}/train/CLASS"):
+    with pytest.raises(
+        InputError, match=f"lies in no class folder: put it into {root}/train/CLASS"
+    ):
         data.load(str(root), validation_share=0.5)
 
 
@@ -190,7 +196,9 @@ def test_the_same_formats_are_read_for_training_and_evaluation(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             for i, suffix in enumerate(FORMATS):
                 kind = {"jpg": "JPEG", "jfif": "JPEG", "tif": "TIFF"}.get(suffix, suffix)
-                Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / split / name / f"{i}.{suffix}", kind)
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(
+                    tmp_path / split / name / f"{i}.{suffix}", kind
+                )
     assert len(data.load(str(tmp_path))["train"]) == 2 * len(FORMATS)
     ds = sets.open_set(sets.Pass("mine", ("mine",)), str(tmp_path / "val"), False)
     (*batches, end) = sets.Pictures("mine", ds, np.asarray, 64)
@@ -202,7 +210,9 @@ def test_what_systems_leave_behind_is_passed_over_without_a_word(tmp_path, capfd
     expected = labels_for_training(root, "validation")
     for split in ("train", "val"):
         (root / split / ".ipynb_checkpoints").mkdir()
-        shutil.copy(root / split / "cat" / f"{split}_cat_0.png", root / split / ".ipynb_checkpoints")
+        shutil.copy(
+            root / split / "cat" / f"{split}_cat_0.png", root / split / ".ipynb_checkpoints"
+        )
         for litter in ("._train_cat_0.png", "Thumbs.db", ".DS_Store"):
             (root / split / "cat" / litter).write_bytes(b"attributes")
     (root / "__MACOSX" / "train" / "cat").mkdir(parents=True)
@@ -230,7 +240,9 @@ def test_a_class_with_one_image_cannot_be_divided_and_is_named(tmp_path):
     root = write_folder(tmp_path, splits=("train",), images=4)
     (root / "train" / "lynx").mkdir()
     Image.new("RGB", (4, 4)).save(root / "train" / "lynx" / "a.png")
-    with pytest.raises(InputError, match=r"validation_share 0\.25, as there is one image alone of 'lynx'"):
+    with pytest.raises(
+        InputError, match=r"validation_share 0\.25, as there is one image alone of 'lynx'"
+    ):
         data.load(str(root), validation_share=0.25)
 
 

@@ -16,7 +16,9 @@ MANY = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
 def random_predictions(examples=300, classes=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     clean = torch.rand(examples, classes, generator=generator, dtype=torch.float64)
-    shifted = (clean + 0.4 * torch.rand(examples, classes, generator=generator, dtype=torch.float64)) / 1.5
+    shifted = (
+        clean + 0.4 * torch.rand(examples, classes, generator=generator, dtype=torch.float64)
+    ) / 1.5
     return clean, shifted, torch.arange(examples) % classes
 
 
@@ -57,7 +59,9 @@ def test_predictions_that_follow_the_class_alone_hold_no_information_besides():
     information, relevant = estimates(predictions, target, MANY)
     torch.testing.assert_close(information, torch.zeros_like(information))
     between = (MANY > 0.13) & (MANY < 0.87)  # elsewhere all patterns are alike
-    torch.testing.assert_close(relevant, torch.where(between, 2.0, 0.0).double())  # log2 of 4 equally frequent classes
+    torch.testing.assert_close(
+        relevant, torch.where(between, 2.0, 0.0).double()
+    )  # log2 of 4 equally frequent classes
 
 
 @pytest.mark.parametrize("patterns", [2, 4, 8])
@@ -66,8 +70,12 @@ def test_n_equally_frequent_patterns_in_each_class_hold_log2_n_bits(patterns):
     number = torch.arange(len(target)) // 3 % patterns
     predictions = torch.stack([number >> bit & 1 for bit in range(3)], -1).double()
     information, relevant = estimates(predictions, target)
-    torch.testing.assert_close(information, torch.tensor([math.log2(patterns)], dtype=torch.float64))
-    torch.testing.assert_close(relevant, torch.zeros(1, dtype=torch.float64))  # the classes show the same patterns
+    torch.testing.assert_close(
+        information, torch.tensor([math.log2(patterns)], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        relevant, torch.zeros(1, dtype=torch.float64)
+    )  # the classes show the same patterns
 
 
 def test_a_known_joint_table():
@@ -84,7 +92,9 @@ def test_a_known_joint_table():
     # One pattern beyond the first in each class of 8, and two beyond the first in all 16.
     corrected = quarter + 1 / (2 * 8 * math.log(2))
     assert information.item() == pytest.approx(corrected, abs=1e-12)
-    assert relevant.item() == pytest.approx(marginal + 2 / (2 * 16 * math.log(2)) - corrected, abs=1e-12)
+    assert relevant.item() == pytest.approx(
+        marginal + 2 / (2 * 16 * math.log(2)) - corrected, abs=1e-12
+    )
 
 
 def test_conditional_entropy_is_that_of_counting():
@@ -94,12 +104,19 @@ def test_conditional_entropy_is_that_of_counting():
     torch.testing.assert_close(entropy, torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("probabilities", [[1 / 16] * 16, [0.5, 0.25, 0.125, 0.0625, 0.0625], [0.9, 0.05, 0.05]])
+@pytest.mark.parametrize(
+    "probabilities", [[1 / 16] * 16, [0.5, 0.25, 0.125, 0.0625, 0.0625], [0.9, 0.05, 0.05]]
+)
 def test_miller_madow_is_less_biased_than_the_plug_in(probabilities):
     generator = torch.Generator().manual_seed(0)
     true = -sum(p * math.log2(p) for p in probabilities)
-    patterns = torch.multinomial(torch.tensor(probabilities), 30 * 500, replacement=True, generator=generator)
-    patterns, alike = patterns.reshape(30, 500), torch.zeros(30, dtype=torch.long)  # 500 samples of 30 examples
+    patterns = torch.multinomial(
+        torch.tensor(probabilities), 30 * 500, replacement=True, generator=generator
+    )
+    patterns, alike = (
+        patterns.reshape(30, 500),
+        torch.zeros(30, dtype=torch.long),
+    )  # 500 samples of 30 examples
     plug_in = conditional_entropy(patterns, alike).mean() - true
     corrected = conditional_entropy(patterns, alike, miller_madow=True).mean() - true
     assert plug_in < 0
@@ -124,7 +141,9 @@ def test_adjusted_thresholds_predict_as_many_labels():
     adjusted = adjusted_thresholds(labels, perturbed)
     found = (perturbed.flatten() > adjusted[:, None]).sum(-1)
     torch.testing.assert_close(found, labels)
-    assert not torch.equal((perturbed.flatten() > MANY[:, None]).sum(-1), labels)  # without them it would not
+    assert not torch.equal(
+        (perturbed.flatten() > MANY[:, None]).sum(-1), labels
+    )  # without them it would not
     for none_or_all in (0, perturbed.numel()):
         (threshold,) = adjusted_thresholds(torch.tensor([none_or_all]), perturbed)
         assert (perturbed > threshold).sum() == none_or_all
@@ -139,8 +158,8 @@ def test_a_shift_in_confidence_alone_is_no_forgetting():
 
 
 def test_forgetting_is_the_information_that_a_perturbation_removes():
-    # Besides its class, an example shows one bit through the third output, at the same confidence everywhere; the
-    # perturbation makes this output follow the class.
+    # Besides its class, an example shows one bit through the third output, at the same confidence
+    # everywhere; the perturbation makes this output follow the class.
     target, bit = torch.arange(80) % 2, torch.arange(80) // 2 % 2
     clean = torch.stack([target == 0, target == 1, bit == 1], -1).double() * 0.8 + 0.1
     perturbed = torch.stack([target == 0, target == 1, target == 1], -1).double() * 0.8 + 0.1
@@ -151,8 +170,12 @@ def test_forgetting_is_the_information_that_a_perturbation_removes():
     share = 80 / 81  # of the examples have the bit
     assert result["forgetting"].item() == pytest.approx(share, abs=1e-12)
     assert result["information_perturbed"].item() == pytest.approx(0, abs=1e-12)
-    assert forgetting([(batch[1], batch[0], labels)], HALF)["forgetting"].item() == pytest.approx(-share, abs=1e-12)
-    torch.testing.assert_close(result["relevant_perturbed"], result["relevant"])  # what is left is about the class
+    assert forgetting([(batch[1], batch[0], labels)], HALF)["forgetting"].item() == pytest.approx(
+        -share, abs=1e-12
+    )
+    torch.testing.assert_close(
+        result["relevant_perturbed"], result["relevant"]
+    )  # what is left is about the class
 
 
 class Largest(TorchDispatchMode):
@@ -186,7 +209,9 @@ def test_predictions_must_be_finite_and_every_class_be_there():
     clean, perturbed, target = random_predictions()
     for broken in (clean.clone(), perturbed.clone()):
         broken[3, 1] = math.nan
-        batch = (broken, perturbed, target) if broken[0, 0] == clean[0, 0] else (clean, broken, target)
+        batch = (
+            (broken, perturbed, target) if broken[0, 0] == clean[0, 0] else (clean, broken, target)
+        )
         with pytest.raises(ValueError, match="not finite"):
             forgetting([batch], HALF)
     with pytest.raises(ValueError, match="class 2 has no example"):

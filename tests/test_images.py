@@ -65,7 +65,9 @@ def test_torchcodec_reads_photographs_as_turned_as_pil_does(orientation, turn):
 
 
 def split_of(names):
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
+    )
     return datasets.Dataset.from_dict({"image": [photograph(6)], "label": [0]}, features=features)
 
 
@@ -94,7 +96,9 @@ def test_training_turns_all_photographs_but_imagenets(names, turned):
 
 @pytest.mark.parametrize("name, turned", [("mine", True), ("imagenet", False), ("v2", False)])
 def test_an_evaluation_turns_photographs_of_ones_own_alone(name, turned):
-    first, _ = sets.Pictures(name, split_of(["n01440764", "n01443537"]), v2.functional.pil_to_tensor, 1)
+    first, _ = sets.Pictures(
+        name, split_of(["n01440764", "n01443537"]), v2.functional.pil_to_tensor, 1
+    )
     assert first["image"][0].shape == ((3, 40, 24) if turned else (3, 24, 40))
 
 
@@ -105,6 +109,11 @@ def test_the_digits_have_no_tag_to_turn_them():
 
 
 def test_a_model_of_one_channel_is_refused_before_the_first_image():
-    config = {"input_size": (1, 8, 8), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+    config = {
+        "input_size": (1, 8, 8),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
     with pytest.raises(ValueError, match="takes images of 1 channels, and those here have 3"):
         loaders.transforms(config, scale=(1, 1), ratio=(1, 1), hflip=0)

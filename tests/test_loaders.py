@@ -1,4 +1,4 @@
-"""From images to batches: what each transform does to pixels, and that seed, epoch, index and process all count."""
+"""From images to batches: what transforms do, and that seed, epoch, index and process count."""
 
 import argparse
 import contextlib
@@ -55,7 +55,7 @@ def test_a_whole_image_stays_as_it_is_or_is_flipped():
 def test_scale_is_the_share_of_the_area_and_ratio_that_of_width_to_height():
     for _ in range(10):
         quarter = trained(ramp(256, 256), scale=(0.25, 0.25))
-        assert span(quarter, 0) == pytest.approx(0.5, abs=0.03) and span(quarter, 1) == pytest.approx(0.5, abs=0.03)
+        assert [span(quarter, axis) for axis in (0, 1)] == pytest.approx([0.5, 0.5], abs=0.03)
         wide = trained(ramp(256, 256), scale=(0.25, 0.25), ratio=(2.0, 2.0))
         assert span(wide, 0) == pytest.approx(0.5 * 2**0.5, abs=0.03)
         assert span(wide, 1) == pytest.approx(0.5 / 2**0.5, abs=0.03)
@@ -74,7 +74,8 @@ def test_images_are_interpolated_as_asked():
     for is_training in (True, False):
         values = {}
         for kind in ("nearest", "bilinear"):
-            transform = loaders.transforms({**CONFIG, "interpolation": kind, "crop_pct": 1.0}, **WHOLE)
+            config = {**CONFIG, "interpolation": kind, "crop_pct": 1.0}
+            transform = loaders.transforms(config, **WHOLE)
             values[kind] = len(transform[0 if is_training else 1](step).unique())
         assert values["nearest"] == 2 and values["bilinear"] > 5
 
@@ -82,17 +83,22 @@ def test_images_are_interpolated_as_asked():
 def test_input_is_normalised_by_the_models_own_mean_and_deviation():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     result = loaders.to_input(CONFIG, torch.float64)(images.clone())
-    mean, std = (torch.tensor(CONFIG[key], dtype=torch.float64).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (
+        torch.tensor(CONFIG[key], dtype=torch.float64).view(3, 1, 1) for key in ("mean", "std")
+    )
     torch.testing.assert_close(result, (images.double() / 255 - mean) / std)
     channels_last = loaders.to_input(CONFIG, torch.float64, torch.channels_last)(images)
-    assert torch.equal(channels_last, result) and channels_last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(channels_last, result)
+    assert channels_last.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_channels_last_is_for_more_than_one_convolution_unless_asked_for():
-    patches, network = torch.nn.Conv2d(3, 4, 2), torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Conv2d(4, 4, 2))
+    patches = torch.nn.Conv2d(3, 4, 2)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.Conv2d(4, 4, 2))
     last, contiguous = torch.channels_last, torch.contiguous_format
     assert loaders.memory_format(None, network) is loaders.memory_format(True, patches) is last
-    assert loaders.memory_format(None, patches) is loaders.memory_format(False, network) is contiguous
+    assert loaders.memory_format(None, patches) is contiguous
+    assert loaders.memory_format(False, network) is contiguous
     assert loaders.memory_format(None, network, fsdp2=True) is contiguous
     with pytest.raises(settings.InputError, match="no effect on a model without 2-d convolutions"):
         loaders.memory_format(True, torch.nn.Linear(3, 4))
@@ -100,7 +106,7 @@ def test_channels_last_is_for_more_than_one_convolution_unless_asked_for():
         loaders.memory_format(True, network, fsdp2=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -117,23 +123,29 @@ def images(tmp_path_factory):
 
 def opened(accelerator, images, *flags):
     """The batches of a run on a folder, as its flags have them."""
-    usual = ["--dataset", str(images), "--model", "test_resnet", "--img-size", "32", "--batch-size", "8", "--m", "8"]
-    usual += ["--workers", "0", "--crop-pct", "0.5", "--interpolation", "nearest", "--output", "nowhere"]
+    usual = ["--dataset", str(images), "--model", "test_resnet", "--img-size", "32"]
+    usual += ["--batch-size", "8", "--m", "8"]
+    usual += ["--workers", "0", "--crop-pct", "0.5", "--interpolation", "nearest"]
+    usual += ["--output", "nowhere"]
     args = settings.parse(train_imagenet.parser(), [*usual, *flags])
     splits = data.load(args.dataset, args.streaming, args.validation_share)
-    return loaders.open_splits(args, accelerator, splits, train_imagenet.create_model(args, 2)), splits
+    model = train_imagenet.create_model(args, 2)
+    return loaders.open_splits(args, accelerator, splits, model), splits
 
 
 def epoch_of(batches, epoch):
     return torch.cat([batch["image"].flatten(1) for batch in batches.train(epoch, 0)])
 
 
-def test_held_out_images_get_the_evaluation_transform_with_the_flags_crop_and_interpolation(accelerator, images):
+def test_held_out_images_get_the_evaluation_transform_with_the_flags_crop_and_interpolation(
+    accelerator, images
+):
     batches, splits = opened(accelerator, images)
     seen = torch.cat([batch["image"] for batch in batches.evaluation["validation"]])
     for row, pixels in zip(splits["validation"], seen, strict=True):
         image = decode(row["image"])
-        width, height = image.size  # the shorter side becomes 32 / 0.5 pixels, of which the middle 32 are kept
+        # The shorter side becomes 32 / 0.5 pixels, of which the middle 32 are kept.
+        width, height = image.size
         scale = 64 / min(image.size)
         image = image.resize((int(width * scale), int(height * scale)), Image.NEAREST)
         left, top = (image.width - 32) // 2, (image.height - 32) // 2
@@ -142,7 +154,8 @@ def test_held_out_images_get_the_evaluation_transform_with_the_flags_crop_and_in
 
 
 def test_the_order_and_the_augmentation_of_an_epoch_depend_on_seed_and_epoch(accelerator, images):
-    whole = ["--scale", "1", "1", "--ratio", "1.2", "1.2", "--hflip", "0"]  # nothing random but the order
+    # nothing random but the order
+    whole = ["--scale", "1", "1", "--ratio", "1.2", "1.2", "--hflip", "0"]
     first, _ = opened(accelerator, images, *whole, "--seed", "3")
     again, _ = opened(accelerator, images, *whole, "--seed", "3")
     other, _ = opened(accelerator, images, *whole, "--seed", "4")
@@ -153,7 +166,10 @@ def test_the_order_and_the_augmentation_of_an_epoch_depend_on_seed_and_epoch(acc
 
     flags = ["--scale", "0.1", "1"]
     for one, two in (((3, 0), (3, 1)), ((3, 0), (4, 0))):
-        crops = [epoch_of(opened(accelerator, images, *flags, "--seed", str(seed))[0], e) for seed, e in (one, two)]
+        crops = [
+            epoch_of(opened(accelerator, images, *flags, "--seed", str(seed))[0], e)
+            for seed, e in (one, two)
+        ]
         alike = (crops[0][:, None] == crops[1][None]).all(-1)
         assert alike.sum() <= 2, "the same crops, if in another order"
 
@@ -161,11 +177,13 @@ def test_the_order_and_the_augmentation_of_an_epoch_depend_on_seed_and_epoch(acc
 def test_flags_reach_the_training_transform(accelerator, images, tmp_path):
     flags = ["--scale", "1", "1", "--ratio", "1.2", "1.2"]
     plain = epoch_of(opened(accelerator, images, *flags, "--hflip", "0")[0], 0).view(24, 3, 32, 32)
-    flipped = epoch_of(opened(accelerator, images, *flags, "--hflip", "1")[0], 0).view(24, 3, 32, 32)
+    flipped = epoch_of(opened(accelerator, images, *flags, "--hflip", "1")[0], 0)
+    flipped = flipped.view(24, 3, 32, 32)
     assert torch.equal(plain.flip(-1), flipped)
     for path in write_folder(tmp_path).rglob("*.png"):
         ramp(256, 256).save(path)
-    flags = ["--scale", "0.25", "0.25", "--ratio", "2", "2", "--hflip", "0", "--batch-size", "6", "--m", "6"]
+    flags = ["--scale", "0.25", "0.25", "--ratio", "2", "2", "--hflip", "0", "--batch-size", "6"]
+    flags += ["--m", "6"]
     for crop in epoch_of(opened(accelerator, tmp_path, *flags)[0], 0).view(6, 3, 32, 32).float():
         assert span(crop, 0) == pytest.approx(0.5 * 2**0.5, abs=0.03)
         assert span(crop, 1) == pytest.approx(0.5 / 2**0.5, abs=0.03)
@@ -192,8 +210,8 @@ def test_no_image_is_left_out_of_every_epoch():
 def streamed(seed=0, epoch=0, process=0, batches=8):
     """The first images that one of four processes reads: names of their pixels, in order."""
     split = data.load("digits", streaming=True)["train"]
-    stream = loaders.Stream(split, lambda image: torch.tensor(np.asarray(image)), 28, training=True, seed=seed,
-                            process=process, processes=4)  # fmt: skip
+    options = {"training": True, "seed": seed, "process": process, "processes": 4}
+    stream = loaders.Stream(split, lambda image: torch.tensor(np.asarray(image)), 28, **options)
     stream.epoch = epoch
     rows = itertools.islice(stream, batches)
     return [hash(pixels.numpy().tobytes()) for batch in rows for pixels in batch["image"]]
@@ -239,7 +257,7 @@ def test_a_worker_that_is_killed_in_training_is_one_line(accelerator, images):
         next(batches(0, 0))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # --decoder torchcodec
 
 
@@ -267,11 +285,14 @@ def test_torchcodec_gives_the_pixels_of_timms_crops_and_flips_within_1_or_2_of_2
 ):
     flags = ["--interpolation", interpolation, "--scale", "0.05", "1", *["--streaming"] * streaming]
     flags += ["--train-num-samples", "16"] * streaming
-    usual, fast = (opened(accelerator, jpegs, *flags, "--decoder", name)[0] for name in ("pil", "torchcodec"))
+    usual, fast = (
+        opened(accelerator, jpegs, *flags, "--decoder", name)[0] for name in ("pil", "torchcodec")
+    )
     for epoch in range(2):
         rows = zip(range(usual.updates), usual.train(epoch, 0), fast.train(epoch, 0))
         for _, one, other in rows:
-            assert one["image"].shape == other["image"].shape and other["image"].dtype == torch.uint8
+            assert one["image"].shape == other["image"].shape
+            assert other["image"].dtype == torch.uint8
             assert (one["image"].int() - other["image"].int()).abs().max() <= tolerance
             assert torch.equal(one["label"], other["label"])
             assert one["image"].float().std() > 20
@@ -281,11 +302,15 @@ def test_torchcodec_gives_the_pixels_of_timms_crops_and_flips_within_1_or_2_of_2
 def test_torchcodec_is_of_training_images_alone(accelerator, jpegs):
     flags = ["--interpolation", "bilinear", "--decoder"]
     both = [opened(accelerator, jpegs, *flags, name)[0] for name in ("pil", "torchcodec")]
-    one, other = (torch.cat([row["image"] for row in batches.evaluation["validation"]]) for batches in both)
+    one, other = (
+        torch.cat([row["image"] for row in batches.evaluation["validation"]]) for batches in both
+    )
     assert torch.equal(one, other)
 
 
-def test_an_epoch_read_by_torchcodec_goes_on_where_it_stopped_on_any_number_of_workers(accelerator, jpegs):
+def test_an_epoch_read_by_torchcodec_goes_on_where_it_stopped_on_any_number_of_workers(
+    accelerator, jpegs
+):
     flags = ["--interpolation", "bilinear", "--decoder", "torchcodec"]
     whole = epoch_of(opened(accelerator, jpegs, *flags)[0], 1)
     for workers in ("0", "2"):
@@ -306,16 +331,24 @@ def test_what_torchcodec_does_not_read_as_pil_does_is_read_by_pil_and_said_once(
     unsaid = multiprocessing.get_context("spawn").Lock()
     assert decode_to_tensor(file_of(image, "jpeg"), unsaid).shape == (3, image.height, image.width)
     assert not capsys.readouterr().err
-    files = [turned(image), file_of(image.convert("CMYK"), "jpeg"), file_of(image, "webp"), file_of(image, "png")]
+    files = [
+        turned(image),
+        file_of(image.convert("CMYK"), "jpeg"),
+        file_of(image, "webp"),
+        file_of(image, "png"),
+    ]
     for file in files:
         expected = np.asarray(decode(file)).transpose(2, 0, 1)
         assert np.array_equal(decode_to_tensor(file, unsaid).numpy(), expected)
     assert capsys.readouterr().err == (
-        "read by PIL, not by torchcodec, as others like it will be: a.jpeg (JPEG, RGB, Exif orientation 6)\n"
+        "read by PIL, not by torchcodec, as others like it will be: a.jpeg "
+        "(JPEG, RGB, Exif orientation 6)\n"
     )
 
 
-def test_a_folder_that_torchcodec_does_not_read_is_said_once_by_all_workers(accelerator, images, capfd):
+def test_a_folder_that_torchcodec_does_not_read_is_said_once_by_all_workers(
+    accelerator, images, capfd
+):
     pytest.importorskip("torchcodec")
     flags = ["--interpolation", "bilinear", "--decoder", "torchcodec", "--workers", "2"]
     batches, _ = opened(accelerator, images, *flags)
@@ -329,22 +362,30 @@ def test_an_image_that_neither_reads_is_named(file):
     if file is None:
         whole = file_of(photograph(np.random.default_rng(2)), "jpeg")["bytes"]
         file = whole[: len(whole) // 2]
-    with pytest.raises(settings.InputError, match=r"cannot read the image broken\.jpg: replace or remove it"):
-        decode_to_tensor({"bytes": file, "path": "broken.jpg"}, multiprocessing.get_context("spawn").Lock())
+    unsaid = multiprocessing.get_context("spawn").Lock()
+    with pytest.raises(InputError, match=r"cannot read the image broken\.jpg: replace or remove"):
+        decode_to_tensor({"bytes": file, "path": "broken.jpg"}, unsaid)
 
 
-def test_torchcodec_without_its_package_or_for_another_interpolation_is_an_error(accelerator, images, monkeypatch):
+def test_torchcodec_without_its_package_or_for_another_interpolation_is_an_error(
+    accelerator, images, monkeypatch
+):
     pytest.importorskip("torchcodec")
-    with pytest.raises(settings.InputError, match="does not resize by lanczos: choose --interpolation bilinear or bic"):
+    with pytest.raises(
+        settings.InputError,
+        match="does not resize by lanczos: choose --interpolation bilinear or bic",
+    ):
         opened(accelerator, images, "--decoder", "torchcodec", "--interpolation", "lanczos")
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    with pytest.raises(settings.InputError, match=r"cannot load its package: pip install 'torchcodec>=0\.17'"):
+    with pytest.raises(
+        settings.InputError, match=r"cannot load its package: pip install 'torchcodec>=0\.17'"
+    ):
         opened(accelerator, images, "--decoder", "torchcodec")
     opened(accelerator, images)  # without which nothing needs it
 
 
 def test_batches_reach_a_gpu_by_a_stream_of_their_own_which_the_model_waits_for(monkeypatch):
-    """CUDA's streams as far as they can be played without one: what is copied, awaited and kept from being reused."""
+    """CUDA's streams as far as they can be played without one: what is copied, awaited and kept."""
     log, copying = [], []
 
     class Stream:
@@ -375,11 +416,18 @@ def test_batches_reach_a_gpu_by_a_stream_of_their_own_which_the_model_waits_for(
             log.append("computed")
     loaders._copying_stream.cache_clear()
     assert len(own) == 1
-    assert log == 4 * [("copy", own[0], True), ("wait", own[0]), *2 * [("keep", computing)], "computed"]
+    assert log == 4 * [
+        ("copy", own[0], True),
+        ("wait", own[0]),
+        *2 * [("keep", computing)],
+        "computed",
+    ]
 
 
 def batch_settings(**values):
-    return argparse.Namespace(**({"batch_size": 4096, "device_batch_size": 256, "m": None} | values))
+    return argparse.Namespace(
+        **({"batch_size": 4096, "device_batch_size": 256, "m": None} | values)
+    )
 
 
 @pytest.mark.parametrize(
@@ -404,9 +452,21 @@ def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, s
     "values, processes, words",
     [
         ({"m": 48}, 8, "m 48 does not divide batch_size 4096: choose one of 1, 2, 4,"),
-        ({}, 3, "4096 in micro-batches of 1 does not split over 3 processes: choose one of 1, 2, 4"),
-        ({"m": 64, "batch_size": 384}, 4, "does not split over 4 processes: choose one of 1, 2, 3, 6 processes"),
-        ({"batch_size": 1018}, 2, "in loader batches of 1, .* choose batch_size 1020, or give --m, .* 1, 509$"),
+        (
+            {},
+            3,
+            "4096 in micro-batches of 1 does not split over 3 processes: choose one of 1, 2, 4",
+        ),
+        (
+            {"m": 64, "batch_size": 384},
+            4,
+            "does not split over 4 processes: choose one of 1, 2, 3, 6 processes",
+        ),
+        (
+            {"batch_size": 1018},
+            2,
+            "in loader batches of 1, .* choose batch_size 1020, or give --m, .* 1, 509$",
+        ),
     ],
 )
 def test_batch_that_does_not_split_names_what_does(values, processes, words):

@@ -1,4 +1,4 @@
-"""measure_forgetting.py: curvature against an explicit Hessian, forgetting against perturbing by hand, bad input."""
+"""measure_forgetting.py: curvature and forgetting against doing it by hand, and bad input."""
 
 import argparse
 import copy
@@ -50,7 +50,9 @@ def _with_statistics(model):
 
 
 @pytest.mark.parametrize("norm", [None, torch.nn.BatchNorm2d])
-@pytest.mark.parametrize("criterion", [LabelSmoothingCrossEntropy(0.1), BinaryCrossEntropy(0.0, sum_classes=True)])
+@pytest.mark.parametrize(
+    "criterion", [LabelSmoothingCrossEntropy(0.1), BinaryCrossEntropy(0.0, sum_classes=True)]
+)
 @pytest.mark.parametrize("sizes", [[12], [5, 5, 2]])
 def test_largest_eigenvalue_is_that_of_the_explicit_hessian(norm, criterion, sizes):
     model = small_network(norm)
@@ -66,7 +68,9 @@ def test_largest_eigenvalue_is_that_of_the_explicit_hessian(norm, criterion, siz
     hessian = torch.autograd.functional.hessian(loss, flat)
     expected = torch.linalg.eigvalsh(hessian)[-1].item()
     batches = list(zip(x.split(sizes), y.split(sizes)))
-    assert flatness.largest_eigenvalue(model, criterion, batches, 12) == pytest.approx(expected, rel=1e-4)
+    assert flatness.largest_eigenvalue(model, criterion, batches, 12) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def once(runs):
@@ -82,9 +86,16 @@ def test_kendall_is_scipys_also_with_ties():
 
 def tau_by_pairs(x, y, settings, strata):
     """Kendall's tau-b over pairs of runs of different settings in the same stratum, one by one."""
-    pairs = [(i, j) for i in range(len(x)) for j in range(i) if settings[i] != settings[j] and strata[i] == strata[j]]
+    pairs = [
+        (i, j)
+        for i in range(len(x))
+        for j in range(i)
+        if settings[i] != settings[j] and strata[i] == strata[j]
+    ]
     signs = np.array([(np.sign(x[i] - x[j]), np.sign(y[i] - y[j])) for i, j in pairs])
-    return (signs[:, 0] * signs[:, 1]).sum() / np.sqrt((signs[:, 0] ** 2).sum() * (signs[:, 1] ** 2).sum())
+    return (signs[:, 0] * signs[:, 1]).sum() / np.sqrt(
+        (signs[:, 0] ** 2).sum() * (signs[:, 1] ** 2).sum()
+    )
 
 
 def test_kendall_compares_different_settings_that_share_what_is_fixed():
@@ -92,7 +103,9 @@ def test_kendall_compares_different_settings_that_share_what_is_fixed():
     x, y, settings, strata = rng.integers(0, 9, (4, 30))
     found = rank_correlations.kendall(x, y, settings.astype(str), strata.astype(str), once(30))[0]
     assert found == pytest.approx(tau_by_pairs(x, y, settings, strata))
-    rho = np.repeat([0.1, 0.2], 10)  # drives both, which have nothing else in common: opposite at each rho
+    rho = np.repeat(
+        [0.1, 0.2], 10
+    )  # drives both, which have nothing else in common: opposite at each rho
     inside = np.tile(np.arange(10), 2)
     both = (rho * 1000 + inside, rho * 1000 - inside, range(20))
     assert rank_correlations.kendall(*both, [0] * 20, once(20))[0] > 0
@@ -101,8 +114,21 @@ def test_kendall_compares_different_settings_that_share_what_is_fixed():
 
 def one_run(run, setting, seed, epoch=1, **values):
     """A row of ``table_of``."""
-    usual = {"forgetting": 0.0, "relevant_change": 0.0, "lambda_max": 0.0, "sam_gap": 0.0, "measured_accuracy": 1.0}
-    names = {"run": run, "setting": setting, "seed": seed, "epoch": epoch, "perturbation": "sam", "method": "sam"}
+    usual = {
+        "forgetting": 0.0,
+        "relevant_change": 0.0,
+        "lambda_max": 0.0,
+        "sam_gap": 0.0,
+        "measured_accuracy": 1.0,
+    }
+    names = {
+        "run": run,
+        "setting": setting,
+        "seed": seed,
+        "epoch": epoch,
+        "perturbation": "sam",
+        "method": "sam",
+    }
     return names | {"trained_m": 8, "trained_rho": 0.1, "accuracy": 0.5} | usual | values
 
 
@@ -112,7 +138,9 @@ def random_runs(settings, seeds, noise=1.0):
     for setting in range(settings):
         base = rng.normal(size=3)
         for seed in range(seeds):
-            values = dict(zip(("forgetting", "lambda_max", "accuracy"), base + noise * rng.normal(size=3)))
+            values = dict(
+                zip(("forgetting", "lambda_max", "accuracy"), base + noise * rng.normal(size=3))
+            )
             rows.append(one_run(f"{setting}-{seed}", str(setting), seed, **values))
     return rows
 
@@ -121,7 +149,9 @@ def test_intervals_resample_settings_with_all_their_seeds_and_differences_are_pa
     rows = random_runs(12, 3)
     found = rank_correlations.correlate(rows, rank_correlations.TARGETS["accuracy"], seed=5)
     drawn = rank_correlations.draws([row["setting"] for row in rows], seed=5)[1:].astype(int)
-    assert (drawn.reshape(-1, 12, 3) == drawn.reshape(-1, 12, 3)[..., :1]).all() and (drawn.sum(1) == 36).all()
+    assert (drawn.reshape(-1, 12, 3) == drawn.reshape(-1, 12, 3)[..., :1]).all() and (
+        drawn.sum(1) == 36
+    ).all()
     taus = {"forgetting": [], "flatness": []}
     for times in drawn[:50]:
         sample = [row for row, count in zip(rows, times) for _ in range(count)]
@@ -132,25 +162,35 @@ def test_intervals_resample_settings_with_all_their_seeds_and_differences_are_pa
     strata, weights = [0] * len(rows), drawn.astype(float)
     accuracy, settings = ([row[key] for row in rows] for key in ("accuracy", "setting"))
     every = {
-        name: rank_correlations.kendall([of(row) for row in rows], accuracy, settings, strata, weights)
+        name: rank_correlations.kendall(
+            [of(row) for row in rows], accuracy, settings, strata, weights
+        )
         for name, of in rank_correlations.QUANTITIES.items()
     }
     for name, values in taus.items():
         assert every[name][:50] == pytest.approx(values)
     own = found["forgetting"]
-    assert [own["low"], own["high"]] == pytest.approx(np.percentile(every["forgetting"], [2.5, 97.5]))
+    assert [own["low"], own["high"]] == pytest.approx(
+        np.percentile(every["forgetting"], [2.5, 97.5])
+    )
     above = every["forgetting"] - every["flatness"]
     assert [own["above_low"], own["above_high"]] == pytest.approx(np.percentile(above, [2.5, 97.5]))
     assert own["above_rival"] == pytest.approx(own["tau"] - found["flatness"]["tau"])
-    assert [found["flatness"][key] for key in ("above_rival", "above_low", "above_high")] == [0, 0, 0]
+    rival = [found["flatness"][key] for key in ("above_rival", "above_low", "above_high")]
+    assert rival == [0, 0, 0]
 
 
 def test_what_seeds_do_within_a_setting_moves_neither_tau_nor_its_interval():
     rows = random_runs(12, 3, noise=0.0)
-    opposed = [row | {key: row[key] + sign * 1e-6 * row["seed"] for key, sign in (("forgetting", 1), ("accuracy", -1))}
-               for row in rows]  # fmt: skip
+    opposed = []
+    for row in rows:
+        luck = 1e-6 * row["seed"]
+        changed = {"forgetting": row["forgetting"] + luck, "accuracy": row["accuracy"] - luck}
+        opposed.append(row | changed)
     target = rank_correlations.TARGETS["accuracy"]
-    one, other = (rank_correlations.correlate(own, target, seed=0)["forgetting"] for own in (rows, opposed))
+    one, other = (
+        rank_correlations.correlate(own, target, seed=0)["forgetting"] for own in (rows, opposed)
+    )
     assert one == pytest.approx(other, abs=1e-9) and one["low"] <= one["tau"] <= one["high"]
 
 
@@ -158,13 +198,17 @@ def test_seeds_that_tell_nothing_new_narrow_no_interval():
     one = random_runs(12, 1)
     repeated = [row | {"run": f"{row['run']}-{i}", "seed": i} for row in one for i in range(3)]
     target = rank_correlations.TARGETS["accuracy"]
-    found = [rank_correlations.correlate(rows, target, seed=0)["forgetting"] for rows in (one, repeated)]
+    found = [
+        rank_correlations.correlate(rows, target, seed=0)["forgetting"] for rows in (one, repeated)
+    ]
     assert found[0] == pytest.approx(found[1], abs=1e-9)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("images"), splits=("train", "validation", "test"), images=6)
+    return write_folder(
+        tmp_path_factory.mktemp("images"), splits=("train", "validation", "test"), images=6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +218,13 @@ def runs(tmp_path_factory, images):
     for i, method in enumerate(["base", "sam", "obf", "asam"]):
         folder = tmp_path_factory.mktemp(f"run{i}")
         changes = {"rho": 0.05} if method != "base" else {}
-        options = {"epochs": 2, "save_interval": 1, "seed": i, "method": method, "output": str(folder / "run")}
+        options = {
+            "epochs": 2,
+            "save_interval": 1,
+            "seed": i,
+            "method": method,
+            "output": str(folder / "run"),
+        }
         train_imagenet.main(small_recipe(folder, images, **options, **changes))
         folders.append(folder / "run")
     return folders
@@ -188,7 +238,9 @@ def measure(runs, tmp_path, *flags):
 @pytest.fixture
 def curvature_aside(monkeypatch):
     """Lanczos' method takes most of the time of a measurement; here it is about something else."""
-    monkeypatch.setattr(measure_forgetting, "flatness", argparse.Namespace(largest_eigenvalue=lambda *_: 1.0))
+    monkeypatch.setattr(
+        measure_forgetting, "flatness", argparse.Namespace(largest_eigenvalue=lambda *_: 1.0)
+    )
 
 
 def rows(tmp_path):
@@ -196,10 +248,13 @@ def rows(tmp_path):
 
 
 def by_hand(epoch, images, kind, link, rho, m, count, ascending=None):
-    """Forgetting at ``THRESHOLDS`` and the gap, averaged over perturbations made and counted here."""
+    """Forgetting at ``THRESHOLDS`` and the gap, averaged over perturbations made here."""
     args = argparse.Namespace(examples=12, seed=0)
     _, transform = loaders.transforms(
-        {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"},
+        {
+            "input_size": (3, 32, 32), "interpolation": "bilinear",
+            "crop_pct": 1.0, "crop_mode": "center",
+        },
         scale=(1, 1), ratio=(1, 1), hflip=0,
     )  # fmt: skip
     examples = loaders.Images(
@@ -207,7 +262,9 @@ def by_hand(epoch, images, kind, link, rho, m, count, ascending=None):
     ).__getitems__(range(12))
     y = torch.tensor([example["label"] for example in examples])
     model = timm.create_model(f"local-dir:{epoch}", pretrained=True).eval()
-    mean, std = (torch.tensor(model.pretrained_cfg[key]).reshape(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (
+        torch.tensor(model.pretrained_cfg[key]).reshape(3, 1, 1) for key in ("mean", "std")
+    )
     x = torch.stack([(example["image"] / 255 - mean) / std for example in examples])
     with torch.no_grad():
         clean = link(model(x).double())
@@ -235,7 +292,9 @@ def by_hand(epoch, images, kind, link, rho, m, count, ascending=None):
             # The threshold that gives as many labels lies between two neighbouring predictions.
             labels = (clean > threshold).sum()
             adjusted = (ordered[labels] + ordered[labels + 1]) / 2
-            forgotten.append(counted_entropy(clean, y, threshold) - counted_entropy(perturbed, y, adjusted))
+            forgotten.append(
+                counted_entropy(clean, y, threshold) - counted_entropy(perturbed, y, adjusted)
+            )
     return np.mean(forgotten), np.mean(gaps)
 
 
@@ -243,7 +302,8 @@ def by_hand(epoch, images, kind, link, rho, m, count, ascending=None):
 @pytest.mark.parametrize("kind, link", [("sam", "softmax"), ("obf", "sigmoid")])
 def test_forgetting_and_gap_are_those_of_perturbing_by_hand(runs, images, tmp_path, kind, link):
     function = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}[link]
-    flags = ["--perturbations", kind, "--link", link, "--m", "4", "--micro-batches", "3", "--gamma", "0.5"]
+    flags = ["--perturbations", kind, "--link", link, "--m", "4", "--micro-batches", "3"]
+    flags += ["--gamma", "0.5"]
     flags += ["--thresholds", *map(str, THRESHOLDS)]
     measure(runs[1:2], tmp_path, *flags, "--rho", "0.3")
     measured = rows(tmp_path)
@@ -257,7 +317,9 @@ def test_forgetting_and_gap_are_those_of_perturbing_by_hand(runs, images, tmp_pa
 
 @pytest.mark.slow
 def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsys):
-    found = measure(runs, tmp_path, "--perturbations", "own", "sam", "random", "--micro-batches", "2")
+    found = measure(
+        runs, tmp_path, "--perturbations", "own", "sam", "random", "--micro-batches", "2"
+    )
     measured = rows(tmp_path)
     assert len(measured) == 4 * 2 * 3 - 2  # run, epoch, perturbation; base has none of its own
     assert {(row["perturbation"], row["epoch"]) for row in measured} == {
@@ -274,7 +336,13 @@ def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsy
     expected = kendalltau(
         [-float(row["lambda_max"]) for row in last], [float(row["accuracy"]) for row in last]
     ).statistic
-    which = {"perturbation": "sam", "epochs": "last", "quantity": "flatness", "target": "accuracy", "fixed": None}
+    which = {
+        "perturbation": "sam",
+        "epochs": "last",
+        "quantity": "flatness",
+        "target": "accuracy",
+        "fixed": None,
+    }
     (flatness,) = (c for c in found if which.items() <= c.items())
     assert flatness["tau"] == pytest.approx(expected, nan_ok=True)
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
@@ -288,14 +356,20 @@ def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsy
 def test_two_processes_measure_the_same(runs, tmp_path):
     flags = ["--perturbations", "sam", "--micro-batches", "1"]
     measure(runs, tmp_path / "one", *flags)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = ["measure_forgetting.py", "--runs", *map(str, runs), "--rho", "0.05", "--hessian-examples", "4", *flags]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc_per_node", "2"]
+    script = ["measure_forgetting.py", "--runs", *map(str, runs), "--rho", "0.05"]
+    script += ["--hessian-examples", "4", *flags]
     command = [*launch, *script, "--output", str(tmp_path / "two" / "out")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert [one[key] for key in ("run", "epoch", "accuracy")] == [two[key] for key in ("run", "epoch", "accuracy")]
+        assert [one[key] for key in ("run", "epoch", "accuracy")] == [
+            two[key] for key in ("run", "epoch", "accuracy")
+        ]
         for key in ("forgetting", "sam_gap", "lambda_max"):
             assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-4, abs=1e-6)
 
@@ -320,8 +394,11 @@ def test_a_table_of_other_runs_is_not_replaced_without_a_word(runs, tmp_path, ca
     measure(runs[:3], tmp_path, *flags, "obf")
     assert "will no longer have" not in capsys.readouterr().out
     measure(runs[:2], tmp_path, *flags, "obf", "--epochs", "2")
-    lost = [f"{run.resolve()} after epoch 1 ({kind})" for run in runs[:2] for kind in ("sam", "obf")]
-    said = f"measurements.csv, correlations.json and the pictures will no longer have {', '.join(lost)}, "
+    lost = [
+        f"{run.resolve()} after epoch 1 ({kind})" for run in runs[:2] for kind in ("sam", "obf")
+    ]
+    said = "measurements.csv, correlations.json and the pictures will no longer have "
+    said += f"{', '.join(lost)}, "
     assert said + f"{runs[2].resolve()}" in capsys.readouterr().out
     assert {row["run"] for row in rows(tmp_path)} == {str(run) for run in runs[:2]}
 
@@ -334,7 +411,9 @@ def test_too_few_runs_are_measured_but_not_correlated(runs, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("curvature_aside")
-def test_of_the_saved_epochs_some_can_be_measured_and_are_kept_for_the_others(runs, tmp_path, monkeypatch):
+def test_of_the_saved_epochs_some_can_be_measured_and_are_kept_for_the_others(
+    runs, tmp_path, monkeypatch
+):
     measure(runs[:1], tmp_path, "--micro-batches", "1", "--epochs", "2")
     assert {row["epoch"] for row in rows(tmp_path)} == {"2"}
     made, usual = [], measure_forgetting.measure
@@ -362,7 +441,9 @@ def test_runs_of_different_class_counts_are_refused(runs, tmp_path):
     other = altered(runs[1], tmp_path)
     for file in other.glob("epochs/*/config.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"num_classes": 7}))
-    with pytest.raises(InputError, match=r"share their classes.* 2 \(cat, dog\) and .* 7 \(0, 1, 2, \.\.\.\)"):
+    with pytest.raises(
+        InputError, match=r"share their classes.* 2 \(cat, dog\) and .* 7 \(0, 1, 2, \.\.\.\)"
+    ):
         measure([runs[0], other], tmp_path)
 
 
@@ -404,12 +485,22 @@ def test_a_run_of_before_a_setting_was_there_is_of_another_setting(runs, tmp_pat
 @pytest.mark.usefixtures("curvature_aside")
 def test_held_out_images_can_be_measured_on(runs, images, tmp_path, monkeypatch):
     seen, own = [], measure_forgetting.choose_images
-    monkeypatch.setattr(measure_forgetting, "choose_images", lambda args, ds: seen.append(ds) or own(args, ds))
-    found = measure(runs, tmp_path, "--perturbations", "sam", "--micro-batches", "1", "--split", "test")
-    assert {image["path"] for image in seen[0]["image"]} == {str(p) for p in (images / "test").rglob("*.png")}
+    monkeypatch.setattr(
+        measure_forgetting, "choose_images", lambda args, ds: seen.append(ds) or own(args, ds)
+    )
+    found = measure(
+        runs, tmp_path, "--perturbations", "sam", "--micro-batches", "1", "--split", "test"
+    )
+    assert {image["path"] for image in seen[0]["image"]} == {
+        str(p) for p in (images / "test").rglob("*.png")
+    }
     assert {c["target"] for c in found} == {"accuracy"}  # no gap: these are no training images
-    assert all(row["accuracy"] == row["measured_accuracy"] for row in rows(tmp_path) if row["epoch"] == "2")
-    with pytest.raises(InputError, match="has no split 'tset': choose --split train or validation or test"):
+    assert all(
+        row["accuracy"] == row["measured_accuracy"] for row in rows(tmp_path) if row["epoch"] == "2"
+    )
+    with pytest.raises(
+        InputError, match="has no split 'tset': choose --split train or validation or test"
+    ):
         measure(runs, tmp_path, "--split", "tset")
 
 
@@ -450,34 +541,54 @@ def test_a_model_that_diverged_is_named_and_what_was_measured_is_kept(runs, tmp_
 
 
 def test_a_model_that_torch_cannot_differentiate_twice_is_named(tmp_path, images):
-    options = {"model": "test_efficientnet", "save_interval": 1, "method": "sam"}  # its SiLU has no forward derivative
+    options = {
+        "model": "test_efficientnet",
+        "save_interval": 1,
+        "method": "sam",
+    }  # its SiLU has no forward derivative
     train_imagenet.main(small_recipe(tmp_path, images, **options))
     with pytest.raises(InputError, match=r"cannot measure .*0001.*forward AD"):
         measure([tmp_path / "run"], tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the run itself used
 
 
 @pytest.mark.usefixtures("curvature_aside")
-def test_own_ascends_on_the_runs_share_of_a_micro_batch_and_sam_on_all_of_it(runs, images, tmp_path):
+def test_own_ascends_on_the_runs_share_of_a_micro_batch_and_sam_on_all_of_it(
+    runs, images, tmp_path
+):
     run = altered(runs[1], tmp_path, perturb_fraction=0.5, rho=0.3)
-    flags = ["--m", "4", "--micro-batches", "3", "--thresholds", *map(str, THRESHOLDS), "--rho", "0.3"]
+    flags = ["--m", "4", "--micro-batches", "3", "--thresholds", *map(str, THRESHOLDS)]
+    flags += ["--rho", "0.3"]
     measure([run], tmp_path, *flags, "--perturbations", "own", "sam")
     for row in rows(tmp_path):
-        epoch, ascending = run / "epochs" / f"{int(row['epoch']):04d}", 2 if row["perturbation"] == "own" else 4
-        forgotten, gap = by_hand(epoch, images, "sam", torch.sigmoid, rho=0.3, m=4, count=3, ascending=ascending)
+        epoch, ascending = (
+            run / "epochs" / f"{int(row['epoch']):04d}",
+            2 if row["perturbation"] == "own" else 4,
+        )
+        forgotten, gap = by_hand(
+            epoch, images, "sam", torch.sigmoid, rho=0.3, m=4, count=3, ascending=ascending
+        )
         assert float(row["forgetting"]) == pytest.approx(forgotten, abs=1e-9)
         assert float(row["sam_gap"]) == pytest.approx(gap, rel=1e-3, abs=1e-6)
 
 
 def test_rho_that_followed_lr_is_that_of_the_epochs_last_update():
     own = argparse.Namespace(
-        rho=0.5, rho_min=0.1, lr=0.2, min_lr=0.02, warmup_lr=0.0, sched="poly", epochs=4, warmup_epochs=1, batch_size=3
+        rho=0.5,
+        rho_min=0.1,
+        lr=0.2,
+        min_lr=0.02,
+        warmup_lr=0.0,
+        sched="poly",
+        epochs=4,
+        warmup_epochs=1,
+        batch_size=3,
     )
-    # 11 images are 3 updates an epoch. Update 2 ends the warm-up with lr 2/3 of 0.2; from then on lr falls in 9 equal
-    # parts from 0.2 to 0.02, of which update 5 has made 2 and update 11 has made 8.
+    # 11 images are 3 updates an epoch. Update 2 ends the warm-up with lr 2/3 of 0.2; from then on
+    # lr falls in 9 equal parts from 0.2 to 0.02: update 5 has made 2 and update 11 has made 8.
     lrs = {1: 0.2 * 2 / 3, 2: 0.2 - 0.18 * 2 / 9, 4: 0.2 - 0.18 * 8 / 9}
     for epoch, lr in lrs.items():
         expected = 0.1 + 0.4 * (lr - 0.02) / 0.18
@@ -488,7 +599,9 @@ def test_rho_that_followed_lr_is_that_of_the_epochs_last_update():
 
 @pytest.mark.usefixtures("curvature_aside")
 @pytest.mark.parametrize("sched", ["poly", "cosine"])
-def test_measured_rho_is_what_training_used_last_before_it_saved_the_model(images, tmp_path, monkeypatch, sched):
+def test_measured_rho_is_what_training_used_last_before_it_saved_the_model(
+    images, tmp_path, monkeypatch, sched
+):
     used, update = [], loop.update
 
     def recorded(job, batches, perturb):
@@ -496,7 +609,14 @@ def test_measured_rho_is_what_training_used_last_before_it_saved_the_model(image
         return update(job, batches, perturb)
 
     monkeypatch.setattr(loop, "update", recorded)
-    options = {"epochs": 3, "warmup_epochs": 1, "save_interval": 1, "method": "sam", "rho": 0.3, "rho_min": 0.05}
+    options = {
+        "epochs": 3,
+        "warmup_epochs": 1,
+        "save_interval": 1,
+        "method": "sam",
+        "rho": 0.3,
+        "rho_min": 0.05,
+    }
     train_imagenet.main(small_recipe(tmp_path, images, sched=sched, **options))
     output = ["--output", str(tmp_path / "out"), "--workers", "0", "--hessian-examples", "4"]
     flags = ["--perturbations", "own", "sam", "--examples", "8"]  # of the 12 that it trained on
@@ -538,7 +658,9 @@ def test_a_model_replaced_in_place_is_measured_anew(runs, tmp_path):
     measure([run], tmp_path, *flags)
     first, second = (row["sam_gap"] for row in rows(tmp_path))
     assert first != second
-    shutil.copy(run / "epochs" / "0002" / "model.safetensors", run / "epochs" / "0001" / "model.safetensors")
+    shutil.copy(
+        run / "epochs" / "0002" / "model.safetensors", run / "epochs" / "0001" / "model.safetensors"
+    )
     measure([run], tmp_path, *flags)
     assert [row["sam_gap"] for row in rows(tmp_path)] == [second, second]
 
@@ -558,7 +680,7 @@ def test_a_runs_accuracy_is_that_of_its_last_epoch_on_test(tmp_path):
     assert measure_forgetting.read_run(tmp_path)["accuracy"] == 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What cannot be said
 
 
@@ -578,7 +700,9 @@ def test_what_would_count_twice(runs, tmp_path, flags, words):
 
 def test_an_output_that_cannot_be_written(runs, tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match=f"cannot write to --output {tmp_path}/out .*: choose another"):
+    with pytest.raises(
+        InputError, match=f"cannot write to --output {tmp_path}/out .*: choose another"
+    ):
         measure(runs, tmp_path)
 
 
@@ -586,8 +710,12 @@ def test_an_output_that_cannot_be_written(runs, tmp_path):
 @pytest.mark.parametrize("accuracy", ["equal", "ties"])
 def test_few_settings_have_no_interval_and_equal_values_no_tau_without_a_warning(count, accuracy):
     values = [0.5] * count if accuracy == "equal" else [i // 2 for i in range(count)]
-    rows = [one_run(str(i), str(i), 0, forgetting=i, accuracy=value) for i, value in enumerate(values)]
-    rows += [row | {"run": f"{row['run']}-1", "seed": 1} for row in rows]  # more seeds are no more settings
+    rows = [
+        one_run(str(i), str(i), 0, forgetting=i, accuracy=value) for i, value in enumerate(values)
+    ]
+    rows += [
+        row | {"run": f"{row['run']}-1", "seed": 1} for row in rows
+    ]  # more seeds are no more settings
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = rank_correlations.correlate(rows, rank_correlations.TARGETS["accuracy"], 0)
@@ -599,7 +727,9 @@ def test_few_settings_have_no_interval_and_equal_values_no_tau_without_a_warning
 @pytest.mark.usefixtures("curvature_aside")
 def test_what_there_is_not_is_said_and_is_null_in_json(runs, tmp_path, capsys):
     found = measure(runs, tmp_path, "--perturbations", "sam", "--micro-batches", "1")
-    assert len(found) == 2 * 2 * 3 * len(rank_correlations.QUANTITIES)  # epochs, targets; nothing, rho or method fixed
+    assert len(found) == 2 * 2 * 3 * len(
+        rank_correlations.QUANTITIES
+    )  # epochs, targets; nothing, rho or method fixed
     printed = capsys.readouterr().out
     assert "no interval: of fewer than 10 settings" in printed and "nan" not in printed
     text = (tmp_path / "out" / "correlations.json").read_text()
@@ -613,7 +743,7 @@ def test_a_loss_without_curvature_has_no_largest_eigenvalue():
         flatness.largest_eigenvalue(model, lambda logits, _: logits.mean(), [batch], 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Statistics
 
 
@@ -628,10 +758,18 @@ def test_a_run_counts_with_its_last_epoch_and_with_the_mean_over_epochs():
         for c in rank_correlations.table(rows, 0) if c["target"] == "accuracy"
     }  # fmt: skip
     accuracy = [a for a, _, _ in made]
-    assert found["last", "forgetting"] == pytest.approx(kendalltau([0, 8, 6, 9], accuracy).statistic)
-    assert found["last", "forgetting"] != pytest.approx(kendalltau([9, 0, 6, 1], accuracy).statistic)  # the first
-    assert found["mean", "forgetting"] == pytest.approx(kendalltau([4.5, 4, 6, 5], accuracy).statistic)
-    assert found["mean", "forgetting"] != pytest.approx(kendalltau([9, 8, 6, 9], accuracy).statistic)  # the maximum
+    assert found["last", "forgetting"] == pytest.approx(
+        kendalltau([0, 8, 6, 9], accuracy).statistic
+    )
+    assert found["last", "forgetting"] != pytest.approx(
+        kendalltau([9, 0, 6, 1], accuracy).statistic
+    )  # the first
+    assert found["mean", "forgetting"] == pytest.approx(
+        kendalltau([4.5, 4, 6, 5], accuracy).statistic
+    )
+    assert found["mean", "forgetting"] != pytest.approx(
+        kendalltau([9, 8, 6, 9], accuracy).statistic
+    )  # the maximum
     assert found["mean", "forgetting"] != pytest.approx(found["last", "forgetting"])
     assert found["last", "-sam_gap"] == pytest.approx(-1)
     assert found["last", "flatness"] == pytest.approx(1)
@@ -640,7 +778,10 @@ def test_a_run_counts_with_its_last_epoch_and_with_the_mean_over_epochs():
 def test_the_gap_is_that_after_the_last_epoch_to_the_images_measured_on():
     made = [(0.5, 0.9), (0.6, 0.8), (0.7, 1.0), (0.8, 0.9)]  # accuracy on test, and in training
     rows = [
-        one_run(str(i), str(i), 0, epoch, accuracy=test, measured_accuracy=train * epoch / 2, forgetting=i)
+        one_run(
+            str(i), str(i), 0, epoch, accuracy=test, measured_accuracy=train * epoch / 2,
+            forgetting=i,
+        )
         for i, (test, train) in enumerate(made) for epoch in (1, 2)
     ]  # fmt: skip
     gaps = [train - test for test, train in made]
@@ -654,7 +795,17 @@ def test_the_gap_is_that_after_the_last_epoch_to_the_images_measured_on():
 def test_what_varies_is_fixed_in_turn():
     rows = []
     for i, (m, rho) in enumerate(itertools.product((8, 16), (0.1, 0.2, 0.4))):
-        rows.append(one_run(str(i), str(i), 0, trained_m=m, trained_rho=rho, forgetting=rho * 10 + m, accuracy=rho - m))
+        rows.append(
+            one_run(
+                str(i),
+                str(i),
+                0,
+                trained_m=m,
+                trained_rho=rho,
+                forgetting=rho * 10 + m,
+                accuracy=rho - m,
+            )
+        )
     found = {
         c["fixed"]: c["tau"] for c in rank_correlations.table(rows, 0)
         if (c["epochs"], c["target"], c["quantity"]) == ("last", "accuracy", "forgetting")
@@ -673,27 +824,41 @@ def test_the_largest_eigenvalue_is_not_that_of_largest_magnitude():
 
 
 def test_a_sweeps_table_has_the_mean_over_seeds(capsys):
-    rows = [{"point": {"seed": i}, "results": {"test": value}} for i, value in enumerate((0.5, 0.6))]
+    rows = [
+        {"point": {"seed": i}, "results": {"test": value}} for i, value in enumerate((0.5, 0.6))
+    ]
     report.show_sweep(rows, [])
     assert f"55.00 ± {10 / math.sqrt(2):.2f}" in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One model, whose own perturbation differs from every default
 
 
 def measured(trained=None, **changes):
-    """``measure`` of a linear model; besides, what it needs, and the sizes of what the curvature was taken of."""
+    """``measure`` of a linear model, and what it needs."""
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3).double()
     x, y = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
-    usual = {"examples": 12, "hessian_examples": 4, "thresholds": [0.2, 0.35, 0.5], "link": "softmax", "rho": None}
-    usual |= {"micro_batches": 2, "seed": 3, "miller_madow": True, "perturbations": ["own"], "m": None}
+    usual = {
+        "examples": 12,
+        "hessian_examples": 4,
+        "thresholds": [0.2, 0.35, 0.5],
+        "link": "softmax",
+        "rho": None,
+    }
+    usual |= {
+        "micro_batches": 2,
+        "seed": 3,
+        "miller_madow": True,
+        "perturbations": ["own"],
+        "m": None,
+    }
     usual |= {"adjust_thresholds": True}
     args = argparse.Namespace(**usual | {"gamma": 1.0, "lam": None} | changes)
     own = argparse.Namespace(
-        method="asam+obf", adaptive="before", rho=0.7, rho_min=None, m=3, perturb_fraction=1.0, gamma=0.5, lam=0.2,
-        link="softmax", loss="ce", smoothing=0.1,
+        method="asam+obf", adaptive="before", rho=0.7, rho_min=None, m=3, perturb_fraction=1.0,
+        gamma=0.5, lam=0.2, link="softmax", loss="ce", smoothing=0.1,
     )  # fmt: skip
     vars(own).update(trained or {})
     run = {"settings": own, "images": 12, "folder": "run"}
@@ -729,7 +894,9 @@ def test_own_is_the_runs_method_rho_m_gamma_lambda_link_and_adaptive():
         relevant = (info["relevant_perturbed"] - info["relevant"]).mean()
         expected.append((info["forgetting"].item(), relevant.item(), gap.item()))
     clean = model(x).softmax(-1)
-    assert result["information"] == pytest.approx([counted_entropy(clean, y, t) for t in (0.2, 0.35, 0.5)])
+    assert result["information"] == pytest.approx(
+        [counted_entropy(clean, y, t) for t in (0.2, 0.35, 0.5)]
+    )
     for key, value in zip(("forgetting", "relevant_change", "sam_gap"), np.mean(expected, 0)):
         assert abs(value) > 1e-4
         assert found[key] == pytest.approx(value, rel=1e-6)
@@ -742,21 +909,35 @@ def test_thresholds_at_which_every_image_has_a_pattern_of_its_own_are_named():
 
 
 def test_the_same_thresholds_hold_for_the_perturbed_model_if_asked_for():
-    found = {adjust: measured(adjust_thresholds=adjust, perturbations=["sam"], rho=0.7)[0] for adjust in (True, False)}
-    same, adjusted = (found[adjust]["perturbations"]["sam"]["by_threshold"] for adjust in (False, True))
+    found = {
+        adjust: measured(adjust_thresholds=adjust, perturbations=["sam"], rho=0.7)[0]
+        for adjust in (True, False)
+    }
+    same, adjusted = (
+        found[adjust]["perturbations"]["sam"]["by_threshold"] for adjust in (False, True)
+    )
     assert same != adjusted
     _, model, x, y = measured()
     lost = []
     for part in (slice(0, 3), slice(3, 6)):
-        grads = torch.autograd.grad(LabelSmoothingCrossEntropy(0.1)(model(x[part]), y[part]), list(model.parameters()))
+        grads = torch.autograd.grad(
+            LabelSmoothingCrossEntropy(0.1)(model(x[part]), y[part]), list(model.parameters())
+        )
         norm = sum(g.square().sum() for g in grads).sqrt()
         moved = copy.deepcopy(model)
         with torch.no_grad():
             for w, g in zip(moved.parameters(), grads):
                 w += 0.7 * g / norm
             clean, perturbed = model(x).softmax(-1), moved(x).softmax(-1)
-        lost.append([counted_entropy(clean, y, t) - counted_entropy(perturbed, y, t) for t in (0.2, 0.35, 0.5)])
-    corrected = measured(adjust_thresholds=False, perturbations=["sam"], rho=0.7, miller_madow=False)[0]
+        lost.append(
+            [
+                counted_entropy(clean, y, t) - counted_entropy(perturbed, y, t)
+                for t in (0.2, 0.35, 0.5)
+            ]
+        )
+    corrected = measured(
+        adjust_thresholds=False, perturbations=["sam"], rho=0.7, miller_madow=False
+    )[0]
     assert corrected["perturbations"]["sam"]["by_threshold"] == pytest.approx(np.mean(lost, 0))
 
 
@@ -767,7 +948,14 @@ def test_accuracy_on_the_images_measured_is_the_share_whose_most_likely_class_is
 
 def test_others_than_own_have_gamma_and_lambda_of_the_flags_and_all_of_the_micro_batch():
     flags = {"perturbations": ["sam", "obf"], "rho": None, "m": None, "gamma": 0.3, "lam": 0.1}
-    own = {"method": "asam+obf", "m": 3, "gamma": 0.5, "lam": 0.2, "link": "softmax", "perturb_fraction": 0.5}
+    own = {
+        "method": "asam+obf",
+        "m": 3,
+        "gamma": 0.5,
+        "lam": 0.2,
+        "link": "softmax",
+        "perturb_fraction": 0.5,
+    }
     run = {"settings": argparse.Namespace(**own), "folder": "run"}
     found = measure_forgetting.perturbations(argparse.Namespace(**flags), run, 0.7)
     for kind, of_obf in (("sam", [None] * 3), ("obf", [0.3, 0.1, "softmax"])):
@@ -778,7 +966,9 @@ def test_others_than_own_have_gamma_and_lambda_of_the_flags_and_all_of_the_micro
 @pytest.mark.parametrize("share, made", [(1.0, 2), (0.5, 4)])
 def test_a_perturbation_that_is_the_same_as_another_is_made_once(monkeypatch, share, made):
     count, usual = [], measure_forgetting.forgetting
-    monkeypatch.setattr(measure_forgetting, "forgetting", lambda *a, **k: count.append(1) or usual(*a, **k))
+    monkeypatch.setattr(
+        measure_forgetting, "forgetting", lambda *a, **k: count.append(1) or usual(*a, **k)
+    )
     none = dict.fromkeys(("adaptive", "gamma", "lam", "link"))
     trained = {"method": "sam", "m": 4, "perturb_fraction": share, **none}
     found = measured(trained, perturbations=["own", "sam"])[0]["perturbations"]
@@ -795,7 +985,9 @@ def test_curvature_is_that_of_the_examples_asked_for():
 
 def test_noise_depends_on_the_seed_alone():
     def random(seed, before):
-        draws = measured(perturbations=["random"], seed=seed)[0]["perturbations"]["random"]["sam_gap"]
+        draws = measured(perturbations=["random"], seed=seed)[0]["perturbations"]["random"][
+            "sam_gap"
+        ]
         torch.manual_seed(before)
         return draws
 
@@ -804,15 +996,23 @@ def test_noise_depends_on_the_seed_alone():
 
 
 def test_so_many_examples_that_some_class_would_lack_the_rest_are_refused():
-    features = datasets.Features({"image": datasets.Value("int64"), "label": datasets.ClassLabel(names=["a", "b"])})
-    split = datasets.Dataset.from_dict({"image": range(40), "label": [0, 1] * 20}, features=features)
+    features = datasets.Features(
+        {"image": datasets.Value("int64"), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    split = datasets.Dataset.from_dict(
+        {"image": range(40), "label": [0, 1] * 20}, features=features
+    )
     with pytest.raises(InputError, match="--examples 39 leaves out too few of 40 images: take all"):
         measure_forgetting.choose_images(argparse.Namespace(examples=39, seed=0), split)
 
 
 def test_images_are_in_proportion_of_the_classes_and_others_for_another_seed():
-    features = datasets.Features({"image": datasets.Value("int64"), "label": datasets.ClassLabel(names=["a", "b"])})
-    split = datasets.Dataset.from_dict({"image": range(40), "label": [0] * 30 + [1] * 10}, features=features)
+    features = datasets.Features(
+        {"image": datasets.Value("int64"), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    split = datasets.Dataset.from_dict(
+        {"image": range(40), "label": [0] * 30 + [1] * 10}, features=features
+    )
     chosen = {}
     for seed in (0, 1):
         images = measure_forgetting.choose_images(argparse.Namespace(examples=20, seed=seed), split)

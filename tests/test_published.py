@@ -28,7 +28,9 @@ def test_timms_table_is_whole():
     rows = published.results()
     keys = collections.Counter((row["model"], row["img_size"], row["crop_pct"]) for row in rows)
     assert len(rows) > 1500 and max(keys.values()) == 1
-    columns = {column for shift in published.SHIFTS.values() for column in shift[1:]} | {"imagenet-real"}
+    columns = {column for shift in published.SHIFTS.values() for column in shift[1:]} | {
+        "imagenet-real"
+    }
     for column in columns:
         values = [float(row[column]) for row in rows if row[column]]
         assert len(values) >= len(rows) - 1 and 0 < min(values) and max(values) < 100
@@ -38,11 +40,18 @@ def test_timms_table_is_whole():
 
 def test_the_table_is_gathered_from_timms_files(tmp_path, monkeypatch, capsys):
     """Files in another order, one of them without a model that the others have."""
-    evaluations = [("a.in1k", "224", "0.900"), ("a.in1k", "288", "1.000"), ("b.in21k_ft_in1k", "224", "0.900")]
+    evaluations = [
+        ("a.in1k", "224", "0.900"),
+        ("a.in1k", "288", "1.000"),
+        ("b.in21k_ft_in1k", "224", "0.900"),
+    ]
     for i, file in enumerate(timm_results.FILES.values()):
         rows = [(*key, f"{10 * i + j}.5", "bicubic", "1.0") for j, key in enumerate(evaluations)]
         rows = rows[:2] if file == "imagenet-a" else rows[::-1]
-        lines = [",".join(row) for row in [("model", "img_size", "crop_pct", "top1", "interpolation", "top5"), *rows]]
+        lines = [
+            ",".join(row)
+            for row in [("model", "img_size", "crop_pct", "top1", "interpolation", "top5"), *rows]
+        ]
         (tmp_path / f"results-{file}.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(timm_results, "TARGET", tmp_path / "table.csv")
     monkeypatch.setattr("sys.argv", ["timm_results.py", str(tmp_path), "--source", "commit 1234"])
@@ -62,13 +71,17 @@ def test_the_table_is_gathered_from_timms_files(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "model, alone",
     [
-        ("resnet50.a1_in1k", True), ("beitv2_base_patch16_224.in1k_ft_in1k", True), ("tf_efficientnet_b5.in1k", True),
-        ("vit_small_patch32_224.augreg_in21k_ft_in1k", False), ("convnext_base.in12k_ft_in1k", False),
-        ("convnext_base.in22k_ft_in1k", False), ("vit_base_patch16_clip_224.laion2b_ft_in1k", False),
-        ("vit_base_patch16_clip_224.openai_ft_in1k", False), ("resnext50_32x4d.fb_ssl_yfcc100m_ft_in1k", False),
+        ("resnet50.a1_in1k", True), ("beitv2_base_patch16_224.in1k_ft_in1k", True),
+        ("tf_efficientnet_b5.in1k", True),
+        ("vit_small_patch32_224.augreg_in21k_ft_in1k", False),
+        ("convnext_base.in12k_ft_in1k", False), ("convnext_base.in22k_ft_in1k", False),
+        ("vit_base_patch16_clip_224.laion2b_ft_in1k", False),
+        ("vit_base_patch16_clip_224.openai_ft_in1k", False),
+        ("resnext50_32x4d.fb_ssl_yfcc100m_ft_in1k", False),
         ("resnext50_32x4d.fb_swsl_ig1b_ft_in1k", False), ("tf_efficientnet_b0.ns_jft_in1k", False),
-        ("regnety_320.swag_ft_in1k", False), ("regnety_320.seer_ft_in1k", False), ("vit_so400m_x.webli_ft_in1k", False),
-        ("eva02_large_patch14_448.mim_m38m_ft_in1k", False), ("hgnetv2_b0.ssld_stage2_ft_in1k", False),
+        ("regnety_320.swag_ft_in1k", False), ("regnety_320.seer_ft_in1k", False),
+        ("vit_so400m_x.webli_ft_in1k", False), ("eva02_large_patch14_448.mim_m38m_ft_in1k", False),
+        ("hgnetv2_b0.ssld_stage2_ft_in1k", False),
         ("resnet50", False), ("vit_base_patch16_224.augreg_in21k", False),
     ],
 )  # fmt: skip
@@ -77,7 +90,7 @@ def test_what_a_model_was_trained_on_goes_by_its_name(model, alone):
 
 
 def made_up(monkeypatch, clean, shifted, others=()):
-    """A table in which models trained on ImageNet-1k alone have these accuracies on ImageNet and V2."""
+    """A table in which models of ImageNet-1k alone have these accuracies on ImageNet and V2."""
     names = [f"net{i}.a_in1k" for i in range(len(clean))]
     rows = [
         {"model": name, "imagenet": str(100 * x), "imagenetv2-matched-frequency": str(100 * y)}
@@ -95,14 +108,23 @@ def answers(share, images):
 @pytest.mark.parametrize("above", [0.0, 0.05, -0.05])
 def test_points_above_a_line_that_timms_models_lie_on(monkeypatch, above):
     clean = np.linspace(0.4, 0.9, 30)
-    others = [{"model": "big.in21k_ft_in1k", "imagenet": "80", "imagenetv2-matched-frequency": "79"}]
+    others = [
+        {"model": "big.in21k_ft_in1k", "imagenet": "80", "imagenetv2-matched-frequency": "79"}
+    ]
     made_up(monkeypatch, clean, expit(1.2 * logit(clean) - 0.7), others)
     assert published.line("v2") == pytest.approx((1.2, -0.7))
     on_it = expit(1.2 * logit(0.75) - 0.7)
-    found = published.effective_robustness(answers(0.75, 50_000), answers(on_it + above, 10_000), "v2")
-    assert found["above"] == pytest.approx(above, abs=1e-4) and found["expected"] == pytest.approx(on_it)
-    assert (found["clean"], found["extrapolated"]) == (0.75, False) and found["spread"] == pytest.approx(0, abs=1e-9)
-    # Without an uncertain line, the errors of two proportions, one of them carried through the line, remain.
+    found = published.effective_robustness(
+        answers(0.75, 50_000), answers(on_it + above, 10_000), "v2"
+    )
+    assert found["above"] == pytest.approx(above, abs=1e-4) and found["expected"] == pytest.approx(
+        on_it
+    )
+    assert (found["clean"], found["extrapolated"]) == (0.75, False) and found[
+        "spread"
+    ] == pytest.approx(0, abs=1e-9)
+    # Without an uncertain line, the errors of two proportions remain, one of them carried
+    # through the line.
     slope = 1.2 * on_it * (1 - on_it) / (0.75 * 0.25)
     shifted = on_it + above
     error = math.sqrt(shifted * (1 - shifted) / 10_000 + slope**2 * 0.75 * 0.25 / 50_000)
@@ -111,7 +133,7 @@ def test_points_above_a_line_that_timms_models_lie_on(monkeypatch, above):
 
 
 def test_the_interval_holds_the_lines_own_uncertainty(monkeypatch):
-    """With so many images that they count for nothing, it is that of a regression's line at this accuracy."""
+    """With very many images, it is that of a regression's line at this accuracy."""
     rng = np.random.default_rng(0)
     x = rng.normal(1, 0.5, 400)
     noise = rng.normal(0, 0.3, 400)
