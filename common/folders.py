@@ -65,20 +65,20 @@ class Tree:
                 f"{loose[0]} lies in no class folder: put it into {self.root}/CLASS, or name its "
                 f"class in {self.root}/metadata.csv, with the columns file_name and label"
             )
-        folders = sorted({folder_of(path) for path in self.images})
-        parents = sorted({folder.rpartition("/")[0] for folder in folders})
+        folders = {path: folder_of(path) for path in self.images}
+        parents = sorted({folder.rpartition("/")[0] for folder in set(folders.values())})
         if len(parents) > 1 and not anywhere:
             raise InputError(
                 f"class folders lie in {parents[0]} and in {parents[1]}: name one of them, or move "
                 f"all class folders into one"
             )
-        names = {folder: class_name(folder.rpartition("/")[2]) for folder in folders}
+        names = {folder: class_name(folder.rpartition("/")[2]) for folder in set(folders.values())}
         if all(map(is_split_name, names.values())):
             raise InputError(
                 f"{self.root} has no class folders, as {some(sorted(names.values()))} are called "
                 f"like splits: put the images of each into folders called like their classes"
             )
-        return {path: names[folder_of(path)] for path in self.images}
+        return {path: names[folder] for path, folder in folders.items()}
 
     def left_out(self, labels: dict[str, str]) -> str | None:
         """A line that says which files are not among the ``labels``; None if there are none."""
