@@ -1,4 +1,4 @@
-"""Evaluate classifiers on images of your own, on ImageNet and its shifted sets, or on the digits and theirs."""
+"""Evaluate classifiers on images of your own, ImageNet and its shifted sets, or the digits."""
 
 import argparse
 import contextlib
@@ -11,46 +11,56 @@ import re
 from pathlib import Path
 
 import datasets
-import evaluate
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import timm
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from timm.data import create_transform, resolve_data_config
-from tqdm.auto import tqdm
+from timm.data import resolve_data_config
 
-from common import checkpoints, loaders, settings
-from common.settings import InputError
-from robustness import corruptions, published, report, sets, statistics
+from common import checkpoints, loaders, progress, settings
+from common.device import use_fast_kernels
+from common.errors import InputError, clear_errors
+from common.folders import some
+from robustness import corruptions, labels, predictions, published, report, sets, statistics
+from robustness.sets import Protocol
 
 BENCHMARKS = ("imagenet", "real", "a-clean", "r-clean", "v2", "r", "a", "sketch", "digits")
+MAX_UNREADABLE = 1e-3  # of a set's images
 
 
 def parser() -> settings.Parser:
     """The flags."""
     p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=settings.DEFAULTS)
-    p.add_argument(
-        "--model", nargs="+", required=True, help="folders of trained models (OUTPUT/best) or timm names (required)"
-    )
+    known = "folders of trained models (OUTPUT/best) or timm names (required)"
+    p.add_argument("--model", nargs="+", required=True, help=known)
     known = "sets to evaluate on (those of --data; without either, says which fit the models)"
     p.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=[], help=known)
-    place = "sets of your own, by any name: a folder CLASS/FILE, tar or zip files, or a Hub dataset; or where a"
-    known = f"{place} benchmark, or ImageNet-C as c, lies (on the Hub)"
+    known = (
+        "sets of your own, by any name: a folder CLASS/FILE, tar or zip files, or a Hub dataset; "
+        "or where a benchmark, or ImageNet-C as c, lies (on the Hub)"
+    )
     p.add_argument("--data", nargs="+", metavar="NAME=PLACE", default=[], help=known)
-    p.add_argument("--allow-partial", action="store_true", help="evaluate sets that lack classes (no)")
+    known = "evaluate sets that lack classes (no)"
+    p.add_argument("--allow-partial", action="store_true", help=known)
     kinds = f"{', '.join(corruptions.CORRUPTIONS)}; each in 3 severities"
-    p.add_argument("--corrupt", action="store_true", help=f"also evaluate on the images corrupted: {kinds} (no)")
-    p.add_argument("--img-size", type=int, help="side of the model's input, pixels (each model's own)")
-    p.add_argument("--crop-pct", type=float, help="centre crop, share of the side (each model's own)")
-    p.add_argument("--interpolation", choices=settings.INTERPOLATIONS, help="of the resize (each model's own)")
-    p.add_argument("--batch-size", type=int, default=256, help="images of a process at once (%(default)s)")
+    known = f"also evaluate on the images corrupted: {kinds} (no)"
+    p.add_argument("--corrupt", action="store_true", help=known)
+    known = "side of the model's input, pixels (each model's own: of tests, if that differs)"
+    p.add_argument("--img-size", type=int, help=known)
+    known = "centre crop, share of the side (each model's own: of tests, if that differs)"
+    p.add_argument("--crop-pct", type=float, help=known)
+    known = "of the resize (each model's own)"
+    p.add_argument("--interpolation", choices=settings.INTERPOLATIONS, help=known)
+    known = "images of a process at once (%(default)s)"
+    p.add_argument("--batch-size", type=int, default=256, help=known)
     p.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
-    p.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help=settings.CHANNELS_LAST_HELP)
-    p.add_argument("--output", default="outputs/robustness", help="folder of the results (%(default)s)")
-    p.add_argument("--csv", action="store_true", help="write results-BENCHMARK.csv with the columns of timm's (no)")
+    optional = argparse.BooleanOptionalAction
+    p.add_argument("--channels-last", action=optional, help=settings.CHANNELS_LAST_HELP)
+    known = "folder of the results (%(default)s)"
+    p.add_argument("--output", default="outputs/robustness", help=known)
+    known = "write results-BENCHMARK.csv with the columns of timm's (no)"
+    p.add_argument("--csv", action="store_true", help=known)
     p.add_argument("--markdown", action="store_true", help="print Markdown tables (no)")
     return p
 
@@ -63,21 +73,29 @@ def parse(argv=None):
     """
     args = parser().parse_args(argv)
     places = [item.partition("=")[::2] for item in args.data]
+    taken = sets.taken_names(args.benchmarks)
     for name, place in places:
         if not re.fullmatch(r"\w[\w-]*", name) or not place:
-            raise InputError(f"--data {name}={place}: give NAME=PLACE, the name in letters, digits, - and _")
-        if name in sets.taken_names(args.benchmarks):
-            raise InputError(f"--data {name}={place}: {name} is a set or a row of its own here: choose another name")
+            raise InputError(
+                f"--data {name}={place}: give NAME=PLACE, the name in letters, digits, - and _"
+            )
+        if name in taken:
+            raise InputError(
+                f"--data {name}={place}: {name} is a set or a row of its own here: choose another "
+                f"name"
+            )
     settings.check_once("--data", [name for name, _ in places])
     settings.check_once("--benchmarks", args.benchmarks)
     args.data = dict(places)
-    read = {sets.pass_of(benchmark) for benchmark in args.benchmarks}
+    read = {sets.images_of(benchmark) for benchmark in args.benchmarks}
     args.benchmarks += [name for name in args.data if name not in read]
     if args.corrupt and "c" in args.data:
-        raise InputError("--corrupt does not go with --data c=..., images that are corrupted: make two runs of them")
-    settings.check_ranges(
-        args, {key: settings.RANGES[key] for key in ("batch_size", "img_size", "crop_pct", "workers")}
-    )
+        raise InputError(
+            "--corrupt does not go with --data c=..., images that are corrupted: make two runs of "
+            "them"
+        )
+    checked = ("batch_size", "img_size", "crop_pct", "workers")
+    settings.check_ranges(args, {key: settings.RANGES[key] for key in checked})
     return args
 
 
@@ -85,51 +103,91 @@ def open_models(args):
     """Each model with its preprocessing, by the name given.
 
     Raises:
-        InputError: one cannot be loaded, is named twice, has not the outputs that the benchmarks need, or there are no
-            benchmarks.
+        InputError: one cannot be loaded, is named twice, has not the outputs that the benchmarks
+            need, or there are no benchmarks.
     """
-    models, places = {}, {}
+    models, names_by_place = {}, {}
     for name in args.model:
-        model = checkpoints.open_model(name).eval()
-        folder = Path(name.removeprefix("local-dir:")).expanduser()
-        pretrained = [model.pretrained_cfg.get(key) for key in ("architecture", "hf_hub_id")]
-        place = folder.resolve() if folder.is_dir() else tuple(pretrained) if all(pretrained) else name
-        if place in places:
-            raise InputError(f"--model {places[place]} and {name} are the same model: drop one")
-        places[place] = name
-        if args.img_size and model.pretrained_cfg.get("fixed_input_size"):
-            model = checkpoints.open_model(name, img_size=args.img_size).eval()
-        if len(label_names(model)) != model.num_classes:
+        model, config = open_model(args, name)
+        place = place_of_model(name, model)
+        if place in names_by_place:
             raise InputError(
-                f"{name} has {model.num_classes} outputs and {len(label_names(model))} label_names: name them all, in "
-                f"their order, in its config.json (timm.models.save_for_hf(..., model_config={{'label_names': [...]}}))"
+                f"--model {names_by_place[place]} and {name} are the same model: drop one"
             )
-        if folder.is_dir() and not model.pretrained_cfg.get("label_names"):
-            PartialState().print(
-                f"{name} has no label_names: its outputs are taken for ImageNet's 1000, in their order"
-            )
-        for benchmark in (b for b in args.benchmarks if b in (*BENCHMARKS, *sets.HUB)):
-            check_fit(name, model, benchmark)
-        wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
-        config = resolve_data_config({key: v for key, v in wanted.items() if v is not None}, model=model)
+        names_by_place[place] = name
+        check_names(name, model)
+        for benchmark in args.benchmarks:
+            if benchmark in (*BENCHMARKS, *sets.HUB):
+                check_fit(name, model, benchmark)
         check_model(name, model, config)
-        models[name] = (model.to(memory_format=loaders.memory_format(args.channels_last, model)), config)
-    folders = {}
+        layout = loaders.memory_format(args.channels_last, model)
+        models[name] = (model.to(memory_format=layout), config)
+    names_by_folder = {}
     for name in models:
-        other = folders.setdefault(predictions_folder(args, name), name)
-        if other != name:
-            raise InputError(f"--model {other} and {name} would share {predictions_folder(args, name)}: rename one")
+        folder = predictions.folder_of(args.output, name)
+        first = names_by_folder.setdefault(folder, name)
+        if first != name:
+            raise InputError(f"--model {first} and {name} would share {folder}: rename one")
     if not args.benchmarks:
         raise InputError(nothing_to_do({name: model for name, (model, _) in models.items()}))
     return models
 
 
-def label_names(model) -> list[str]:
-    """The names of a model's outputs, from its ``config.json``; ImageNet's, where 1000 have none, as of timm's own."""
-    names = model.pretrained_cfg.get("label_names") or (sets.WORDNET if model.num_classes == 1000 else [])
-    if isinstance(names, dict):  # by output, as timm allows
-        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
-    return [str(name) for name in names]
+def open_model(args, name):
+    """A model and its preprocessing; as in timm's validate.py, that for tests if it has one."""
+    model = checkpoints.open_model(name).eval()
+    wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    trained = resolve_data_config(wanted, model=model)
+    config = resolve_data_config(wanted, model=model, use_test_size=True)
+    if config != trained:
+        PartialState().print(
+            f"{name}: images of {shown_size(config)}, the model's own for tests; it was trained "
+            f"on {shown_size(trained)}"
+        )
+    size = config["input_size"][-1]
+    if size != model.pretrained_cfg["input_size"][-1] and is_of_one_size(model):
+        model = checkpoints.open_model(name, img_size=size).eval()
+    return model, config
+
+
+def shown_size(config):
+    """The size and crop of a data config as flags."""
+    return f"--img-size {config['input_size'][-1]} --crop-pct {config['crop_pct']:g}"
+
+
+def is_of_one_size(model) -> bool:
+    """Whether a model takes images of one size alone, and has to be made anew for another."""
+    return bool(model.pretrained_cfg.get("fixed_input_size"))
+
+
+def place_of_model(name, model):
+    """What tells a model from others, whatever it is called: its folder, or pretrained weights."""
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    pretrained = [model.pretrained_cfg.get(key) for key in ("architecture", "hf_hub_id")]
+    if folder.is_dir():
+        return folder.resolve()
+    return tuple(pretrained) if all(pretrained) else name
+
+
+def check_names(name, model):
+    """Check that all outputs of a model have names; say it if they are taken for ImageNet's.
+
+    Raises:
+        InputError: they have none, or others than there are outputs.
+    """
+    names = labels.label_names(model)
+    if len(names) != model.num_classes:
+        raise InputError(
+            f"{name} has {model.num_classes} outputs and {len(names)} label_names: name them all, "
+            f"in their order, in its config.json (timm.models.save_for_hf(..., "
+            f"model_config={{'label_names': [...]}}))"
+        )
+    is_folder = Path(name.removeprefix("local-dir:")).expanduser().is_dir()
+    if is_folder and not model.pretrained_cfg.get("label_names"):
+        PartialState().print(
+            f"{name} has no label_names: its outputs are taken for ImageNet's 1000, in their order"
+        )
 
 
 def check_fit(model_name, model, benchmark, ds=None):
@@ -139,11 +197,13 @@ def check_fit(model_name, model, benchmark, ds=None):
         InputError: it is not so, with some names of both.
     """
     try:
-        sets.order_of(sets.pass_of(benchmark), ds, label_names(model))
+        sets.output_order(sets.images_of(benchmark), ds, labels.label_names(model))
     except InputError as error:
-        own = "call a set of your own otherwise" if benchmark in sets.HUB else "rename its classes"
+        known = benchmark in sets.HUB
+        remedy = "call a set of your own otherwise" if known else "rename its classes"
         raise InputError(
-            f"{model_name} cannot be evaluated on {benchmark}: {error}: choose another set, or {own}"
+            f"{model_name} cannot be evaluated on {benchmark}: {error}: choose another set, or "
+            f"{remedy}"
         ) from error
 
 
@@ -158,8 +218,8 @@ def nothing_to_do(models):
     name, model = next(iter(models.items()))
     known = f"--benchmarks {' '.join(fitting)}" if fitting else "no --benchmarks"
     return (
-        f"nothing to evaluate on: {known} would fit, and --data NAME=PLACE, a folder CLASS/FILE with classes called as "
-        f"the outputs of {name}: {sets.some(label_names(model))}"
+        f"nothing to evaluate on: {known} would fit, and --data NAME=PLACE, a folder CLASS/FILE "
+        f"with classes called as the outputs of {name}: {labels.quoted(labels.label_names(model))}"
     )
 
 
@@ -168,22 +228,25 @@ def check_model(name, model, config):
     """Try a model on a black image.
 
     Raises:
-        InputError: it does not take images of that size, does not return logits, or they are not finite.
+        InputError: it does not take images of that size in red, green and blue, does not return
+            logits, or they are not finite.
     """
+    loaders.evaluation_transform(config, name)
     size = tuple(config["input_size"])
     try:
         logits = model(torch.zeros(1, *size))
     except Exception as error:  # each model fails in its own way
-        raise InputError(f"{name} does not take images of {size}: {error}; change --img-size") from error
+        raise InputError(
+            f"{name} does not take images of {size}: {error}; change --img-size"
+        ) from error
     if logits.shape != (1, model.num_classes):
-        raise InputError(f"{name} returns {tuple(logits.shape)} for an image, not {model.num_classes} logits")
+        shape = tuple(logits.shape)
+        raise InputError(f"{name} returns {shape} for an image, not {model.num_classes} logits")
     if not logits.isfinite().all():
-        raise InputError(f"{name}: its logits are not finite, even for a black image: leave it out, or train it anew")
-
-
-def predictions_folder(args, model_name):
-    """Where a model's predictions are kept."""
-    return Path(args.output) / "predictions" / re.sub(r"[^\w.-]+", "_", model_name)
+        raise InputError(
+            f"{name}: its logits are not finite, even for a black image: leave it out, or train it "
+            f"anew"
+        )
 
 
 def stored(ds) -> bool:
@@ -191,92 +254,124 @@ def stored(ds) -> bool:
     return isinstance(ds, datasets.Dataset)
 
 
-def right_answers(benchmark, batch):
-    """The protocols of a benchmark: name, logits' columns (None: all) and each image's right answers among them."""
-    labels = [[label] for label in batch["label"]]
-    if benchmark != "real" and -1 in batch["label"]:
-        raise InputError(
-            f"{benchmark}: an image has no label: its file name must end like _n01440764.JPEG, or its folder be a class"
-        )
-    if benchmark == "real":
-        real = sets.real_labels()
-        yield "real", None, [real[sets.validation_number(path)] for path in batch["path"]]
-    elif benchmark.removesuffix("-clean") in sets.SUBSETS:
-        own = sets.SUBSETS[benchmark.removesuffix("-clean")]
-        places = {index: place for place, index in enumerate(own)}
-        answers = [[places[label]] if label in places else [] for label in batch["label"]]
-        if benchmark.endswith("-clean"):  # ImageNet's own images of these classes
-            yield benchmark, own, answers
-        else:
-            yield f"{benchmark}-200", own, answers
-            yield f"{benchmark}-1000", None, labels
-    else:
-        yield benchmark, None, labels
-
-
-def check_answers(name, ds, benchmarks, size=1000):
-    """Look up the right answers of a stored set's images, which a pass would do only as it comes to them.
+def check_answers(which, ds, size=1000):
+    """Look up the right answers of a stored set's images, which a pass would do only in its turn.
 
     Raises:
         InputError: an image has none.
     """
-    pictures = sets.Pictures(name.partition(":")[0], ds, None, size)
+    pictures = sets.Pictures(which.name, ds, None, size)
     for rows in ds.iter(size):
         paths = [image["path"] for image in rows["image"]]
-        labels = [pictures.label(label, path) for label, path in zip(rows["label"], paths)]
-        for benchmark in benchmarks:
-            list(right_answers(benchmark, {"label": labels, "path": paths}))
+        numbers = [pictures.label(label, path) for label, path in zip(rows["label"], paths)]
+        for benchmark in which.serves:
+            list(labels.right_answers(benchmark, {"label": numbers, "path": paths}))
 
 
-@torch.no_grad()
-def predict(accelerator, model, config, name, ds, benchmarks, args):
-    """One pass over a set's images: by protocol, ``statistics.score``'s columns; and the names of unreadable images.
+def predict(accelerator, model, config, which, ds, args):
+    """One pass over a set's images.
+
+    Returns:
+        ``statistics.score``'s columns by protocol, and the names of unreadable images.
 
     Raises:
+        InputError: images were lost on their way, or have no right answer.
         FloatingPointError: logits are not finite.
     """
-    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    transform = create_transform(**{key: config[key] for key in keys}, normalize=False)
-    rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    options = {**rank, "corrupt": args.corrupt}
-    pictures = sets.Pictures(name.partition(":")[0], ds, transform, args.batch_size, **options)
-    times = 1 + args.corrupt * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
-    workers = min(args.workers, times * len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards)
-    options = loaders.worker_options(accelerator, workers)
-    loader = torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
-    order = sets.order_of(name.partition(":")[0], ds, label_names(model))
+    loader = picture_loader(accelerator, model, config, which, ds, args)
+    order = sets.output_order(which.name, ds, labels.label_names(model))
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    to_input = loaders.to_input(config, torch.float32, loaders.memory_format(args.channels_last, model))
-    columns, unreadable = {}, []
-    shown = {"desc": name, "unit": "image", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
-    with tqdm(total=times * len(ds) if stored(ds) else None, **shown) as bar:
+    layout = loaders.memory_format(args.channels_last, model)
+    to_input = loaders.to_input(config, torch.float32, layout)
+    columns, unreadable, sent, received = {}, [], 0, 0
+    total = variants(args) * len(ds) if stored(ds) else None
+    hidden = not accelerator.is_main_process
+    with progress.bar(str(which), total=total, unit="image", disable=hidden) as bar:
         for batch in loader:
+            sent += batch.get("sent", 0)
+            received += len(batch["key"]) + len(batch["unreadable"])
             unreadable += batch["unreadable"]
-            if not batch["key"]:
-                continue
-            logits = model(to_input(batch["image"].to(accelerator.device, non_blocking=True)))
-            if not logits.isfinite().all():
-                row = logits.isfinite().all(-1).long().argmin().item()
-                raise FloatingPointError(f"the logits of {batch['path'][row] or 'an image'} are not finite")
-            logits = logits if order is None else logits[:, order]
-            if max(batch["label"]) >= logits.shape[-1]:
-                raise InputError(f"{name}: the label {max(batch['label'])} is none of the {logits.shape[-1]} outputs")
-            for benchmark in benchmarks:
-                for protocol, outputs, answers in right_answers(benchmark, batch):
-                    protocol += f".{batch['corruption']}" if batch["corruption"] else ""
-                    add_scores(columns.setdefault(protocol, {}), logits, outputs, answers, batch["key"])
-            bar.update(len(batch["key"]) * accelerator.num_processes)
-    parts = gather_object([columns])
-    protocols = sorted({protocol for part in parts for protocol in part})
-    merged = {protocol: merge([part[protocol] for part in parts if part.get(protocol)]) for protocol in protocols}
-    if none := [protocol for protocol, table in merged.items() if not table]:
-        raise InputError(f"{name}: no image has a right answer in {none[0]}: leave it out")
-    return merged, sorted(gather_object(unreadable))
+            if batch["key"]:
+                logits = finite_logits(accelerator, model, to_input, batch)
+                logits = logits if order is None else logits[:, order]
+                add_batch(columns, which, batch, logits)
+                bar.update(len(batch["key"]) * accelerator.num_processes)
+    check_none_lost(which, args, total, sent, received, len(unreadable))
+    return merge_processes(which, columns), sorted(gather_object(unreadable))
+
+
+def picture_loader(accelerator, model, config, which, ds, args):
+    """A loader of a set's images for this process."""
+    pictures = sets.Pictures(
+        which.name, ds, loaders.evaluation_transform(config), args.batch_size,
+        label_names=labels.label_names(model), process=accelerator.process_index,
+        processes=accelerator.num_processes, corrupt=args.corrupt,
+    )  # fmt: skip
+    most = variants(args) * len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards
+    options = loaders.worker_options(accelerator, min(args.workers, most))
+    return torch.utils.data.DataLoader(pictures, batch_size=None, collate_fn=collate, **options)
+
+
+def variants(args) -> int:
+    """How often a pass sees each image: as it is, and corrupted if asked to."""
+    return 1 + args.corrupt * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
 
 
 def collate(batch):
-    """Stack a batch's images; a batch may have none that could be read."""
-    return batch | {"image": torch.stack(batch["image"]) if batch["image"] else None}
+    """Stack a batch's images; in a worker into shared memory, so that a lack of it is an error."""
+    images = torch.utils.data.default_collate(batch["image"]) if batch["image"] else None
+    return batch | {"image": images}
+
+
+@torch.no_grad()
+def finite_logits(accelerator, model, to_input, batch):
+    """A model's logits of a batch.
+
+    Raises:
+        FloatingPointError: they are not finite.
+    """
+    logits = model(to_input(batch["image"].to(accelerator.device, non_blocking=True)))
+    if not logits.isfinite().all():
+        row = logits.isfinite().all(-1).long().argmin().item()
+        path = batch["path"][row] or "an image"
+        raise FloatingPointError(f"the logits of {path} are not finite")
+    return logits
+
+
+def add_batch(columns, which, batch, logits):
+    """Append the scores of a batch by protocol."""
+    if max(batch["label"]) >= logits.shape[-1]:
+        raise InputError(
+            f"{which}: the label {max(batch['label'])} is none of the {logits.shape[-1]} outputs"
+        )
+    corruption = batch["corruption"] or which.corruption
+    severity = batch["severity"] or which.severity
+    for benchmark in which.serves:
+        for name, outputs, answers in labels.right_answers(benchmark, batch):
+            protocol = Protocol(name, corruption, severity)
+            scores = columns.setdefault(protocol, {})
+            add_scores(scores, logits, outputs, answers, batch["key"])
+
+
+def check_none_lost(which, args, total, sent, received, unreadable):
+    """Check that every image of a pass arrived.
+
+    Args:
+        total: images of the set in all variants; None if it is streamed.
+        sent, received, unreadable: images that this process' loader sent, those that arrived, and
+            those of them that could not be read, which have one variant.
+
+    Raises:
+        InputError: images are missing.
+    """
+    counts = gather_object([(sent, received, unreadable)])
+    sent, received, unreadable = map(sum, zip(*counts))
+    expected = sent if total is None else total - (variants(args) - 1) * unreadable
+    if not sent == received == expected:
+        raise InputError(
+            f"{which}: {received:,} of {expected:,} images arrived from the data loading "
+            f"processes, and nothing of this pass was saved: try --workers 0"
+        )
 
 
 def add_scores(columns, logits, outputs, answers, keys):
@@ -294,117 +389,122 @@ def add_scores(columns, logits, outputs, answers, keys):
         columns.setdefault(name, []).extend(values.tolist())
 
 
+def merge_processes(which, columns):
+    """The columns of all processes by protocol.
+
+    Raises:
+        InputError: no image has a right answer by one of them.
+    """
+    parts = gather_object([columns])
+    protocols = sorted({protocol for part in parts for protocol in part}, key=str)
+    tables = {
+        protocol: merge([part[protocol] for part in parts if part.get(protocol)])
+        for protocol in protocols
+    }
+    if empty := [protocol for protocol, table in tables.items() if not table]:
+        raise InputError(f"{which}: no image has a right answer in {empty[0]}: leave it out")
+    return tables
+
+
 def merge(parts):
     """The processes' columns as one table, in the order of the keys."""
     if not parts:
         return {}
-    merged = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
-    order = np.argsort(merged["key"])
-    return {name: values[order] for name, values in merged.items()}
+    table = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+    order = np.argsort(table["key"])
+    return {name: values[order] for name, values in table.items()}
 
 
-def finished(folder, name, request):
-    """A pass that an earlier run finished: its columns by protocol, its record, and what its request had otherwise.
-
-    Columns are None if that is anything, and all three if there is no such pass.
-    """
-    try:
-        record = json.loads((folder / f"{name}.json").read_text())
-        old = record["request"]
-        changed = sorted(key for key in {*old, *request} if old.get(key) != request.get(key))
-        if changed:
-            return None, record, changed
-        tables = {protocol: pq.read_table(folder / f"{protocol}.parquet") for protocol in record["protocols"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None, None
-    columns = {p: {key: np.asarray(values) for key, values in t.to_pydict().items()} for p, t in tables.items()}
-    return columns, record, []
-
-
-def save(folder, name, request, columns, unreadable):
-    """Write each protocol's columns as Parquet, and last the record that the pass is finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").unlink(missing_ok=True)  # it speaks for the tables, which are about to change
-    for protocol, table in columns.items():
-        pq.write_table(pa.table(table), folder / f"{protocol}.parquet")
-    record = {"request": request, "protocols": list(columns), "unreadable": unreadable}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
-
-
-def check_unreadable(name, columns, unreadable):
+def check_unreadable(name, tables, unreadable):
     """Let few images be unreadable.
 
     Raises:
-        InputError: they are more than ``sets.MAX_UNREADABLE`` of the set.
+        InputError: they are more than ``MAX_UNREADABLE`` of the set.
     """
-    size = max(len(table["key"]) for table in columns.values()) + len(unreadable) if columns else len(unreadable)
-    if len(unreadable) > sets.MAX_UNREADABLE * size:
-        shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
+    size = max((len(table["key"]) for table in tables.values()), default=0) + len(unreadable)
+    if len(unreadable) > MAX_UNREADABLE * size:
         raise InputError(
-            f"{name}: {len(unreadable)} of {size} images cannot be read, too many: mend or replace {shown}"
+            f"{name}: {len(unreadable)} of {size} images cannot be read, too many: mend or replace "
+            f"{some(unreadable, most=5)}"
         )
 
 
 def fingerprint(model):
     """A hash of a model's layers, weights and label names."""
-    digest = hashlib.sha256(repr((model, label_names(model))).encode())
+    digest = hashlib.sha256(repr((model, labels.label_names(model))).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def request_of(args, accelerator, model_name, weights, config, name, benchmarks, ds, revision):
+def request_of(args, accelerator, model_name, weights, config, which, ds, revision):
     """All that the result of a pass depends on, as JSON has it."""
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
     request = {
-        "model": model_name, "weights": weights, "benchmarks": benchmarks,
-        "data": sets.place_of(name, args.data) or sets.HUB.get(name, "digits"), "revision": revision,
-        "preprocessing": {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")},
-        "mean": config["mean"], "std": config["std"], "precision": accelerator.mixed_precision,
+        "model": model_name,
+        "weights": weights,
+        "benchmarks": which.serves,
+        "data": which.place(args.data) or sets.HUB.get(which.name, "digits"),
+        "revision": revision,
+        "preprocessing": {key: config[key] for key in keys},
+        "mean": config["mean"],
+        "std": config["std"],
+        "precision": accelerator.mixed_precision,
         "corrupt": corruptions.STRENGTHS if args.corrupt else None,
         "versions": {module.__name__: module.__version__ for module in (torch, timm)},
         # A streamed image is known by the loader worker that reads it.
         "stream": None if stored(ds) else [accelerator.num_processes, args.workers],
-    }  # fmt: skip
+    }
+    if which.name not in (*sets.HUB, "digits"):
+        request["turned"] = True  # as photographs' Exif tags say
     return json.loads(json.dumps(request))
 
 
-def evaluate_all(args, accelerator, models, plan, opened):
-    """Every model on every pass of ``plan``: columns by model and protocol, and what to say about each pass.
+def evaluate_all(args, accelerator, models, opened):
+    """Every model on every pass: columns by model and protocol, and what to say about each pass.
 
     What was finished before is known to the main process alone, and so are columns and notes.
+
+    Args:
+        opened: the sets by pass.
 
     Raises:
         InputError: images cannot be read, have no right answer, or have logits that are not finite.
     """
     tables, notes, main = {}, {}, accelerator.is_main_process
-    places = {name: sets.place_of(name, args.data) for name in plan if main}
-    revisions = {name: sets.revision(name, opened[name], place) for name, place in places.items()}
+    revisions = {}
+    for which, ds in opened.items() if main else ():
+        revisions[which] = sets.revision(which, ds, which.place(args.data))
     for model_name, (model, config) in models.items():
-        folder, tables[model_name] = predictions_folder(args, model_name), {}
+        folder, tables[model_name] = predictions.folder_of(args.output, model_name), {}
         weights = fingerprint(model) if main else None
         layout = loaders.format_name(loaders.memory_format(args.channels_last, model))
         accelerator.print(f"memory format of {model_name}: {layout}")
-        for name, benchmarks in plan.items():
+        for which, ds in opened.items():
             columns, unreadable = None, []
             if main:
-                which = (name, benchmarks, opened[name], revisions[name])
-                request = request_of(args, accelerator, model_name, weights, config, *which)
-                columns, record, changed = finished(folder, name, request)
-                why = f": anew, as these have changed since: {', '.join(changed)}" if changed else ""
-                print(f"{model_name} on {name}{why if columns is None else ': finished before'}")
+                request = request_of(
+                    args, accelerator, model_name, weights, config, which, ds, revisions[which]
+                )
+                columns, record, changed = predictions.finished(folder, which, request)
+                why = f": anew, as these have changed since: {', '.join(changed or ())}"
+                done = ": finished before" if columns is not None else why if changed else ""
+                print(f"{model_name} on {which}{done}")
             (missing,) = broadcast_object_list([columns is None])
             if missing:
                 try:
-                    columns, unreadable = predict(accelerator, model, config, name, opened[name], benchmarks, args)
+                    columns, unreadable = predict(accelerator, model, config, which, ds, args)
                 except FloatingPointError as error:
-                    raise InputError(f"{model_name} on {name}: {error}: leave the model out") from error
-                check_unreadable(name, columns, unreadable)
+                    raise InputError(
+                        f"{model_name} on {which}: {error}: leave the model out"
+                    ) from error
+                check_unreadable(which, columns, unreadable)
                 if main:
-                    record = save(folder, name, request, columns, unreadable)
+                    record = predictions.save(folder, which, request, columns, unreadable)
             if main:
                 tables[model_name] |= columns
-                notes[f"{model_name} on {name}"] = {**record["request"], "unreadable": record["unreadable"]}
+                note = {**record["request"], "unreadable": record["unreadable"]}
+                notes[f"{model_name} on {which}"] = note
     return tables, notes
 
 
@@ -417,86 +517,58 @@ def earlier_passes(output):
 
 
 def corrupted(tables: dict, means: dict) -> dict:
-    """By set: top-1 on it as it is (``clean``) and by corruption and severity, and the corruptions' ``mean``.
+    """A model's accuracies on corrupted images, by set.
 
-    ``tables`` are one model's, by protocol; those of corrupted images are called PROTOCOL.CORRUPTION-SEVERITY.
-    ``means`` are ``by_image`` of them.
+    Args:
+        tables: the model's, by protocol.
+        means: ``by_image`` of them.
+
+    Returns:
+        By protocol: top-1 on the images as they are (``clean``, None if they were not read) and by
+        corruption and severity, and the corruptions' ``mean``.
     """
-    found = {}
-    for name in (name for name in tables if "." in name):
-        protocol, _, kind = name.partition(".")
-        corruption, _, severity = kind.rpartition("-")
-        found.setdefault(protocol, {}).setdefault(corruption, {})[severity] = float(tables[name]["top1"].mean())
-    return {
-        protocol: {
-            "clean": float(tables[protocol]["top1"].mean()) if protocol in tables else None,
-            "corruptions": rows,
-            **({"mce": corruptions.mce(rows)} if protocol == "c" else {}),
-            **statistics.mean(means[protocol]["top1"]),
+    summaries = {}
+    for name, mean_by_image in means.items():
+        top1 = {}
+        for protocol, table in tables.items():
+            if protocol.name == name and protocol.corruption:
+                severities = top1.setdefault(protocol.corruption, {})
+                severities[protocol.severity] = float(table["top1"].mean())
+        clean = tables.get(Protocol(name))
+        summaries[name] = {
+            "clean": float(clean["top1"].mean()) if clean else None,
+            "corruptions": top1,
+            **({"mce": corruptions.mce(top1)} if name == "c" else {}),
+            **statistics.mean(mean_by_image["top1"]),
         }
-        for protocol, rows in found.items()
-    }
+    return summaries
 
 
 def by_image(tables) -> dict:
-    """By set: the images' keys, and for each the share of its corruptions on which one model was right."""
-    parts, found = {}, {}
-    for name, table in tables.items():
-        protocol, _, kind = name.partition(".")
-        if kind:
-            parts.setdefault(protocol, []).append(table)
-    for protocol, own in parts.items():
-        keys = functools.reduce(np.intersect1d, [table["key"] for table in own])
-        found[protocol] = {"key": keys, "top1": np.mean([t["top1"][np.isin(t["key"], keys)] for t in own], 0)}
-    return found
-
-
-# timm's tables of results, by protocol.
-TIMM = {
-    "imagenet": "imagenet", "real": "imagenet-real", "v2": "imagenetv2-matched-frequency", "sketch": "imagenet-sketch",
-    "r-200": "imagenet-r", "r-clean": "imagenet-r-clean", "a-200": "imagenet-a", "a-clean": "imagenet-a-clean",
-}  # fmt: skip
-
-
-def timm_setting(config):
-    """Size, crop and interpolation, as timm's tables of results have them."""
-    return {
-        "img_size": str(config["input_size"][-1]),
-        "crop_pct": f"{config['crop_pct']:.3f}",
-        "interpolation": config["interpolation"],
-    }
-
-
-def published_beside(models, results):
-    """By model of timm's: top-1 in % that timm publishes at its size and crop, by protocol; or at which it does."""
-    found = {}
-    for name, (model, config) in models.items():
-        if Path(name.removeprefix("local-dir:")).expanduser().is_dir():
-            continue
-        own = f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}"
-        rows = [row for row in published.results() if row["model"] == own]
-        here = timm_setting(config)
-        same = [row for row in rows if all(row[key] == value for key, value in here.items())]
-        shown = [p for p in results[name] if p in TIMM]
-        if same and shown:
-            top1 = {p: (100 * results[name][p]["top1"], float(same[0][TIMM[p]])) for p in shown if same[0][TIMM[p]]}
-            found[name] = {"top1": top1}
-        elif rows and shown:
-            found[name] = {"elsewhere": [{key: row[key] for key in here} for row in rows]}
-    return found
+    """By set: the images' keys, and the share of each one's corruptions that a model got right."""
+    parts, means = {}, {}
+    for protocol, table in tables.items():
+        if protocol.corruption:
+            parts.setdefault(protocol.name, []).append(table)
+    for name, corrupted_tables in parts.items():
+        keys = functools.reduce(np.intersect1d, [table["key"] for table in corrupted_tables])
+        right = [table["top1"][np.isin(table["key"], keys)] for table in corrupted_tables]
+        means[name] = {"key": keys, "top1": np.mean(right, 0)}
+    return means
 
 
 def write_csv(folder, models, results):
-    """Write ``results-PROTOCOL.csv``, with the columns of timm's tables of results, the best model first."""
+    """Write ``results-PROTOCOL.csv``, with the columns of timm's tables, the best model first."""
     for protocol in dict.fromkeys(p for measured in results.values() for p in measured):
         rows = []
         for name, (model, config) in models.items():
-            r, setting = results[name][protocol], timm_setting(config)
-            rows.append({"model": name, "img_size": setting["img_size"]})
-            for k in ("top1", "top5"):
-                rows[-1] |= {k: f"{100 * r[k]:.3f}", f"{k}_err": f"{100 - 100 * r[k]:.3f}"}
-            rows[-1]["param_count"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
-            rows[-1] |= {key: setting[key] for key in ("crop_pct", "interpolation")}
+            measures, setting = results[name][protocol], published.timm_setting(config)
+            row = {"model": name, "img_size": setting["img_size"]}
+            for key in ("top1", "top5"):
+                row[key] = f"{100 * measures[key]:.3f}"
+                row[f"{key}_err"] = f"{100 - 100 * measures[key]:.3f}"
+            row["param_count"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
+            rows.append(row | {key: setting[key] for key in ("crop_pct", "interpolation")})
         with (folder / f"results-{protocol}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
@@ -505,33 +577,131 @@ def write_csv(folder, models, results):
 
 def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
     """Whether each of two models was right, on the images that both have seen."""
-    _, one, two = np.intersect1d(first["key"], other["key"], return_indices=True)
-    return first["top1"][one], other["top1"][two]
+    _, in_first, in_other = np.intersect1d(first["key"], other["key"], return_indices=True)
+    return first["top1"][in_first], other["top1"][in_other]
 
 
-def effective_robustness(args, tables) -> dict:
-    """``published.effective_robustness`` by model and protocol, of those for which there is a line.
-
-    For the others it is said what they lack.
-    """
-    evaluated = next(iter(tables.values()))
-    shifts = {shifted: clean for shifted, (clean, *_) in published.SHIFTS.items() if shifted in evaluated}
+def shifts_with_line(args, evaluated):
+    """The protocols under shift that have a line, with the clean one of each; words on others."""
+    shifts = {
+        shifted: clean for shifted, (clean, *_) in published.SHIFTS.items() if shifted in evaluated
+    }
     lacking = {shifted: clean for shifted, clean in shifts.items() if clean not in evaluated}
+    pairs = {shifted: clean for shifted, clean in shifts.items() if shifted not in lacking}
+    words = []
     if lacking:
         needed = ", ".join(dict.fromkeys(lacking.values()))
-        print(f"\nno effective robustness on {', '.join(lacking)}: it needs {needed} among --benchmarks")
-    pairs = {shifted: clean for shifted, clean in shifts.items() if shifted not in lacking}
+        words.append(
+            f"no effective robustness on {', '.join(lacking)}: it needs {needed} among --benchmarks"
+        )
     if pairs and args.allow_partial:
-        print("\nno effective robustness with --allow-partial: timm's accuracies are those of whole sets")
-    if not pairs or args.allow_partial:
-        return {}
-    return {
-        model: {
-            shifted: published.effective_robustness(protocols[clean]["top1"], protocols[shifted]["top1"], shifted)
-            for shifted, clean in pairs.items()
+        words.append(
+            "no effective robustness with --allow-partial: timm's accuracies are those of whole "
+            "sets"
+        )
+    return ({} if args.allow_partial else pairs), words
+
+
+def effective_robustness(tables, pairs) -> dict:
+    """``published.effective_robustness`` by model and protocol.
+
+    Args:
+        tables: by model and protocol.
+        pairs: the clean protocol of each under shift.
+    """
+    by_model = {model: {} for model in tables} if pairs else {}
+    for model, (shifted, clean) in itertools.product(by_model, pairs.items()):
+        right = [tables[model][protocol]["top1"] for protocol in (clean, shifted)]
+        by_model[model][shifted] = published.effective_robustness(*right, shifted)
+    return by_model
+
+
+def summarise(args, tables):
+    """What results.json says of all models' columns, by model and protocol."""
+    clean = {}
+    for model, columns in tables.items():
+        clean[model] = {p.name: table for p, table in columns.items() if not p.corruption}
+    results, differences, means, on_corrupted = {}, {}, {}, {}
+    first = args.model[0]
+    for model, columns in clean.items():
+        results[model] = {name: statistics.classification(c) for name, c in columns.items()}
+        if args.corrupt or "c" in args.data:
+            means[model] = by_image(tables[model])
+            on_corrupted[model] = corrupted(tables[model], means[model])
+        if model == first:
+            continue
+        differences[model] = {
+            name: statistics.paired(*matched(clean[first][name], c)) for name, c in columns.items()
         }
-        for model, protocols in tables.items()
+        for name, mean_by_image in means.get(model, {}).items():
+            ours, theirs = matched(means[first][name], mean_by_image)
+            on_corrupted[model][name]["difference_to_first"] = statistics.mean(theirs - ours)
+    pairs, words = shifts_with_line(args, clean[first])
+    summary = {
+        "results": results,
+        "differences_to_first": differences,
+        "effective_robustness": effective_robustness(clean, pairs),
+        **({"corrupted": on_corrupted} if on_corrupted else {}),
     }
+    return summary, words
+
+
+def write_results(output, summary, notes):
+    """Write results.json whole or not at all; nothing but the disk can fail here."""
+    versions = {module.__name__: module.__version__ for module in (torch, timm, datasets)}
+    content = {**summary, "passes": notes, "versions": versions}
+    draft = output / "results.json.draft"
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.replace(output / "results.json")
+    for old in output.glob("effective_robustness.*"):  # pictures of other results
+        old.unlink()
+
+
+def show(args, models, summary, words, notes):
+    """Print all tables."""
+    report.show(summary["results"], summary["differences_to_first"], args.markdown)
+    report.show_corrupted(summary.get("corrupted", {}), args.markdown)
+    for line in words:
+        print(f"\n{line}")
+    if summary["effective_robustness"]:
+        report.show_effective(summary["effective_robustness"], args.markdown)
+    report.show_published(published.beside_ours(models, summary["results"]), args.markdown)
+    for name, note in notes.items():
+        if unreadable := note["unreadable"]:
+            shown = unreadable[:5]
+            print(f"{name}: left out {len(unreadable)} images that cannot be read: {shown}")
+
+
+def draw(output, summary) -> list[str]:
+    """Draw the pictures that there is something for; returns their names."""
+    names = []
+    if any(summary["results"].values()):
+        report.draw(summary["results"], output / "accuracy.png")
+        names.append("accuracy")
+    if summary["effective_robustness"]:
+        report.draw_effective(summary["effective_robustness"], output / "effective_robustness.png")
+        names.append("effective_robustness")
+    return names
+
+
+def open_sets(args, accelerator, models):
+    """The sets to read by pass; each is checked to fit each model.
+
+    Raises:
+        InputError: one cannot be opened, or does not fit.
+    """
+    opened = {}
+    for which in sets.passes(args.benchmarks, args.data):
+        ds = sets.open_set(which, which.place(args.data), args.allow_partial)
+        for model_name, (model, _) in models.items():
+            if which.name in args.data and which.name not in sets.HUB:
+                check_fit(model_name, model, which.name, ds)
+                names = labels.label_names(model)
+                accelerator.print(sets.mapping(which.name, ds, names, model_name))
+        if stored(ds):
+            check_answers(which, ds)
+        opened[which] = ds
+    return opened
 
 
 def main(argv=None):
@@ -539,63 +709,28 @@ def main(argv=None):
     args = parse(argv)
     settings.make_output(args.output)
     accelerator = Accelerator()
-    settings.use_fast_kernels(accelerator.device)
+    use_fast_kernels(accelerator.device)
     models = open_models(args)
-    plan = sets.passes(args.benchmarks, args.data)
-    places = {name: sets.place_of(name, args.data) for name in plan}
-    opened = {name: sets.open_set(name, places[name], args.allow_partial) for name in plan}
-    for name, ds in opened.items():
-        for model_name, (model, _) in models.items():
-            if name in args.data and name not in sets.HUB:
-                check_fit(model_name, model, name, ds)
-                accelerator.print(sets.mapping(name, ds, label_names(model), model_name))
-        if stored(ds):
-            check_answers(name, ds, plan[name])
+    opened = open_sets(args, accelerator, models)
+    output = Path(args.output)
     if accelerator.is_main_process:
-        passes = [f"{model} on {name}" for model in models for name in plan]
-        files = f"{args.output}/results.json and accuracy.png"
-        settings.announce_replacement(files, earlier_passes(Path(args.output)), passes)
-    tables, notes = evaluate_all(args, accelerator, models, plan, opened)
+        passes = [f"{model} on {which}" for model in models for which in opened]
+        files = f"{output}/results.json and accuracy.png"
+        settings.announce_replacement(files, earlier_passes(output), passes)
+    with loaders.explain_workers():
+        tables, notes = evaluate_all(args, accelerator, models, opened)
     if not accelerator.is_main_process:
         return None
-    clean = {model: {p: table for p, table in ts.items() if "." not in p} for model, ts in tables.items()}
-    results = {model: {p: statistics.classification(table) for p, table in ts.items()} for model, ts in clean.items()}
-    first, *others = args.model
-    differences = {
-        model: {p: statistics.paired(*matched(clean[first][p], table)) for p, table in clean[model].items()}
-        for model in others
-    }
-    means = {model: by_image(ts) for model, ts in tables.items() if args.corrupt or "c" in args.data}
-    corruption = {model: corrupted(tables[model], own) for model, own in means.items()}
-    for model, p in itertools.product(others, means.get(first, ())):
-        one, two = matched(means[first][p], means[model][p])
-        corruption[model][p]["difference_to_first"] = statistics.mean(two - one)
-    versions = {module.__name__: module.__version__ for module in (torch, timm, datasets, evaluate)}
-    for old in Path(args.output).glob("effective_robustness.*"):
-        old.unlink()
-    effective = effective_robustness(args, clean)
-    saved = {"results": results, "differences_to_first": differences, "passes": notes, "versions": versions}
-    saved |= {"effective_robustness": effective} | ({"corrupted": corruption} if corruption else {})
-    evaluate.save(Path(args.output) / "results.json", **saved)
-    report.show(results, differences, args.markdown)
-    report.show_corrupted(corruption, args.markdown)
-    if effective:
-        report.show_effective(effective, args.markdown)
-        report.draw_effective(effective, Path(args.output) / "effective_robustness.png")
-    report.show_published(published_beside(models, results), args.markdown)
+    summary, words = summarise(args, tables)
+    write_results(output, summary, notes)
     if args.csv:
-        write_csv(Path(args.output), models, results)
-    for name, note in notes.items():
-        if note["unreadable"]:
-            print(f"{name}: left out {len(note['unreadable'])} images that cannot be read: {note['unreadable'][:5]}")
-    pictures = {"accuracy": any(results.values()), "effective_robustness": effective}
-    if pictures["accuracy"]:
-        report.draw(results, Path(args.output) / "accuracy.png")
-    drawn = "".join(f", {name}.png, {name}.svg" for name, there in pictures.items() if there)
-    print(f"\nwritten: {args.output}/results.json{drawn}, predictions/")
-    return results
+        write_csv(output, models, summary["results"])
+    show(args, models, summary, words, notes)
+    drawn = "".join(f", {name}.png, {name}.svg" for name in draw(output, summary))
+    print(f"\nwritten: {output}/results.json{drawn}, predictions/")
+    return summary["results"]
 
 
 if __name__ == "__main__":
-    with settings.clear_errors():
+    with clear_errors():
         main()

@@ -78,11 +78,12 @@ def main():
             write_photographs(made_up, args.images)
             name_like_imagenet(made_up)
             args.folder = made_up
-        ds = sets.open_set("imagenet", args.folder, allow_partial=True)
+        ds = sets.open_set(sets.Pass("imagenet", ()), args.folder, allow_partial=True)
 
         def ours(*benchmarks, ds=ds, corrupt=False):
             args.corrupt = corrupt
-            eval_robustness.predict(accelerator, model, config, "imagenet", ds, benchmarks, args)
+            which = sets.Pass("imagenet", benchmarks)
+            eval_robustness.predict(accelerator, model, config, which, ds, args)
 
         part = ds.select(range(min(args.corrupt_images, len(ds))))
 

@@ -36,7 +36,7 @@ title "Training on the digits"
 title "Experiment (a): 48 models, trained and measured"
 start=$SECONDS
 for worker in 1 2; do
-    OMP_NUM_THREADS=1 "$python" sweep.py sweeps/m.yaml --output "$work/m" > "$work/worker$worker.txt" 2>&1 &
+    OMP_NUM_THREADS=1 "$python" sweep.py experiments/digits/m.yaml --output "$work/m" > "$work/worker$worker.txt" 2>&1 &
 done
 wait
 OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=1 "$python" -m torch.distributed.run --standalone --nproc_per_node 2 \

@@ -2,207 +2,238 @@
 
 import contextlib
 import glob
-import os
+import logging
 import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate.state import PartialState
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from common import folders
 from common.digits import digits
-from common.settings import InputError
+from common.errors import InputError
+from common.folders import LABELS, SPLIT_FOLDERS, some
 
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-SUFFIXES = frozenset(ImageFolder.EXTENSIONS)  # of images
+# Of a dataset's own files, which datasets reads; a folder with one is no folder of images.
+DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".gz", ".tgz")
 
 
 def load(
-    name: str, streaming: bool = False, validation_share: float | None = None, train_share: float | None = None
+    name: str,
+    streaming: bool = False,
+    validation_share: float | None = None,
+    train_share: float | None = None,
 ) -> datasets.DatasetDict:
-    """Return every labelled split of a dataset, with the columns ``image`` (bytes or a path, undecoded) and ``label``.
+    """Return every labelled split of a dataset, with the columns ``image`` and ``label``.
+
+    An image is bytes or a path, undecoded. Every class has images in train.
 
     Args:
-        name: "digits" (bundled with scikit-learn, never downloaded), a folder with images as ``SPLIT/CLASS/FILE`` or
-            with a copy of a Hub dataset, or a dataset of the Hub such as "ILSVRC/imagenet-1k". Validation splits may
-            be called as ``datasets`` knows them ("val", "valid", ...). With ``validation_share``, a folder with images
-            as ``CLASS/FILE`` will do: they are the training images.
+        name: "digits" (bundled with scikit-learn, never downloaded), a folder with images as
+            ``SPLIT/CLASS/FILE``, or ``SPLIT/FILE`` with the classes in ``SPLIT/metadata.csv``, or
+            with a copy of a Hub dataset, or a dataset of the Hub such as "ILSVRC/imagenet-1k".
+            Splits may be called as ``datasets`` knows them ("val", "valid", ...), in any case.
+            With ``validation_share``, the folder may also hold the training images alone.
         streaming: read the splits train and validation as they are needed; nothing is stored.
-        validation_share: of the training images, in (0, 1), the same in every class, to become the split validation.
-            A dataset's own validation split becomes test then; if it has both, that is an error.
-        train_share: of the training images that are left, in (0, 1), the same in every class, to keep.
+        validation_share: of the training images, in (0, 1), the same in every class, to become the
+            split validation. A dataset's own validation split becomes test then; if it has both,
+            that is an error.
+        train_share: of the training images that are left, in (0, 1), the same in every class, to
+            keep.
 
     Raises:
-        InputError: it cannot be loaded, lacks a split or a column, or has classes or labels that do not fit.
+        InputError: it cannot be loaded, lacks a split or a column, or has classes or labels that
+            do not fit.
     """
+    splits = _read(name, streaming, validation_share)
+    if streaming:  # what else there is cannot be told from an unlabelled split without reading it
+        splits = {split: splits[split] for split in ("train", "validation") if split in splits}
+    else:  # ImageNet's test split has no labels: -1 throughout
+        splits = {split: ds for split, ds in splits.items() if _has_labels(ds)}
+    held_out = ("validation",) if streaming else ("validation", "test")
+    for wanted in (("train",), held_out) if validation_share is None else (("train",),):
+        if not set(wanted) & set(splits):
+            share = "" if streaming or wanted == ("train",) else ", or hold out training images "
+            share += "with validation_share" if share else ""
+            raise InputError(
+                f"{name!r} has no {' or '.join(wanted)} split, only "
+                f"{', '.join(splits) or 'unlabelled ones'}: put its images in "
+                f"{name}/{wanted[0]}{share}"
+            )
+    splits = _with_class_names(splits, name, streaming)
+    if validation_share is not None:
+        splits = _hold_out(splits, name, validation_share, streaming)
+    if train_share is not None:
+        setting = f"train_share {train_share}"
+        kept, left_out = _divide(splits["train"], name, setting, 1 - train_share, streaming)
+        _say(
+            f"{name}: {len(kept):,} training images, without {len(left_out):,} "
+            f"(--train-share {train_share})"
+        )
+        splits["train"] = kept
+    if streaming:
+        return datasets.IterableDatasetDict(splits)
+    _check_classes(splits, name)
+    return datasets.DatasetDict(splits)
+
+
+def _read(name, streaming, validation_share):
     folder = Path(name).expanduser()
     if name == "digits":
         splits = digits()
         if streaming:
             splits = {split: ds.to_iterable_dataset(num_shards=8) for split, ds in splits.items()}
-    elif roots := _class_roots(folder):
-        splits = _image_folders(roots, folder, validation_share)
+    elif trees := _trees(folder):
+        splits = _image_folders(trees, folder, validation_share)
         if streaming:  # shards of many classes each
-            mixed = {split: ds.shuffle(seed=0, keep_in_memory=True) for split, ds in splits.items()}
-            splits = {split: ds.to_iterable_dataset(min(len(ds), 64)) for split, ds in mixed.items()}
+            for split, ds in splits.items():
+                mixed = ds.shuffle(seed=0, keep_in_memory=True)
+                splits[split] = mixed.to_iterable_dataset(min(len(ds), 64))
     else:
-        files = _split_folders(folder)
-        splits = hub(str(folder) if folder.is_dir() else name, name, streaming=streaming, data_files=files or None)
-    splits = {split: _standard_columns(ds, name) for split, ds in splits.items()}
-    if streaming:  # what else there is cannot be told from an unlabelled split without reading it
-        splits = {split: ds for split, ds in splits.items() if split in ("train", "validation")}
-    else:  # ImageNet's test split has no labels: -1 throughout
-        splits = {split: ds for split, ds in splits.items() if _labels(ds).unique().to_pylist() != [-1]}
-    held_out = ("validation",) if streaming else ("validation", "test")
-    for wanted in (("train",), held_out) if validation_share is None else (("train",),):
-        if not set(wanted) & set(splits):
-            share = "" if streaming or wanted == ("train",) else ", or hold out training images with validation_share"
-            raise InputError(
-                f"{name!r} has no {' or '.join(wanted)} split, only {', '.join(splits) or 'unlabelled ones'}: put its "
-                f"images in {name}/{wanted[0]}{share}"
-            )
-    if validation_share is not None:
-        splits = _hold_out(splits, name, validation_share, streaming)
-    if train_share is not None:
-        kept, left_out = _divide(splits["train"], name, f"train_share {train_share}", 1 - train_share, streaming)
-        _say(f"{name}: {len(kept):,} training images, without {len(left_out):,} (--train-share {train_share})")
-        splits["train"] = kept
-    if not streaming:
-        _check_classes(splits, name)
-    return datasets.DatasetDict(splits) if not streaming else datasets.IterableDatasetDict(splits)
+        place = str(folder) if folder.is_dir() else name
+        files = _split_files(folder) if folder.is_dir() else None
+        splits = hub(place, name, streaming=streaming, data_files=files or None)
+    return {split: standard_columns(ds, name) for split, ds in splits.items()}
 
 
-def image_folder(folder: str | os.PathLike) -> datasets.Dataset:
+def image_folder(folder: str | Path) -> datasets.Dataset:
     """The images in ``folder``, as CLASS/FILE: columns ``image`` (a path, undecoded) and ``label``.
 
-    Labels follow the sorted names of the class folders; images are sorted by class and file name. Links are followed.
-    Only names are read, and nothing is written. What is left out (files that are hidden, or not named like an image) is
-    one line on stderr.
+    Labels follow the sorted names of the classes; images are sorted by class and file name. Links
+    are followed. Only names are read, and nothing is written. What is left out is one line on
+    stderr.
 
     Raises:
-        InputError: there are no class folders, one has no images or further folders, or something cannot be listed.
+        InputError: as ``folders.walk`` and ``Tree.labels``, or a folder holds no images.
     """
-    files = _class_files(folder)
-    return _from_files(files, sorted(files))
+    labels = _labels_by_path(folders.walk(Path(folder)))
+    return folders.dataset(labels, sorted(set(labels.values())))
 
 
-def _class_roots(folder):
-    """The folders of CLASS/FILE by split; none if it holds no such images."""
-    found = {
-        split: [folder / name for name in names if (folder / name).is_dir()] for split, names in SPLIT_FOLDERS.items()
-    }
-    if any(_has_images(path) for paths in found.values() for root in paths for path in _folders(root)):
-        return {split: paths for split, paths in found.items() if paths}
-    inside = _folders(folder) if folder.is_dir() else []
-    whole = any(map(_has_images, inside)) and all(_has_images(path) or not _entries(path) for path in inside)
-    return {"train": [folder]} if whole else {}
+def _trees(folder):
+    """What the folders of images by split hold; none if it is no folder of images."""
+    if not folder.is_dir():
+        return {}
+    roots = _split_roots(folder)
+    trees = {split: folders.walk(root) for split, root in roots.items()}
+    if not roots:
+        trees = {"train": folders.walk(folder)}
+    files = [path for tree in trees.values() for path in tree.others]
+    if any(path.endswith(DATA_SUFFIXES) for path in files):
+        return {}
+    return trees if any(tree.images for tree in trees.values()) else {}
 
 
-def _image_folders(roots, folder, validation_share):
-    """The labelled splits of a folder of images, with the same classes."""
+def _split_roots(folder):
+    """The folders that are called like a split, by split."""
+    roots = {}
+    for entry in folders.entries(folder):
+        for split, names in SPLIT_FOLDERS.items():
+            if entry.name.casefold() in names and entry.is_dir():
+                roots.setdefault(split, []).append(Path(entry.path))
     for split, paths in roots.items():
         if len(paths) > 1:
-            names = " and ".join(path.name for path in paths)
+            order = SPLIT_FOLDERS[split].index
+            names = sorted((path.name for path in paths), key=lambda name: order(name.casefold()))
+            names = " and ".join(names)
             raise InputError(f"{folder}: {names} would both be the split {split}: keep one of them")
-    if roots == {"train": [folder]}:
-        if validation_share is None:
-            _refuse_classes_alone(folder)
-    elif others := [path.name for path in _folders(folder) if [path] not in roots.values()]:
-        _say(f"{folder}: not read, as they are called like no split: {_some(others)}")
-    files = {}
-    for split, (root,) in roots.items():
-        if split == "test" and not any(map(_has_images, _folders(root))):
-            _say(f"{root}: not read, as it has no images in class folders")
+    return {split: roots[split][0] for split in SPLIT_FOLDERS if split in roots}
+
+
+def _image_folders(trees, folder, validation_share):
+    """The labelled splits of a folder of images, with the classes of train."""
+    for tree in trees.values():
+        _refuse_archives(tree)
+    alone = trees.get("train") and trees["train"].root == folder
+    if alone and validation_share is None:
+        _refuse_classes_alone(folder, trees["train"])
+    if not alone:
+        roots = {tree.root.name for tree in trees.values()}
+        _say_unread(folder, roots)
+    labels = {}
+    for split, tree in trees.items():
+        if split == "test" and len(tree.loose()) == len(tree.images) and not tree.metadata:
+            _say(f"{tree.root}: not read, as it has no images in class folders")
         else:
-            files[split] = _class_files(root)
-    classes = sorted(set().union(*files.values()))
+            labels[split] = _labels_by_path(tree)
+    first = labels.get("train") or next(iter(labels.values()))
+    classes = sorted(set(first.values()))
+    labels = _of_classes(labels, classes, str(folder))
     if len(classes) < 2:
-        raise InputError(f"{folder} has images of one class only, {classes[0]!r}: training needs two or more")
-    return {split: _from_files(found, classes) for split, found in files.items()}
+        raise InputError(
+            f"{folder} has images of one class only, {classes[0]!r}: training needs two or more"
+        )
+    return {split: folders.dataset(by_path, classes) for split, by_path in labels.items()}
 
 
-def _refuse_classes_alone(folder):
-    names = sum(SPLIT_FOLDERS.values(), ())
-    siblings = {path.name for path in _folders(folder.absolute().parent)} & set(names) - {folder.name}
-    if folder.name in names and siblings:
-        raise InputError(f"{folder} is one split of a dataset: did you mean {folder.parent}?")
-    raise InputError(
-        f"{folder} has class folders, but no train and validation around them: hold out some of its images with "
-        f"validation_share, or move the class folders into {folder}/train and {folder}/validation"
+def _labels_by_path(tree):
+    """The class of each image of a folder; what is left out is said."""
+    labels = tree.labels()
+    if tree.empty:
+        raise InputError(
+            f"{len(tree.empty)} folders or links below {tree.root} hold no images "
+            f"({some(tree.empty)}): add images to them, or remove them"
+        )
+    if line := tree.left_out(labels):
+        _say(line)
+    return labels
+
+
+def _refuse_archives(tree):
+    inside = [path for path in tree.images if path.startswith("zip://")]
+    if inside:  # to find an image in a large archive takes longer than to decode it
+        raise InputError(
+            f"{inside[0]}: class folders inside an archive are not understood: unpack it"
+        )
+
+
+def _of_classes(labels, classes, name):
+    """The labels by split, without a test split of other classes, as torchvision's test/unknown.
+
+    Raises:
+        InputError: a split has classes that train has not.
+    """
+    kept = {}
+    for split, by_path in labels.items():
+        others = sorted(set(by_path.values()) - set(classes))
+        if not others:
+            kept[split] = by_path
+        elif split == "test" and len(others) == len(set(by_path.values())):
+            _say(f"{name}: test is not read, as it has none of train's classes: {some(others)}")
+        else:
+            raise _missing(name, others, len({*classes, *others}), split, "train")
+    return kept
+
+
+def _missing(name, classes, of, there, here):
+    shown = some(list(map(repr, classes)), most=5)
+    return InputError(
+        f"{name!r}: {len(classes)} of {of} classes have images in {there} but none in {here} "
+        f"({shown}): add images of them to {here}, or remove them from {there}"
     )
 
 
-def _class_files(folder):
-    """The image files of each class folder, sorted."""
-    files, others = {}, []
-    for entry in sorted(_entries(folder), key=lambda entry: entry.name):
-        if entry.is_dir():
-            if not entry.name.startswith("."):
-                files[entry.name] = _image_files(entry.path, others)
-        elif entry.is_symlink() and not os.path.exists(entry.path):
-            raise InputError(f"{entry.path} is a broken link: mend or remove it")
-        else:
-            others.append(entry.name)
-    if not files:
-        raise InputError(f"{folder} has no class folders: put its images into {folder}/CLASS")
+def _refuse_classes_alone(folder, tree):
+    around = folder.absolute().parent
+    siblings = {entry.name for entry in folders.entries(around) if entry.is_dir()} - {folder.name}
+    if folders.is_split_name(folder.name) and any(map(folders.is_split_name, siblings)):
+        raise InputError(f"{folder} is one split of a dataset: did you mean {folder.parent}?")
+    tree.labels()  # its own errors come first
+    raise InputError(
+        f"{folder} has class folders, but no train and validation around them: hold out some of "
+        f"its images with validation_share, or move the class folders into {folder}/train and "
+        f"{folder}/validation"
+    )
+
+
+def _say_unread(folder, read):
+    names = [entry.name for entry in folders.entries(folder) if entry.is_dir()]
+    others = [name for name in names if name not in read and not name.startswith(".")]
     if others:
-        _say(f"{folder}: left out {len(others)} files, hidden or not named like an image: {_some(sorted(others))}")
-    return files
-
-
-def _image_files(folder, others):
-    names = []
-    for entry in _entries(folder):
-        if not entry.is_dir():
-            (names if _is_image(entry.name) else others).append(entry.name)
-        elif not entry.name.startswith("."):
-            raise InputError(f"the class folder {folder} has a folder of its own, {entry.name}: move its images up")
-    if not names:
-        raise InputError(f"the class folder {folder} has no images: add some, or remove it")
-    return [f"{folder}/{name}" for name in sorted(names)]
-
-
-def _from_files(files, classes):
-    paths = [path for name in classes for path in files.get(name, ())]
-    labels = np.repeat(np.arange(len(classes)), [len(files.get(name, ())) for name in classes])
-    try:
-        names = pa.array(paths, pa.string())
-    except UnicodeEncodeError as error:
-        raise InputError(f"the name {error.object!r} is not in UTF-8: rename it") from error
-    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), names], names=["bytes", "path"])
-    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=classes)}
-    info = datasets.DatasetInfo(features=datasets.Features(features))
-    return datasets.Dataset(pa.table({"image": images, "label": labels}), info=info)
-
-
-def _entries(folder):
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise InputError(f"cannot list {folder}: {error.strerror}") from error
-
-
-def _folders(folder):
-    return sorted(Path(entry.path) for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _is_image(name):
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-def _has_images(folder):
-    return any(_is_image(entry.name) for entry in _entries(folder))
-
-
-def _some(names):
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        _say(f"{folder}: not read, as they are called like no split: {some(others)}")
 
 
 def _say(line):
@@ -211,23 +242,57 @@ def _say(line):
 
 
 def _labels(ds):
-    """All labels. ``unique`` writes a split with an index mapping anew, images included; a slice reads row by row."""
+    """All labels, with no copy of the images.
+
+    ``unique`` would write a split with an index mapping anew; a slice reads row by row.
+    """
     labels = ds.data.column("label")
     return labels if ds._indices is None else labels.take(ds._indices.column(0))
 
 
-def _split_folders(folder):
-    """The files of each SPLIT/ there is; ``datasets``' own search takes a class called "train" or "test" for one."""
-    found = {split: [name for name in names if (folder / name).is_dir()] for split, names in SPLIT_FOLDERS.items()}
-    escaped = glob.escape(str(folder.absolute()))  # a relative one would be taken relative to itself
-    return {split: [f"{escaped}/{name}/**" for name in names] for split, names in found.items() if names}
+def _has_labels(ds):
+    return set(_labels(ds).unique().to_pylist()) - {-1, None, ""} != set()
+
+
+def _split_files(folder):
+    """The files of each SPLIT/; ``datasets``' own search takes a class called "train" for one."""
+    place = glob.escape(str(folder.absolute()))  # a relative one would be relative to itself
+    roots = _split_roots(folder)
+    return {split: [f"{place}/{glob.escape(root.name)}/**"] for split, root in roots.items()}
+
+
+def _with_class_names(splits, name, streaming):
+    """The splits with labels that number class names, also where they were strings or numbers."""
+    if isinstance(splits["train"].features["label"], datasets.ClassLabel):
+        return splits
+    if streaming:
+        raise InputError(
+            f"{name!r} does not name its classes, which a stream of it does not tell: drop "
+            f"--streaming, or make label a ClassLabel"
+        )
+    values = {split: _labels(ds).unique().to_pylist() for split, ds in splits.items()}
+    values = {split: [v for v in held if v not in (None, -1)] for split, held in values.items()}
+    classes = sorted(values["train"])  # numbers by size, strings by letter
+    by_value = {split: dict(zip(held, held)) for split, held in values.items()}
+    kept = _of_classes(by_value, classes, name)
+    feature = datasets.ClassLabel(names=[folders.class_name(str(value)) for value in classes])
+    return {split: _number(splits[split], classes, feature) for split in kept}
+
+
+def _number(ds, classes, feature):
+    labels = ds.data.column("label")
+    numbers = pc.index_in(labels, pa.array(classes, labels.type))
+    return ds.remove_columns("label").add_column("label", numbers.to_pylist(), feature=feature)
 
 
 def _hold_out(splits, name, share, streaming):
     if {"validation", "test"} <= set(splits):
-        reason = "there are validation and test already"
-        raise InputError(f"{name!r}: validation_share {share} does not apply, as {reason}: drop it")
-    train, validation = _divide(splits["train"], name, f"validation_share {share}", share, streaming)
+        raise InputError(
+            f"{name!r}: validation_share {share} does not apply, as there are validation and test "
+            f"already: drop it"
+        )
+    setting = f"validation_share {share}"
+    train, validation = _divide(splits["train"], name, setting, share, streaming)
     test = [ds for split, ds in splits.items() if split in ("validation", "test")]
     return {"train": train, "validation": validation, **({"test": test[0]} if test else {})}
 
@@ -237,12 +302,23 @@ def _divide(ds, name, setting, share, streaming):
     from sklearn.model_selection import train_test_split  # here, since it takes a second
 
     if streaming:
-        raise InputError(f"{name!r}: {setting} does not apply, as a stream cannot be divided: drop it")
-    labels = _labels(ds).to_numpy()  # datasets' own train_test_split takes minutes for a million of them
+        raise InputError(
+            f"{name!r}: {setting} does not apply, as a stream cannot be divided: drop it"
+        )
+    labels = _labels(ds).to_numpy()  # datasets' own train_test_split takes minutes for a million
+    numbers, counts = np.unique(labels, return_counts=True)
+    if single := [ds.features["label"].int2str(int(n)) for n in numbers[counts == 1] if n >= 0]:
+        raise InputError(
+            f"{name!r}: cannot divide the training images by {setting}, as there is one image "
+            f"alone of {some(list(map(repr, single)))}: add images of it, or remove it"
+        )
     try:
-        parts = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=0)
+        options = {"test_size": share, "stratify": labels, "random_state": 0}
+        parts = train_test_split(np.arange(len(labels)), **options)
     except ValueError as error:
-        raise InputError(f"{name!r}: cannot divide the training images by {setting}: {error}") from error
+        raise InputError(
+            f"{name!r}: cannot divide the training images by {setting}: {error}"
+        ) from error
     return [ds.select(np.sort(part), keep_in_memory=True) for part in parts]
 
 
@@ -253,23 +329,30 @@ def hub(path: str, name: str, **options):
         InputError: it cannot be loaded, with what to do.
     """
     try:
-        with _quiet() if Path(name).expanduser().exists() else contextlib.nullcontext():
+        with _quiet(Path(name).expanduser().exists()):
             return datasets.load_dataset(path, **options)
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
-            page = f"https://huggingface.co/datasets/{name}"
             raise InputError(
-                f"{name!r} is gated: accept its terms at {page}, then run `hf auth login` with a token of that account"
+                f"{name!r} is gated: accept its terms at https://huggingface.co/datasets/{name}, "
+                f"then run `hf auth login` with a token of that account"
             ) from error
         raise InputError(
-            f"there is no folder {name!r} and no such dataset on the Hub (or it is private, and you are not logged in: "
-            f"`hf auth login`). Use 'digits', a folder with train/ and validation/, or OWNER/NAME"
+            f"there is no folder {name!r} and no such dataset on the Hub (or it is private, and "
+            f"you are not logged in: `hf auth login`). Use 'digits', a folder with train/ and "
+            f"validation/, or OWNER/NAME"
         ) from error
     except ConnectionError as error:
         raise InputError(
-            f"there is no folder {name!r} here, and the Hub cannot be reached to look there: {error}"
+            f"there is no folder {name!r} here, and the Hub cannot be reached to look there: "
+            f"{error}"
         ) from error
-    except Exception as error:  # the readers of tar, zip, JSON, ... that datasets picks each raise their own
+    except PermissionError as error:
+        raise InputError(
+            f"cannot load {name!r}: {error}. If that is a cache of datasets, set HF_HOME to a "
+            f"folder that can be written"
+        ) from error
+    except Exception as error:  # the readers of tar, zip, JSON, ... each raise their own
         raise InputError(f"cannot load {name!r}: {explained(error)}") from error
 
 
@@ -277,41 +360,66 @@ def explained(error: Exception) -> str:
     """What an error of ``datasets`` says, and what to do where it does not say it."""
     cause = error.__cause__ or error  # a DatasetGenerationError itself says nothing
     text = str(cause).strip() or type(cause).__name__
-    if "Invalid string class label" in text:  # an archive's own folder, which datasets 5 takes for the class
+    if "Invalid string class label" in text:  # datasets 5 takes an archive's folder for the class
         text += "; class folders inside an archive are not understood: unpack it"
     return text
 
 
 @contextlib.contextmanager
-def _quiet():
-    """No bars for reading files that are here."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+def _quiet(local):
+    """No bars for reading files that are here, and no word about a missing dataset card."""
+    cards = logging.getLogger("huggingface_hub.repocard")
+    level, shown = cards.level, not datasets.are_progress_bars_disabled()
+    cards.setLevel(logging.ERROR)
+    if local:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        cards.setLevel(level)
+        if local and shown:
             datasets.enable_progress_bars()
 
 
-def _standard_columns(ds, name):
+def standard_columns(ds, name: str):
+    """The image column, undecoded, as ``image``, and the label column as ``label``.
+
+    Labels are numbers of class names, or strings or numbers without names.
+
+    Raises:
+        InputError: there is not one image column, or no label column.
+    """
     features = ds.features or {}
-    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    for usual in ("label", "fine_label"):  # CIFAR-100 has coarse labels too
-        if usual in labels:
-            labels = [usual]
-    if len(images) != 1 or len(labels) != 1:
-        columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
+    images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    label = _label_column(features)
+    if len(images) != 1 or label is None:
+        kinds = [f"{column} ({type(kind).__name__})" for column, kind in features.items()]
         raise InputError(
-            f"{name!r} must have one image column and one class label column; its columns are {columns or 'unknown'} "
-            f"(a folder of images needs them as SPLIT/CLASS/FILE, in two classes or more)"
+            f"{name!r} must have one image column, and one of class labels or called "
+            f"{', '.join(LABELS)}; its columns are {', '.join(kinds) or 'unknown'} (a folder of "
+            f"images needs them as CLASS/FILE, and a tar of class folders is to be unpacked)"
         )
-    ds = ds.select_columns([images[0], labels[0]])
-    for column, usual in ((images[0], "image"), (labels[0], "label")):
+    ds = ds.select_columns([images[0], label])
+    for column, usual in ((images[0], "image"), (label, "label")):
         ds = ds if column == usual else ds.rename_column(column, usual)
-    # Decoding is left to Images, which can then name an unreadable file.
+    # Decoding is left to loaders.decode, which can then name an unreadable file.
     return ds.cast_column("image", datasets.Image(decode=False))
+
+
+def _label_column(features):
+    """A usual name with class labels, the only class labels, or a usual name; None without."""
+    named = [column for column in LABELS if column in features]
+    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    plain = [column for column in named if _is_plain(features[column])]
+    preferred = [column for column in named if column in classes]
+    candidates = preferred or (classes if len(classes) == 1 else []) or plain
+    return candidates[0] if candidates else None
+
+
+def _is_plain(feature):
+    """Whether a column holds strings or whole numbers."""
+    kind = getattr(feature, "dtype", None)
+    return isinstance(feature, datasets.Value) and kind.startswith(("string", "large_str", "int"))
 
 
 def _check_classes(splits, name):
@@ -321,15 +429,12 @@ def _check_classes(splits, name):
         wrong = [label for label in labels if label is None or not 0 <= label < len(names)]
         if wrong:
             raise InputError(
-                f"{name!r}: {split} has the label {wrong[0]}; labels must lie in 0..{len(names) - 1}, one for each of "
-                f"its {len(names)} class names"
+                f"{name!r}: {split} has the label {wrong[0]}; labels must lie in "
+                f"0..{len(names) - 1}, one for each of its {len(names)} class names"
             )
     held_out = "validation" if "validation" in splits else "test"
-    for split, other in ((held_out, "train"), ("train", held_out)):
-        missing = sorted(present[other] - present[split])
-        if missing:
-            shown = ", ".join(repr(names[i]) for i in missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise InputError(
-                f"{name!r}: {len(missing)} of {len(names)} classes have images in {other} but none in {split} "
-                f"({shown}): add images of them to {split}, or remove them from {other}"
-            )
+    others = [split for split in splits if split != "train"]
+    for split, other in [("train", split) for split in others] + [(held_out, "train")]:
+        if missing := sorted(present[other] - present[split]):
+            classes = [names[number] for number in missing]
+            raise _missing(name, classes, len(names), other, split)

@@ -1,57 +1,124 @@
-"""SAM with output bias forgetting in a Hugging Face Trainer, by another ``training_step``: ``python hf_trainer.py``."""
+"""SAM and output bias forgetting (OBF) in a Hugging Face Trainer: copy this and sam_obf.py.
+
+``python hf_trainer.py`` trains a small ResNet on scikit-learn's digits.
+"""
 
 import tempfile
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from sklearn.datasets import load_digits
-from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sam_obf import SAM, OutputBiasForgetting
 
 
-class Classifier(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)
-        )
-
-    def forward(self, pixel_values, labels):
-        logits = self.layers(pixel_values)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
 class SAMTrainer(Trainer):
-    forget = OutputBiasForgetting(gamma=1.0)
+    """A Trainer (transformers 4.57 or newer) that perturbs the weights for each micro-batch.
+
+    Each process perturbs with each of its micro-batches, so m is ``per_device_train_batch_size``:
+    for a smaller m and the same update, raise ``gradient_accumulation_steps``. A checkpoint keeps
+    rho, as it keeps lr.
+
+    Args:
+        rho: length of the perturbation; 0 is Trainer alone, at one pass.
+        adaptive: "both" is ASAM; see ``SAM``.
+        forget: None ascends the loss, whatever it is (SAM). An ``OutputBiasForgetting`` ascends
+            that (OBF), for models that return ``logits`` (..., K) for ``labels`` that are class
+            indices (...), or -100 where there is none: of sentences, images, tokens, language
+            models. Give it ``link="softmax"``, since these models are trained by cross-entropy.
+            Its ``lam`` is 1/K by default, for a vocabulary about 1e-5: gamma then acts on nearly
+            every token, also on those that the model has yet to learn.
+    """
+
+    def __init__(self, *args, rho=0.05, adaptive=None, forget=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if rho and self.is_deepspeed_enabled:
+            raise ValueError("SAM cannot follow DeepSpeed's sharding: launch with DDP or FSDP2")
+        self.rho, self.adaptive, self.forget = rho, adaptive, forget
+        own = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        # Whether the logits at a token are judged by the next one, as those of language models.
+        self.next_token = type(own).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or (
+            getattr(own, "loss_type", None) == "ForConditionalGeneration"
+            and not own.config.is_encoder_decoder
+        )
+        # Other models than these take num_items_in_batch, but many (BERT) do not divide by it:
+        # their gradients would add up over accumulation steps and processes.
+        self.model_accepts_loss_kwargs &= self.next_token
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        # At a second train() it is the first's.
+        if self.rho and not isinstance(optimizer, (SAM, AcceleratedOptimizer)):
+            self.optimizer = SAM(optimizer, self.model, self.rho, adaptive=self.adaptive)
+        return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.rho:
+            return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        inputs, weight = self._prepare_inputs(inputs), 1 / self.current_gradient_accumulation_steps
 
         def ascent():
+            batch = self._prepare_inputs(inputs)
+            labels = batch.get("labels")  # compute_loss may take them out
             with self.accelerator.no_sync(model), self.compute_loss_context_manager():
-                return self.forget(model(**inputs)["logits"], inputs["labels"])
+                loss, outputs = self.compute_loss(model, batch, True, num_items_in_batch)
+            return self.forgetting(outputs, labels) if self.forget else loss.mean()
 
-        sam = self.optimizer.optimizer
-        with sam.perturbed(ascent, loss_weight=weight, grad_scaler=self.accelerator.scaler):
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs) * weight
-            self.accelerator.backward(loss)
-        return loss.detach()
+        with self.optimizer.optimizer.perturbed(ascent, grad_scaler=self.accelerator.scaler):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def forgetting(self, outputs, labels):
+        """OBF's objective for what the model returned; another kind of model overrides it."""
+        logits = outputs.get("logits") if isinstance(outputs, dict) else None
+        if logits is None or labels is None or labels.is_floating_point():
+            raise ValueError(
+                "OBF needs a model that returns 'logits', and 'labels' that are class indices: "
+                "forget=None (SAM) takes any loss"
+            )
+        if self.next_token:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        labelled = labels != -100
+        return self.forget(logits[labelled], labels[labelled])
 
 
-set_seed(0)
-digits = load_digits()
-images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
-examples = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels)]
+def main():
+    set_seed(0)
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    examples = [{"pixel_values": x, "labels": y} for x, y in zip(images, digits.target)]
 
-model = Classifier()
-optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), model, rho=0.05)
-with tempfile.TemporaryDirectory() as folder:
+    widths = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1]}
+    config = ResNetConfig(num_channels=1, num_labels=10, layer_type="basic", **widths)
+    model = ResNetForImageClassification(config)
     options = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    arguments = TrainingArguments(folder, num_train_epochs=10, per_device_train_batch_size=50, **options)
-    trainer = SAMTrainer(model, arguments, train_dataset=examples[:1200], optimizers=(optimizer, None))
-    trainer.train()
-    outputs = trainer.predict(examples[1200:])
-print(f"test accuracy {(outputs.predictions.argmax(-1) == outputs.label_ids).mean():.2%}")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            num_train_epochs=10,
+            per_device_train_batch_size=50,
+            learning_rate=2e-3,
+            **options,
+        )
+        trainer = SAMTrainer(
+            model,
+            arguments,
+            train_dataset=examples[:1200],
+            rho=0.05,
+            forget=OutputBiasForgetting(gamma=1.0, link="softmax"),
+        )
+        trainer.train()
+        outputs = trainer.predict(examples[1200:])
+    accuracy = (outputs.predictions.argmax(-1) == outputs.label_ids).mean()
+    print(f"test accuracy {accuracy:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Corruptions of any images: torchvision's transforms, in three severities each, seeded by image."""
+"""Corruptions of any images: torchvision's transforms, in three severities, seeded by image."""
 
 import math
 import zlib
@@ -16,14 +16,16 @@ def _noise(image, sigma):
 def _blur(image, share):
     sigma = share * min(image.shape[-2:])
     size = 2 * math.ceil(3 * sigma) + 1
-    for kernel in ([size, 1], [1, size]):  # one after the other: a square kernel takes torchvision ten times as long
+    # One after the other: a square kernel takes torchvision ten times as long.
+    for kernel in ([size, 1], [1, size]):
         image = functional.gaussian_blur(image, kernel, [sigma, sigma])
     return image
 
 
 def _pixelate(image, factor):
     height, width = image.shape[-2:]
-    small = functional.resize(image, [round(height / factor), round(width / factor)], antialias=True)
+    size = [round(height / factor), round(width / factor)]
+    small = functional.resize(image, size, antialias=True)
     return functional.resize(small, [height, width], InterpolationMode.NEAREST)
 
 
@@ -35,7 +37,8 @@ def _rotate(image, degrees):
 def _occlude(image, share):
     (height, width), side = image.shape[-2:], round(share * min(image.shape[-2:]))
     top, left = (int(torch.rand(()) * (size - side + 1)) for size in (height, width))
-    return functional.erase(image, top, left, side, side, torch.full((3, 1, 1), 128, dtype=image.dtype))
+    grey = torch.full((3, 1, 1), 128, dtype=image.dtype)
+    return functional.erase(image, top, left, side, side, grey)
 
 
 # By name: what it does, with the strength of each severity.
@@ -55,18 +58,21 @@ STRENGTHS = {name: list(strengths) for name, (_, strengths) in CORRUPTIONS.items
 
 
 def seed_of(image: Image.Image) -> int:
-    """The seed of an image: a checksum of its pixels as they were stored, before a model's preprocessing."""
+    """The seed of an image: a checksum of its pixels before a model's preprocessing."""
     return zlib.crc32(image.tobytes())
 
 
 def corrupt(image: torch.Tensor, corruption: str, severity: int, seed: int) -> torch.Tensor:
-    """A corrupted copy of an image as a model takes it, after its resize and crop, as ImageNet-C's are made.
+    """A corrupted copy of an image as a model takes it, after its resize and crop.
+
+    ImageNet-C's are made so too.
 
     Args:
         image: uint8 (3, height, width).
         corruption: one of ``CORRUPTIONS``.
         severity: one of ``SEVERITIES``.
-        seed: the image's, ``seed_of``: what is drawn depends on it, the corruption and the severity alone.
+        seed: the image's, ``seed_of``: what is drawn depends on it, the corruption and the severity
+            alone.
     """
     function, strengths = CORRUPTIONS[corruption]
     with torch.random.fork_rng(devices=[]):
@@ -74,20 +80,24 @@ def corrupt(image: torch.Tensor, corruption: str, severity: int, seed: int) -> t
         return function(image, strengths[severity - 1])
 
 
-# Top-1 error of AlexNet by corruption of ImageNet-C, mean of the five severities (Hendrycks and Dietterich 2019).
+# Top-1 error of AlexNet by corruption of ImageNet-C, mean of the five severities (Hendrycks and
+# Dietterich 2019).
 ALEXNET = {
-    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880,
-    "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572,
-    "fog": 0.819324, "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056,
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948,
+    "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572, "fog": 0.819324,
+    "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056,
     "pixelate": 0.717840, "jpeg_compression": 0.606500,
 }  # fmt: skip
 
 
 def mce(top1: dict[str, dict[str, float]]) -> float | None:
-    """The mean corruption error: a model's error on each of ImageNet-C's 15 corruptions over AlexNet's, their mean.
+    """The mean corruption error: a model's error over AlexNet's, mean of ImageNet-C's 15.
 
-    ``top1`` is in [0, 1], by corruption and severity; None if one of the 15 has not all five severities.
+    ``top1`` is in [0, 1], by corruption and severity; the result is None if one of the 15 lacks one
+    of the five severities.
     """
     if any(len(top1.get(name, ())) != 5 for name in ALEXNET):
         return None
-    return sum((1 - sum(top1[name].values()) / 5) / error for name, error in ALEXNET.items()) / len(ALEXNET)
+    ratios = [(1 - sum(top1[name].values()) / 5) / error for name, error in ALEXNET.items()]
+    return sum(ratios) / len(ratios)

@@ -7,12 +7,16 @@ import torch
 from scipy.sparse.linalg import ArpackError, eigsh
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # a package that curvlinops imports still uses torch.jit.script
+    # A package that curvlinops imports still uses torch.jit.script.
+    warnings.simplefilter("ignore", FutureWarning)
     from curvlinops import HessianLinearOperator
 
 
 class _MeanLoss(torch.nn.Module):
-    """A loss that says what curvlinops asks: timm's average over a batch, but say "none" or nothing."""
+    """A loss that says what curvlinops asks.
+
+    timm's average over a batch, but say "none" or nothing.
+    """
 
     reduction = "mean"
 
@@ -25,7 +29,7 @@ class _MeanLoss(torch.nn.Module):
 
 
 def largest_eigenvalue(model, criterion, batches, size: int) -> float:
-    """The largest eigenvalue of the Hessian of the mean loss over ``size`` examples, by Lanczos' method.
+    """The largest eigenvalue of the Hessian of the mean loss over ``size`` examples, by Lanczos.
 
     ``batches`` yields inputs and labels, the same each time; ``criterion`` averages over a batch.
 
@@ -34,12 +38,14 @@ def largest_eigenvalue(model, criterion, batches, size: int) -> float:
     """
     params = [p for p in model.parameters() if p.requires_grad]
     options = {"num_data": size, "check_deterministic": False}
-    hessian = HessianLinearOperator(model, _MeanLoss(criterion), params, batches, **options).to_scipy()
+    loss = _MeanLoss(criterion)
+    hessian = HessianLinearOperator(model, loss, params, batches, **options).to_scipy()
     start = np.random.default_rng(0).standard_normal(hessian.shape[0]).astype(hessian.dtype)
     try:
-        # That of trained networks stands apart: 8 vectors take half the products that 20, scipy's, do.
-        options = {"which": "LA", "ncv": min(8, len(start)), "tol": 1e-4, "return_eigenvectors": False}
-        largest = float(eigsh(hessian, k=1, v0=start, **options)[0])
+        # That of trained networks stands apart: 8 vectors take half the products that 20 do, which
+        # are scipy's default.
+        options = {"which": "LA", "tol": 1e-4, "return_eigenvectors": False}
+        largest = float(eigsh(hessian, k=1, v0=start, ncv=min(8, len(start)), **options)[0])
     except ArpackError as error:
         raise ValueError(f"no largest eigenvalue of the Hessian: {error}") from error
     if not np.isfinite(largest):

@@ -10,9 +10,13 @@ from scipy.special import expit, logit
 from scipy.stats import linregress
 
 RESULTS = Path(__file__).with_name("timm_results.csv")
-# What a model saw besides ImageNet-1k, by timm's name of its weights. Who taught a distilled model, names do not tell.
-LARGER = re.compile("in12k|in21k|in22k|laion|openai|clip|webli|jft|ig1b|yfcc|seer|swag|m30m|m38m|ssld")
-# Of each protocol under shift: the one on ImageNet's own images of the same classes, and timm's columns of both.
+# What a model saw besides ImageNet-1k, by timm's name of its weights. Names do not tell who taught
+# a distilled model.
+LARGER = re.compile(
+    "in12k|in21k|in22k|laion|openai|clip|webli|jft|ig1b|yfcc|seer|swag|m30m|m38m|ssld"
+)
+# Of each protocol under shift: the one on ImageNet's own images of the same classes, and timm's
+# columns of both.
 SHIFTS = {
     "v2": ("imagenet", "imagenet", "imagenetv2-matched-frequency"),
     "sketch": ("imagenet", "imagenet", "imagenet-sketch"),
@@ -24,22 +28,26 @@ RESAMPLES = 2000
 
 @functools.cache
 def results() -> list[dict[str, str]]:
-    """timm's table, ``timm_results.csv``: a row for each model at each size, crop and interpolation; top-1 in %."""
+    """timm's table, ``timm_results.csv``; top-1 in %.
+
+    It has a row for each model at each size, crop and interpolation.
+    """
     with RESULTS.open(newline="") as file:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
 def imagenet_alone(model: str) -> bool:
-    """Whether the name of timm's model says that it was trained on ImageNet-1k and nothing larger."""
+    """Whether the name of timm's model says that it saw ImageNet-1k and nothing larger."""
     tag = model.partition(".")[2]
     return tag.endswith("in1k") and not LARGER.search(tag)
 
 
 @functools.cache
 def baseline(protocol: str) -> np.ndarray:
-    """Accuracies (models, 2) in [0, 1], clean and under shift, of timm's models trained on ImageNet-1k alone.
+    """Accuracies (models, 2) in [0, 1], clean and under shift, of timm's models.
 
-    Each counts once, at the size and crop at which it is best on ImageNet.
+    They are those trained on ImageNet-1k alone. Each counts once, at the size and crop at which it
+    is best on ImageNet.
     """
     _, clean, shifted = SHIFTS[protocol]
     best = {}
@@ -51,17 +59,23 @@ def baseline(protocol: str) -> np.ndarray:
 
 @functools.cache
 def line(protocol: str) -> tuple[float, float]:
-    """Slope and intercept of ``baseline``'s line, both accuracies on the logit scale, by least squares."""
+    """Slope and intercept of ``baseline``'s line on the logit scale, by least squares."""
     fitted = linregress(*logit(baseline(protocol)).T)
     return fitted.slope, fitted.intercept
 
 
 @functools.cache
 def resampled_lines(protocol: str, seed: int = 0) -> np.ndarray:
-    """Slopes and intercepts (2, ``RESAMPLES``) of lines through models drawn from ``baseline`` with replacement."""
+    """Slopes and intercepts (2, ``RESAMPLES``) of lines through models drawn from ``baseline``.
+
+    They are drawn with replacement.
+    """
     points, rng = logit(baseline(protocol)), np.random.default_rng(seed)
-    draws = (linregress(*points[rng.integers(len(points), size=len(points))].T) for _ in range(RESAMPLES))
-    return np.array([(fitted.slope, fitted.intercept) for fitted in draws]).T
+    lines = []
+    for _ in range(RESAMPLES):
+        fitted = linregress(*points[rng.integers(len(points), size=len(points))].T)
+        lines.append((fitted.slope, fitted.intercept))
+    return np.array(lines).T
 
 
 def expected(clean, slope, intercept):
@@ -69,32 +83,92 @@ def expected(clean, slope, intercept):
     return expit(slope * logit(clean) + intercept)
 
 
-def effective_robustness(clean: np.ndarray, shifted: np.ndarray, protocol: str, seed: int = 0) -> dict[str, float]:
-    """How much better a model is under shift than timm's models of its accuracy are (Taori et al. 2020, section 2).
+def effective_robustness(
+    clean: np.ndarray, shifted: np.ndarray, protocol: str, seed: int = 0
+) -> dict[str, float]:
+    """How much better a model is under shift than timm's models of its accuracy.
 
-    That is acc(shifted) - f(acc(clean)), with the line f fitted on the logit scale to models trained on ImageNet-1k.
+    That is acc(shifted) - f(acc(clean)), with the line f fitted on the logit scale to models
+    trained on ImageNet-1k (Taori et al. 2020, section 2).
 
     Args:
-        clean, shifted: (images,) each, whether the model was right on ImageNet's own images and on the shifted set's.
+        clean, shifted: (images,) each, whether the model was right on ImageNet's own images and on
+            the shifted set's.
         protocol: one of ``SHIFTS``.
 
     Returns:
-        ``clean`` and ``shifted`` accuracy, the ``expected`` one under shift and what is ``above`` it, all in [0, 1];
-        ``low`` and ``high``, its 95 % bootstrap interval: percentiles over resampled images of each set together with
-        lines through resampled models of timm's; ``spread``, the standard deviation of what is above the line over
-        those models, which the interval does not hold; ``clean_images`` and ``shifted_images``, how many they are; and
+        ``clean`` and ``shifted`` accuracy, the ``expected`` one under shift and what is ``above``
+        it, all in [0, 1]; ``low`` and ``high``, its 95 % bootstrap interval: percentiles over
+        resampled images of each set together with lines through resampled models of timm's;
+        ``spread``, the standard deviation of what is above the line over those models, which the
+        interval does not hold; ``clean_images`` and ``shifted_images``, how many they are; and
         ``extrapolated``, whether none of those models is as bad, or as good, on clean images.
     """
     models, rng = baseline(protocol), np.random.default_rng(seed)
     accuracies = np.mean(clean), np.mean(shifted)
-    # Resampling a set's images is drawing how many of them the model gets right; no image is in both sets.
-    draws = [rng.binomial(len(own), own.mean(), RESAMPLES) / len(own) for own in (clean, shifted)]
-    low, high = np.percentile(draws[1] - expected(draws[0], *resampled_lines(protocol)), [2.5, 97.5])
+    # Resampling a set's images is drawing how many of them the model gets right; no image is in
+    # both sets.
+    drawn_clean, drawn_shifted = (
+        rng.binomial(len(right), right.mean(), RESAMPLES) / len(right) for right in (clean, shifted)
+    )
+    drawn_expected = expected(drawn_clean, *resampled_lines(protocol))
+    low, high = np.percentile(drawn_shifted - drawn_expected, [2.5, 97.5])
     predicted = expected(accuracies[0], *line(protocol))
-    found = {
-        "clean": accuracies[0], "shifted": accuracies[1], "expected": predicted, "above": accuracies[1] - predicted,
-        "low": low, "high": high, "spread": np.std(models[:, 1] - expected(models[:, 0], *line(protocol)), ddof=2),
-    }  # fmt: skip
+    residuals = models[:, 1] - expected(models[:, 0], *line(protocol))
     extrapolated = not models[:, 0].min() <= accuracies[0] <= models[:, 0].max()
-    counts = {"clean_images": len(clean), "shifted_images": len(shifted), "extrapolated": bool(extrapolated)}
-    return {key: float(value) for key, value in found.items()} | counts
+    return {
+        "clean": float(accuracies[0]),
+        "shifted": float(accuracies[1]),
+        "expected": float(predicted),
+        "above": float(accuracies[1] - predicted),
+        "low": float(low),
+        "high": float(high),
+        "spread": float(np.std(residuals, ddof=2)),
+        "clean_images": len(clean),
+        "shifted_images": len(shifted),
+        "extrapolated": bool(extrapolated),
+    }
+
+
+# timm's columns, by protocol.
+COLUMNS = {
+    "imagenet": "imagenet", "real": "imagenet-real", "v2": "imagenetv2-matched-frequency",
+    "sketch": "imagenet-sketch", "r-200": "imagenet-r", "r-clean": "imagenet-r-clean",
+    "a-200": "imagenet-a", "a-clean": "imagenet-a-clean",
+}  # fmt: skip
+
+
+def timm_setting(config):
+    """Size, crop and interpolation, as timm's tables of results have them."""
+    return {
+        "img_size": str(config["input_size"][-1]),
+        "crop_pct": f"{config['crop_pct']:.3f}",
+        "interpolation": config["interpolation"],
+    }
+
+
+def beside_ours(models, measured):
+    """What timm publishes of its own models, by model.
+
+    It is ``top1`` in %, ours and timm's by protocol, where timm has it at the same size and crop;
+    otherwise ``elsewhere``, the sizes and crops at which it has.
+    """
+    published_by_model = {}
+    for name, (model, config) in models.items():
+        shown = [protocol for protocol in measured[name] if protocol in COLUMNS]
+        if not shown or Path(name.removeprefix("local-dir:")).expanduser().is_dir():
+            continue
+        full_name = f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}"
+        rows = [row for row in results() if row["model"] == full_name]
+        here = timm_setting(config)
+        same = [row for row in rows if all(row[key] == value for key, value in here.items())]
+        if same:
+            top1 = {}
+            for protocol in shown:
+                if timms := same[0][COLUMNS[protocol]]:
+                    top1[protocol] = (100 * measured[name][protocol]["top1"], float(timms))
+            published_by_model[name] = {"top1": top1}
+        elif rows:
+            elsewhere = [{key: row[key] for key in here} for row in rows]
+            published_by_model[name] = {"elsewhere": elsewhere}
+    return published_by_model

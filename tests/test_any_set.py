@@ -15,8 +15,9 @@ from timm.data import ImageNetInfo
 
 import eval_robustness
 from common import checkpoints
-from common.settings import InputError
-from robustness import corruptions, sets
+from common.errors import InputError
+from robustness import corruptions
+from robustness.labels import SUBSETS, outputs
 
 INFO = ImageNetInfo("imagenet-1k")
 WORDNET = INFO.label_names()
@@ -125,10 +126,10 @@ def test_a_folder_meets_imagenets_1000_by_id_number_and_words(tmp_path, evaluate
 
 def test_some_of_imagenets_classes_as_outputs_meet_words_and_ids_but_no_numbers():
     own = ["n01484850", "n01440764", "n01443537"]
-    assert sets.outputs(["tench", "Great White Shark"], own) == [1, 0]
-    assert sets.outputs(["n01443537"], ["great white shark", "tench", "goldfish"]) == [2]
+    assert outputs(["tench", "Great White Shark"], own) == [1, 0]
+    assert outputs(["n01443537"], ["great white shark", "tench", "goldfish"]) == [2]
     with pytest.raises(InputError, match=r"1 of 1 classes \('0'\) mean none of the 3 outputs \('n01484850', "):
-        sets.outputs(["0"], own)
+        outputs(["0"], own)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +148,10 @@ def test_some_of_imagenets_classes_as_outputs_meet_words_and_ids_but_no_numbers(
 )
 def test_names_that_do_not_map_are_refused_with_both_sides(classes, label_names, words):
     if words is None:
-        assert sets.outputs(classes, label_names) == [0]
+        assert outputs(classes, label_names) == [0]
     else:
         with pytest.raises(InputError, match=words):
-            sets.outputs(classes, label_names)
+            outputs(classes, label_names)
 
 
 def test_what_does_not_map_ends_before_the_first_image(tmp_path, evaluate, monkeypatch):
@@ -279,7 +280,7 @@ def test_data_alone_makes_a_benchmark_of_a_known_set_too(tmp_path, evaluate):
 # ----------------------------------------------------------------------------------------------------------------------
 # ImageNet-A, the clean accuracies of A and R, and ImageNet-C
 
-A, R = sets.SUBSETS["a"], sets.SUBSETS["r"]
+A, R = SUBSETS["a"], SUBSETS["r"]
 
 
 def test_a_is_judged_among_its_own_200_classes_and_among_all(tmp_path, evaluate):
@@ -388,3 +389,39 @@ def test_csv_has_timms_columns(tmp_path, evaluate):
         "model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,interpolation",
         "reader,16,66.667,33.333,66.667,33.333,0.00,1.000,bilinear",
     ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Labels without class names, and models that see no colour
+
+
+def plain_layout(root, labels, shown, column="label"):
+    """A copy of a dataset of the Hub, whose labels are no class labels."""
+    columns = {"image": [{"bytes": jpeg(i), "path": None} for i in shown], column: labels}
+    ds = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    ds.to_parquet(root / "data" / "validation-00000-of-00001.parquet")
+    return root
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize("names", [CIFAR, [str(i) for i in range(10)]], ids=["words", "numbers"])
+def test_string_labels_are_looked_up_among_the_outputs(tmp_path, evaluate, names, column):
+    label_names, order = shuffled(names)
+    labels = random.Random(1).choices(range(10), k=30)
+    place = plain_layout(tmp_path / "set", [names[i].upper() for i in labels], labels, column)
+    assert evaluate(label_names, order, "--data", f"mine={place}")["mine"]["top1"] == 1.0
+    other = plain_layout(tmp_path / "other", ["unicorn"], [0], column)
+    with pytest.raises(InputError, match=r"\('unicorn'\) mean none of the 10 outputs"):
+        evaluate(label_names, order, "--data", f"mine={other}")
+
+
+def test_a_model_of_one_channel_is_refused_before_the_first_image(tmp_path, evaluate, monkeypatch):
+    def init(self, *args, init=Reader.__init__):
+        init(self, *args)
+        self.pretrained_cfg |= {"input_size": (1, 16, 16)}
+
+    monkeypatch.setattr(Reader, "__init__", init)
+    monkeypatch.setattr(eval_robustness, "predict", None)
+    folder = write(tmp_path / "images", CIFAR)
+    with pytest.raises(InputError, match="reader takes images of 1 channels, and those here have 3"):
+        evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")

@@ -122,10 +122,11 @@ def read_all(ds, size, batch, workers, processes):
     """Every corrupted image by path and corruption."""
     found, transform = {}, create_transform(size, normalize=False)
     for process in range(processes):
-        pictures = sets.Pictures("mine", ds, transform, batch, process, processes, corrupt=True)
+        pictures = sets.Pictures("mine", ds, transform, batch, process=process, processes=processes, corrupt=True)
         for rows in torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=dict):
-            for path, image in zip(rows["path"], rows["image"]):
-                assert found.setdefault((path, rows["corruption"]), image) is image  # each once
+            for path, image in zip(rows.get("path", ()), rows["image"]):
+                kind = (path, rows["corruption"], rows["severity"])
+                assert found.setdefault(kind, image) is image  # each once
     return found
 
 
@@ -145,7 +146,7 @@ def test_batches_workers_and_processes_change_no_corrupted_image(tmp_path, batch
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     larger = read_all(ds, 64, 7, 0, 1)  # another model's size, with the same draws
     for path in ("0.png", "1.png"):
-        places = [(x[path, "occlude-2"] == 128).all(0).nonzero().float().mean(0) for x in (expected, larger)]
+        places = [(x[path, "occlude", "2"] == 128).all(0).nonzero().float().mean(0) for x in (expected, larger)]
         assert (2 * places[0] - places[1]).abs().max() < 3
 
 

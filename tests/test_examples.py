@@ -1,4 +1,7 @@
-"""Every example, beside a copy of sam_obf.py in an empty folder, trains on the digits."""
+"""Every example, beside copies of what it imports in an empty folder, trains on its own data.
+
+test_text_classification.py has the one that needs a model and data of others.
+"""
 
 import re
 import shutil
@@ -10,22 +13,45 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NEEDS = {"hf_trainer": "transformers", "lightning_module": "lightning"}
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+NEEDS = {
+    "hf_trainer": "transformers",
+    "token_classification": "transformers",
+    "lightning_module": "lightning",
+    "optuna_search": "optuna",
+}
 
 
 @pytest.mark.parametrize(
     "example",
     [
-        pytest.param(path.stem, marks=[] if path.stem == "plain_loop" else pytest.mark.slow)
-        for path in sorted((ROOT / "examples").glob("*.py"))
+        pytest.param(example, marks=[] if example == "plain_loop" else pytest.mark.slow)
+        for example in EXAMPLES
+        if example != "text_classification"
     ],
 )
 def test_example_trains(tmp_path, example):
     if example in NEEDS and find_spec(NEEDS[example]) is None:
         pytest.skip(f"needs {NEEDS[example]}: pip install -r examples/requirements.txt")
-    for file in (ROOT / "sam_obf.py", ROOT / "examples" / f"{example}.py"):
-        shutil.copy(file, tmp_path)
+    for file in {"sam_obf.py", "examples/hf_trainer.py", f"examples/{example}.py"}:
+        shutil.copy(ROOT / file, tmp_path)
     command = [sys.executable, f"{example}.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 90
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_in_its_storage(tmp_path):
+    pytest.importorskip("optuna", reason="pip install -r examples/requirements.txt")
+    shutil.copy(ROOT / "sam_obf.py", tmp_path)
+    text = (ROOT / "examples" / "optuna_search.py").read_text()
+    small = text.replace("EPOCHS, TRIALS = 20, 15", "EPOCHS, TRIALS = 6, 8")
+    assert small != text
+    (tmp_path / "search.py").write_text(small)
+    command = [sys.executable, "search.py", f"sqlite:///{tmp_path / 'search.db'}"]
+    for trials in (8, 16):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert f"best of {trials} trials: {{'rho': " in done.stdout
+    assert "Trial 15 " in done.stderr and "pruned" in done.stderr

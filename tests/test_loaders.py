@@ -17,6 +17,7 @@ from test_data import file_of, write_folder
 import train_imagenet
 from common import data, loaders, settings
 from common.errors import InputError
+from common.images import decode, decode_to_tensor
 
 CONFIG = {
     "input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 0.5, "crop_mode": "center",
@@ -130,7 +131,7 @@ def test_held_out_images_get_the_evaluation_transform_with_the_flags_crop_and_in
     batches, splits = opened(accelerator, images)
     seen = torch.cat([batch["image"] for batch in batches.evaluation["validation"]])
     for row, pixels in zip(splits["validation"], seen, strict=True):
-        image = loaders.decode(row["image"])
+        image = decode(row["image"])
         width, height = image.size  # the shorter side becomes 32 / 0.5 pixels, of which the middle 32 are kept
         scale = 64 / min(image.size)
         image = image.resize((int(width * scale), int(height * scale)), Image.NEAREST)
@@ -287,12 +288,12 @@ def test_what_torchcodec_does_not_read_as_pil_does_is_read_by_pil_and_said_once(
     pytest.importorskip("torchcodec")
     image = photograph(np.random.default_rng(1))
     unsaid = multiprocessing.get_context("spawn").Lock()
-    assert loaders.decode_to_tensor(file_of(image, "jpeg"), unsaid).shape == (3, image.height, image.width)
+    assert decode_to_tensor(file_of(image, "jpeg"), unsaid).shape == (3, image.height, image.width)
     assert not capsys.readouterr().err
     files = [turned(image), file_of(image.convert("CMYK"), "jpeg"), file_of(image, "webp"), file_of(image, "png")]
     for file in files:
-        expected = np.asarray(loaders.decode(file)).transpose(2, 0, 1)
-        assert np.array_equal(loaders.decode_to_tensor(file, unsaid).numpy(), expected)
+        expected = np.asarray(decode(file)).transpose(2, 0, 1)
+        assert np.array_equal(decode_to_tensor(file, unsaid).numpy(), expected)
     assert capsys.readouterr().err == (
         "read by PIL, not by torchcodec, as others like it will be: a.jpeg (JPEG, RGB, Exif orientation 6)\n"
     )
@@ -313,7 +314,7 @@ def test_an_image_that_neither_reads_is_named(file):
         whole = file_of(photograph(np.random.default_rng(2)), "jpeg")["bytes"]
         file = whole[: len(whole) // 2]
     with pytest.raises(settings.InputError, match=r"cannot read the image broken\.jpg: replace or remove it"):
-        loaders.decode_to_tensor({"bytes": file, "path": "broken.jpg"}, multiprocessing.get_context("spawn").Lock())
+        decode_to_tensor({"bytes": file, "path": "broken.jpg"}, multiprocessing.get_context("spawn").Lock())
 
 
 def test_torchcodec_without_its_package_or_for_another_interpolation_is_an_error(accelerator, images, monkeypatch):

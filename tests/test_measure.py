@@ -29,9 +29,9 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 import measure_forgetting
 import train_imagenet
 from common import data, loaders, loop, report
-from common.settings import InputError
+from common.errors import InputError
 from forgetting import forgetting
-from robustness import flatness
+from robustness import flatness, rank_correlations
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = [i / 50 for i in range(1, 50)]
@@ -75,7 +75,7 @@ def once(runs):
 
 def test_kendall_is_scipys_also_with_ties():
     x, y = np.random.default_rng(0).integers(0, 6, (2, 40))
-    assert measure_forgetting.kendall(x, y, range(40), [0] * 40, once(40))[0] == pytest.approx(
+    assert rank_correlations.kendall(x, y, range(40), [0] * 40, once(40))[0] == pytest.approx(
         kendalltau(x, y).statistic
     )
 
@@ -90,13 +90,13 @@ def tau_by_pairs(x, y, settings, strata):
 def test_kendall_compares_different_settings_that_share_what_is_fixed():
     rng = np.random.default_rng(1)
     x, y, settings, strata = rng.integers(0, 9, (4, 30))
-    found = measure_forgetting.kendall(x, y, settings.astype(str), strata.astype(str), once(30))[0]
+    found = rank_correlations.kendall(x, y, settings.astype(str), strata.astype(str), once(30))[0]
     assert found == pytest.approx(tau_by_pairs(x, y, settings, strata))
     rho = np.repeat([0.1, 0.2], 10)  # drives both, which have nothing else in common: opposite at each rho
     inside = np.tile(np.arange(10), 2)
     both = (rho * 1000 + inside, rho * 1000 - inside, range(20))
-    assert measure_forgetting.kendall(*both, [0] * 20, once(20))[0] > 0
-    assert measure_forgetting.kendall(*both, rho, once(20))[0] == -1
+    assert rank_correlations.kendall(*both, [0] * 20, once(20))[0] > 0
+    assert rank_correlations.kendall(*both, rho, once(20))[0] == -1
 
 
 def one_run(run, setting, seed, epoch=1, **values):
@@ -119,21 +119,21 @@ def random_runs(settings, seeds, noise=1.0):
 
 def test_intervals_resample_settings_with_all_their_seeds_and_differences_are_paired():
     rows = random_runs(12, 3)
-    found = measure_forgetting.correlate(rows, measure_forgetting.TARGETS["accuracy"], seed=5)
-    drawn = measure_forgetting.draws([row["setting"] for row in rows], seed=5)[1:].astype(int)
+    found = rank_correlations.correlate(rows, rank_correlations.TARGETS["accuracy"], seed=5)
+    drawn = rank_correlations.draws([row["setting"] for row in rows], seed=5)[1:].astype(int)
     assert (drawn.reshape(-1, 12, 3) == drawn.reshape(-1, 12, 3)[..., :1]).all() and (drawn.sum(1) == 36).all()
     taus = {"forgetting": [], "flatness": []}
     for times in drawn[:50]:
         sample = [row for row, count in zip(rows, times) for _ in range(count)]
         accuracy, settings = ([row[key] for row in sample] for key in ("accuracy", "setting"))
         for name, values in taus.items():
-            x = [measure_forgetting.QUANTITIES[name](row) for row in sample]
+            x = [rank_correlations.QUANTITIES[name](row) for row in sample]
             values.append(tau_by_pairs(x, accuracy, settings, [0] * len(x)))
     strata, weights = [0] * len(rows), drawn.astype(float)
     accuracy, settings = ([row[key] for row in rows] for key in ("accuracy", "setting"))
     every = {
-        name: measure_forgetting.kendall([of(row) for row in rows], accuracy, settings, strata, weights)
-        for name, of in measure_forgetting.QUANTITIES.items()
+        name: rank_correlations.kendall([of(row) for row in rows], accuracy, settings, strata, weights)
+        for name, of in rank_correlations.QUANTITIES.items()
     }
     for name, values in taus.items():
         assert every[name][:50] == pytest.approx(values)
@@ -149,16 +149,16 @@ def test_what_seeds_do_within_a_setting_moves_neither_tau_nor_its_interval():
     rows = random_runs(12, 3, noise=0.0)
     opposed = [row | {key: row[key] + sign * 1e-6 * row["seed"] for key, sign in (("forgetting", 1), ("accuracy", -1))}
                for row in rows]  # fmt: skip
-    target = measure_forgetting.TARGETS["accuracy"]
-    one, other = (measure_forgetting.correlate(own, target, seed=0)["forgetting"] for own in (rows, opposed))
+    target = rank_correlations.TARGETS["accuracy"]
+    one, other = (rank_correlations.correlate(own, target, seed=0)["forgetting"] for own in (rows, opposed))
     assert one == pytest.approx(other, abs=1e-9) and one["low"] <= one["tau"] <= one["high"]
 
 
 def test_seeds_that_tell_nothing_new_narrow_no_interval():
     one = random_runs(12, 1)
     repeated = [row | {"run": f"{row['run']}-{i}", "seed": i} for row in one for i in range(3)]
-    target = measure_forgetting.TARGETS["accuracy"]
-    found = [measure_forgetting.correlate(rows, target, seed=0)["forgetting"] for rows in (one, repeated)]
+    target = rank_correlations.TARGETS["accuracy"]
+    found = [rank_correlations.correlate(rows, target, seed=0)["forgetting"] for rows in (one, repeated)]
     assert found[0] == pytest.approx(found[1], abs=1e-9)
 
 
@@ -362,7 +362,19 @@ def test_runs_of_different_class_counts_are_refused(runs, tmp_path):
     other = altered(runs[1], tmp_path)
     for file in other.glob("epochs/*/config.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"num_classes": 7}))
-    with pytest.raises(InputError, match=r"share their classes.* 2 and .* 7"):
+    with pytest.raises(InputError, match=r"share their classes.* 2 \(cat, dog\) and .* 7 \(0, 1, 2, \.\.\.\)"):
+        measure([runs[0], other], tmp_path)
+
+
+@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "wolf"]])
+def test_a_run_on_classes_that_were_renamed_or_reordered_since_is_refused(runs, tmp_path, names):
+    other = altered(runs[1], tmp_path)
+    for file in other.glob("epochs/*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"label_names": names}))
+    words = rf"trained on the classes 2 \({', '.join(names)}\), and .* has 2 \(cat, dog\) now"
+    with pytest.raises(InputError, match=words):
+        measure([other], tmp_path)
+    with pytest.raises(InputError, match="runs must share their classes"):
         measure([runs[0], other], tmp_path)
 
 
@@ -539,7 +551,8 @@ def test_a_runs_accuracy_is_that_of_its_last_epoch_on_test(tmp_path):
     results = {"last": {"validation": 0.1, "test": 0.2}, "best": {"validation": 0.3, "test": 0.4}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     run = measure_forgetting.read_run(tmp_path)
-    assert (run["accuracy"], run["classes"], run["settings"].method) == (0.2, 3, "sam")
+    assert (run["accuracy"], run["settings"].method) == (0.2, "sam")
+    assert run["label_names"] == ["0", "1", "2"]
     assert [epoch.name for epoch in run["epochs"]] == ["0001", "0002", "0010"]
     (tmp_path / "results.json").write_text(json.dumps({"last": {"validation": 0.1}}))
     assert measure_forgetting.read_run(tmp_path)["accuracy"] == 0.1
@@ -577,7 +590,7 @@ def test_few_settings_have_no_interval_and_equal_values_no_tau_without_a_warning
     rows += [row | {"run": f"{row['run']}-1", "seed": 1} for row in rows]  # more seeds are no more settings
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = measure_forgetting.correlate(rows, measure_forgetting.TARGETS["accuracy"], 0)
+        found = rank_correlations.correlate(rows, rank_correlations.TARGETS["accuracy"], 0)
     assert math.isnan(found["forgetting"]["tau"]) == (accuracy == "equal")
     assert math.isnan(found["flatness"]["tau"]) and math.isnan(found["forgetting"]["above_low"])
     assert math.isnan(found["forgetting"]["low"]) == (count < 10 or accuracy == "equal")
@@ -586,7 +599,7 @@ def test_few_settings_have_no_interval_and_equal_values_no_tau_without_a_warning
 @pytest.mark.usefixtures("curvature_aside")
 def test_what_there_is_not_is_said_and_is_null_in_json(runs, tmp_path, capsys):
     found = measure(runs, tmp_path, "--perturbations", "sam", "--micro-batches", "1")
-    assert len(found) == 2 * 2 * 3 * len(measure_forgetting.QUANTITIES)  # epochs, targets; nothing, rho or method fixed
+    assert len(found) == 2 * 2 * 3 * len(rank_correlations.QUANTITIES)  # epochs, targets; nothing, rho or method fixed
     printed = capsys.readouterr().out
     assert "no interval: of fewer than 10 settings" in printed and "nan" not in printed
     text = (tmp_path / "out" / "correlations.json").read_text()
@@ -612,7 +625,7 @@ def test_a_run_counts_with_its_last_epoch_and_with_the_mean_over_epochs():
     ]  # fmt: skip
     found = {
         (c["epochs"], c["quantity"]): c["tau"]
-        for c in measure_forgetting.correlations(rows, 0) if c["target"] == "accuracy"
+        for c in rank_correlations.table(rows, 0) if c["target"] == "accuracy"
     }  # fmt: skip
     accuracy = [a for a, _, _ in made]
     assert found["last", "forgetting"] == pytest.approx(kendalltau([0, 8, 6, 9], accuracy).statistic)
@@ -633,9 +646,9 @@ def test_the_gap_is_that_after_the_last_epoch_to_the_images_measured_on():
     gaps = [train - test for test, train in made]
     expected = kendalltau(range(4), np.negative(gaps)).statistic
     assert expected != kendalltau(range(4), [test for test, _ in made]).statistic
-    found = [c for c in measure_forgetting.correlations(rows, 0) if c["quantity"] == "forgetting"]
+    found = [c for c in rank_correlations.table(rows, 0) if c["quantity"] == "forgetting"]
     assert [c["tau"] for c in found if c["target"] == "-gap"] == pytest.approx([expected] * 2)
-    assert {c["target"] for c in measure_forgetting.correlations(rows, 0, gap=False)} == {"accuracy"}
+    assert {c["target"] for c in rank_correlations.table(rows, 0, gap=False)} == {"accuracy"}
 
 
 def test_what_varies_is_fixed_in_turn():
@@ -643,7 +656,7 @@ def test_what_varies_is_fixed_in_turn():
     for i, (m, rho) in enumerate(itertools.product((8, 16), (0.1, 0.2, 0.4))):
         rows.append(one_run(str(i), str(i), 0, trained_m=m, trained_rho=rho, forgetting=rho * 10 + m, accuracy=rho - m))
     found = {
-        c["fixed"]: c["tau"] for c in measure_forgetting.correlations(rows, 0)
+        c["fixed"]: c["tau"] for c in rank_correlations.table(rows, 0)
         if (c["epochs"], c["target"], c["quantity"]) == ("last", "accuracy", "forgetting")
     }  # fmt: skip
     assert set(found) == {None, "m", "rho"} and found["m"] == 1 and found["rho"] == -1

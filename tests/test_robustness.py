@@ -9,12 +9,14 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -26,10 +28,12 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
 from timm.models import save_for_hf
 
 import eval_robustness
-from common import checkpoints, loaders
+from common import checkpoints, images, loaders
 from common.digits import SHIFTS, digits
-from common.settings import InputError
+from common.errors import InputError
 from robustness import published, sets, statistics
+from robustness.labels import SUBSETS, class_index, real_labels, right_answers
+from robustness.sets import Pass
 
 WORDNET = ImageNetInfo("imagenet-1k").label_names()
 ROOT = Path(__file__).parent.parent
@@ -75,7 +79,7 @@ def test_v2_folders_are_numbers_not_text(tmp_path):
 
 
 def test_r_folders_are_200_wordnet_ids_among_1000(tmp_path):
-    classes = {WORDNET[index]: index for index in sets.SUBSETS["r"]}
+    classes = {WORDNET[index]: index for index in SUBSETS["r"]}
     folder = write_folders(tmp_path / "imagenet-r", classes)
     (folder / "README.txt").write_text("about")
     results = evaluate(tmp_path, ["r"], f"r={folder}")["right"]
@@ -86,10 +90,10 @@ def test_r_folders_are_200_wordnet_ids_among_1000(tmp_path):
 
 def test_r_tars_hold_positions_in_its_own_200_classes(tmp_path):
     labels = random.Random(0).sample(range(200), 200)
-    folder = write_tars(tmp_path / "wds_imagenet-r", labels, [sets.SUBSETS["r"][label] for label in labels])
+    folder = write_tars(tmp_path / "wds_imagenet-r", labels, [SUBSETS["r"][label] for label in labels])
     results = evaluate(tmp_path, ["r"], f"r={folder}")["right"]
     assert results["r-200"]["top1"] == results["r-1000"]["top1"] == 1.0
-    assert np.mean([sets.SUBSETS["r"][label] == label for label in labels]) < 0.1  # the naive rule
+    assert np.mean([SUBSETS["r"][label] == label for label in labels]) < 0.1  # the naive rule
 
 
 def test_sketch_with_missing_classes_is_mapped_by_name(tmp_path):
@@ -112,13 +116,13 @@ def test_sketch_tars_hold_numbers(tmp_path):
 
 def validation_images(number=80, seed=0):
     """Numbers of validation images in no order, with the class that the oracle will see: one that Real has right."""
-    labels, rng = sets.real_labels(), random.Random(seed)
+    labels, rng = real_labels(), random.Random(seed)
     numbers = rng.sample(range(1, 50_001), number)
     return {n: rng.choice(labels[n]) if labels[n] else rng.randrange(1000) for n in numbers}
 
 
 def test_real_goes_by_file_number_in_the_archives_layout(tmp_path):
-    seen, labels = validation_images(), sets.real_labels()
+    seen, labels = validation_images(), real_labels()
     for n, index in seen.items():
         folder = tmp_path / "val" / WORDNET[index]
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,13 +189,13 @@ def test_real_and_imagenet_of_the_hubs_layout_in_one_pass(tmp_path, monkeypatch)
     ],
 )
 def test_class_names(name, benchmark, index):
-    assert sets.class_index(name, benchmark) == index
+    assert class_index(name, benchmark) == index
 
 
 @pytest.mark.parametrize("name, benchmark", [("n00000000", "v2"), ("1000", "v2"), ("200", "r"), ("cat", "sketch")])
 def test_class_name_that_maps_to_nothing_is_named(name, benchmark):
     with pytest.raises(InputError, match=f"{benchmark}: the class '{name}' is no WordNet id"):
-        sets.class_index(name, benchmark)
+        class_index(name, benchmark)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,7 +281,7 @@ def test_constant_logits_are_no_better_than_chance():
 
 
 def test_real_agrees_with_timm():
-    real, (logits, _) = sets.real_labels(), random_logits(500, seed=1)
+    real, (logits, _) = real_labels(), random_logits(500, seed=1)
     numbers = random.Random(0).sample(range(1, 50_001), 500)
     for row, n in enumerate(numbers):  # make half of them right
         if real[n] and row % 2:
@@ -294,15 +298,15 @@ def test_real_agrees_with_timm():
 
 def test_r_protocol_of_200_classes_agrees_with_masking():
     logits, _ = random_logits(400, seed=2)
-    labels = [random.Random(i).choice(sets.SUBSETS["r"]) for i in range(400)]
+    labels = [random.Random(i).choice(SUBSETS["r"]) for i in range(400)]
     batch = {"label": labels, "path": [None] * 400}
     columns = {}
-    for protocol, outputs, answers in eval_robustness.right_answers("r", batch):
+    for protocol, outputs, answers in right_answers("r", batch):
         eval_robustness.add_scores(
             columns.setdefault(protocol, {}), logits, outputs, answers, list(map(str, range(400)))
         )
     masked = logits.clone()
-    masked[:, [i for i in range(1000) if i not in sets.SUBSETS["r"]]] = -torch.inf
+    masked[:, [i for i in range(1000) if i not in SUBSETS["r"]]] = -torch.inf
     assert columns["r-200"]["top1"] == (masked.argmax(-1) == torch.tensor(labels)).tolist()
     assert columns["r-1000"]["top1"] == (logits.argmax(-1) == torch.tensor(labels)).tolist()
 
@@ -331,13 +335,15 @@ def test_every_image_is_read_once_whatever_the_split(tmp_path, size, processes, 
     ds = datasets.Dataset.from_dict(
         {"image": [{"bytes": jpeg(i), "path": None} for i in range(size)], "label": range(size)}
     )
-    for images in (ds, ds.to_iterable_dataset(num_shards=min(size, 4))):
-        labels, keys = [], []
+    for either in (ds, ds.to_iterable_dataset(num_shards=min(size, 4))):
+        labels, keys, sent = [], [], 0
         for process in range(processes):
             transform = create_transform(16, normalize=False)
-            pictures = sets.Pictures("v2", images, transform, 8, process, processes)
+            pictures = sets.Pictures("v2", either, transform, 8, process=process, processes=processes)
             for batch in torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=dict):
-                labels, keys = labels + batch["label"], keys + batch["key"]
+                labels, keys = labels + batch.get("label", []), keys + batch["key"]
+                sent += batch.get("sent", 0)
+        assert sent == size
         assert sorted(labels) == list(range(size))
         assert len(set(keys)) == size
 
@@ -364,15 +370,15 @@ def test_two_processes_count_as_one(tmp_path):
 
 def test_killed_run_goes_on_after_the_last_finished_benchmark(tmp_path, monkeypatch, capsys):
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
-    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in sets.SUBSETS["r"]})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in SUBSETS["r"]})
     places, models = (f"v2={folder}", f"r={r}"), ("right", "wrong about 3 6")
     predict, begun = eval_robustness.predict, []
 
-    def predict_until_killed(accelerator, model, config, name, *rest):
-        begun.append(name)
+    def predict_until_killed(accelerator, model, config, which, *rest):
+        begun.append(str(which))
         if len(begun) == 4:
             raise KeyboardInterrupt
-        return predict(accelerator, model, config, name, *rest)
+        return predict(accelerator, model, config, which, *rest)
 
     monkeypatch.setattr(eval_robustness, "predict", predict_until_killed)
     with pytest.raises(KeyboardInterrupt):
@@ -395,7 +401,7 @@ def test_results_table_picture_and_predictions(tmp_path, capsys):
     assert "| wrong about 3 6 9 | v2        | -0.30        | -0.70 to" in printed and "0.25" in printed
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert saved["results"]["wrong about 3 6 9"]["v2"]["top1"] == 0.997
-    assert {"torch", "timm", "datasets", "evaluate"} == set(saved["versions"])
+    assert {"torch", "timm", "datasets"} == set(saved["versions"])
     assert saved["passes"]["right on v2"]["preprocessing"]["input_size"] == [3, 16, 16]
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     table = datasets.Dataset.from_parquet(str(tmp_path / "out" / "predictions" / "wrong_about_3_6_9" / "v2.parquet"))
@@ -588,9 +594,9 @@ def predictions(monkeypatch):
     """The passes that were made, and not found finished."""
     made, predict = [], eval_robustness.predict
 
-    def record(accelerator, model, config, name, *rest):
-        made.append(name)
-        return predict(accelerator, model, config, name, *rest)
+    def record(accelerator, model, config, which, *rest):
+        made.append(str(which))
+        return predict(accelerator, model, config, which, *rest)
 
     monkeypatch.setattr(eval_robustness, "predict", record)
     return made
@@ -670,23 +676,23 @@ def test_results_of_another_command_are_not_replaced_without_a_word(tmp_path, ca
 def test_a_pass_killed_while_it_replaces_another_leaves_neither(tmp_path, monkeypatch):
     one, two = (write_folders(tmp_path / name, {"3": index}) for name, index in (("one", 3), ("two", 4)))
     assert evaluate(tmp_path, ["v2"], f"v2={one}", flags=["--allow-partial"])["right"]["v2"]["top1"] == 1
-    write_table = eval_robustness.pq.write_table
+    write_table = pq.write_table
 
     def killed(*args):
         write_table(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(eval_robustness.pq, "write_table", killed)
+    monkeypatch.setattr(pq, "write_table", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path, ["v2"], f"v2={two}", flags=["--allow-partial"])
-    monkeypatch.setattr(eval_robustness.pq, "write_table", write_table)
+    monkeypatch.setattr(pq, "write_table", write_table)
     assert evaluate(tmp_path, ["v2"], f"v2={one}", flags=["--allow-partial"])["right"]["v2"]["top1"] == 1
 
 
 def test_a_sets_revision_is_asked_for_once(tmp_path, monkeypatch):
     places = [f"{name}={write_folders(tmp_path / name, {WORDNET[1]: 1})}" for name in ("v2", "r")]
     asked, revision = [], sets.revision
-    monkeypatch.setattr(sets, "revision", lambda name, *rest: asked.append(name) or revision(name, *rest))
+    monkeypatch.setattr(sets, "revision", lambda which, *rest: asked.append(str(which)) or revision(which, *rest))
     evaluate(tmp_path, ["v2", "r"], *places, models=("right", "wrong about 3"), flags=["--allow-partial"])
     assert asked == ["v2", "r"]
 
@@ -699,7 +705,7 @@ def test_a_hub_that_does_not_answer_is_no_traceback(monkeypatch):
     with pytest.raises(
         InputError, match=r"cannot ask the Hub for the commit of clip-benchmark/wds_imagenetv2: no route"
     ):
-        sets.revision("v2", None, None)
+        sets.revision(Pass("v2", ("v2",)), None, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -779,7 +785,7 @@ ORDERS = {
 def test_outputs_in_another_order_are_mapped_by_the_models_label_names(tmp_path, monkeypatch, order):
     monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: Named(*ORDERS[order]))
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(0, 1000, 9)})
-    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in sets.SUBSETS["r"][::9]})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in SUBSETS["r"][::9]})
     (tmp_path / "val").mkdir()
     for number, index in validation_images(20).items():
         (tmp_path / "val" / f"ILSVRC2012_val_{number:08d}_{WORDNET[index]}.JPEG").write_bytes(jpeg(index))
@@ -819,9 +825,9 @@ def test_linked_class_folders_are_followed(tmp_path):
         (folder / name).symlink_to(tmp_path / "elsewhere" / target)
     result = evaluate(tmp_path, ["v2"], f"v2={folder}")["right"]["v2"]
     assert (result["examples"], result["top1"]) == (1000, 1.0)
-    before = sets.revision("v2", None, str(folder))
+    before = sets.revision(Pass("v2", ("v2",)), None, str(folder))
     (tmp_path / "elsewhere" / "more" / "new.jpeg").write_bytes(jpeg(999))
-    assert sets.revision("v2", None, str(folder)) != before
+    assert sets.revision(Pass("v2", ("v2",)), None, str(folder)) != before
 
 
 def test_a_link_in_a_circle_is_named(tmp_path):
@@ -848,7 +854,7 @@ def test_empty_class_folders_are_named(tmp_path, capsys):
 @pytest.mark.parametrize("flat", [True, False])
 def test_a_class_that_is_none_of_imagenet_rs_200_ends_before_the_first_image(tmp_path, monkeypatch, flat):
     monkeypatch.setattr(eval_robustness, "predict", None)
-    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in sets.SUBSETS["r"]})
+    r = write_folders(tmp_path / "r", {WORDNET[index]: index for index in SUBSETS["r"]})
     (r / WORDNET[0]).mkdir()
     (r / WORDNET[0] / "a.jpeg").write_bytes(jpeg(0))
     if flat:
@@ -907,11 +913,11 @@ def test_images_of_the_hub_without_bytes_are_opened_where_they_are(tmp_path, mon
 
 def test_each_shift_of_the_digits_is_read_as_itself():
     passes, everything = sets.passes(["digits"], {}), digits()
-    assert list(passes) == [f"digits:{split}" for split in ("test", *SHIFTS)]
+    assert [str(which) for which in passes] == [f"digits:{split}" for split in ("test", *SHIFTS)]
     seen = set()
-    for name, (split,) in passes.items():
-        ds = sets.open_set(name, None, False)
-        pixels = np.stack([loaders.decode(image) for image in ds[:9]["image"]])
+    for which in passes:
+        ds, (split,) = sets.open_set(which, None, False), which.serves
+        pixels = np.stack([images.decode(image) for image in ds[:9]["image"]])
         assert (pixels == np.stack([np.asarray(image) for image in everything[split][:9]["image"]])).all()
         seen.add(pixels.tobytes())
     assert len(seen) == len(passes)
@@ -928,10 +934,178 @@ def test_models_evaluate_as_they_are_not_as_they_train(tmp_path, flags):
 def test_size_crop_and_interpolation_of_the_command_line_reach_the_images(tmp_path, monkeypatch):
     folder, given = write_folders(tmp_path / "v2", {"3": 3}), []
     monkeypatch.setattr(
-        eval_robustness, "create_transform", lambda **options: given.append(options) or create_transform(**options)
+        loaders, "create_transform", lambda **options: given.append(options) or create_transform(**options)
     )
     flags = ["--img-size", "24", "--crop-pct", "0.7", "--interpolation", "lanczos", "--allow-partial"]
     evaluate(tmp_path, ["v2"], f"v2={folder}", flags=flags)
-    (options,) = given
+    options = given[-1]
     assert options["input_size"] == (3, 24, 24)
     assert (options["crop_pct"], options["interpolation"]) == (0.7, "lanczos")
+
+
+# --------------------------------------------------------------------------------------------------
+# Images that do not arrive
+
+
+@pytest.fixture
+def with_workers(monkeypatch):
+    """Sets are read by worker processes, however small they are."""
+    monkeypatch.setattr(loaders, "IMAGES_PER_WORKER", 1)
+    return ["--workers", "2", "--batch-size", "8", "--allow-partial"]
+
+
+def nothing_is_finished(tmp_path):
+    return not list((tmp_path / "out").rglob("*.json"))
+
+
+@pytest.mark.parametrize("lost", [0, 2, -1])
+def test_a_pass_that_lost_images_is_an_error_and_saves_nothing(tmp_path, monkeypatch, lost):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(40)})
+    whole = eval_robustness.picture_loader
+
+    def leaky(*args):
+        batches = list(whole(*args))
+        del batches[lost]
+        return batches
+
+    monkeypatch.setattr(eval_robustness, "picture_loader", leaky)
+    with pytest.raises(InputError, match=r"v2: \d+ of 40 images arrived .*: try --workers 0"):
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--batch-size", "8", "--allow-partial"])
+    assert nothing_is_finished(tmp_path)
+
+
+def test_a_stream_that_lost_images_is_an_error_too(tmp_path, monkeypatch):
+    """A set that is streamed does not say its size; its workers say what they have sent."""
+    place = write_tars(tmp_path / "v2", list(range(40)), list(range(40)))
+    whole = eval_robustness.picture_loader
+    monkeypatch.setattr(eval_robustness, "picture_loader", lambda *args: list(whole(*args))[1:])
+    with pytest.raises(InputError, match="images arrived from the data loading processes"):
+        evaluate(tmp_path, ["v2"], f"v2={place}", flags=["--batch-size", "8", "--allow-partial"])
+    assert nothing_is_finished(tmp_path)
+
+
+class Killed:
+    """A transform that kills its worker."""
+
+    def __call__(self, image):
+        os.kill(os.getpid(), 9)
+
+
+class Stuck:
+    """A transform that never ends."""
+
+    def __call__(self, image):
+        time.sleep(1000)
+
+
+class Full:
+    """A transform after which there is no shared memory."""
+
+    def __call__(self, image):
+        def fail(*_, **__):
+            path = "</torch_1_2_3>: No space left on device (28)"
+            raise RuntimeError(f"unable to allocate shared memory(shm) for file {path}")
+
+        torch.UntypedStorage._new_shared = fail
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "transform, words",
+    [
+        (Killed, r"process died \(.*(Killed|exited unexpectedly).*\): if memory ran out, use fewer --workers"),
+        (Stuck, "no batch came from the data loading processes in 3 seconds: .* try --workers 0"),
+        (Full, r"not enough shared memory \(/dev/shm\) .*: use --workers 0 or smaller batches, or .*--shm-size"),
+    ],
+)
+def test_a_worker_that_dies_hangs_or_lacks_memory_is_one_line(
+    tmp_path, monkeypatch, with_workers, transform, words
+):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(40)})
+    monkeypatch.setattr(loaders, "TIMEOUT", 3)
+    real = loaders.evaluation_transform
+    transforms = iter([real, lambda *_: transform()])  # the first tries the model
+    monkeypatch.setattr(loaders, "evaluation_transform", lambda *args: next(transforms)(*args))
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=with_workers)
+    assert nothing_is_finished(tmp_path)
+
+
+def test_workers_put_batches_into_shared_memory_themselves(tmp_path, with_workers):
+    """Else a thread of theirs does, whose failure loses the batch without a word."""
+    ds = sets.open_set(Pass("v2", ("v2",)), str(write_folders(tmp_path / "v2", {"3": 3})), True)
+    pictures = sets.Pictures("v2", ds, create_transform(16, normalize=False), 8)
+    seen = []
+
+    def collate(batch):
+        collated = eval_robustness.collate(batch)
+        if collated["image"] is not None:
+            collated["key"] = [str(collated["image"].is_shared())]
+        return collated
+
+    options = {"batch_size": None, "num_workers": 1, "collate_fn": collate}
+    for batch in torch.utils.data.DataLoader(pictures, **options):
+        seen += batch["key"]
+    assert seen == ["True"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Results need the disk alone
+
+
+def test_results_need_no_git_and_are_there_when_pictures_fail(tmp_path, monkeypatch):
+    folder = write_folders(tmp_path / "v2", {"3": 3})
+    monkeypatch.setenv("PATH", "")
+
+    def fail(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(eval_robustness.report, "draw", fail)
+    with pytest.raises(RuntimeError, match="no fonts"):
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved["results"]["right"]["v2"]["top1"] == 1.0
+
+
+def test_no_home_that_can_be_written_is_needed(tmp_path):
+    write_folders(tmp_path / "v2-1", {"3": 3})
+    command = [sys.executable, str(ROOT / "tests" / "oracle.py"), str(tmp_path), str(tmp_path / "out")]
+    nowhere = {"HF_HOME": "/proc/nowhere", "HOME": "/proc/nowhere"}
+    environment = {**os.environ, **nowhere, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "v2-1" / "results.json").exists()
+
+
+def test_what_is_printed_into_a_file_has_no_redrawn_bar(tmp_path, capfd):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(40)})
+    evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])
+    printed = capfd.readouterr()
+    assert "\r" not in printed.out + printed.err
+    assert len(printed.err.splitlines()) <= 1
+
+
+# --------------------------------------------------------------------------------------------------
+# The size for tests
+
+
+@pytest.fixture
+def tested_larger(monkeypatch):
+    """An oracle that was trained on 16 pixels, and is to be tested on 24."""
+    oracle = Oracle()
+    oracle.pretrained_cfg |= {"test_input_size": (3, 24, 24), "test_crop_pct": 0.9}
+    monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: oracle)
+
+
+@pytest.mark.parametrize(
+    "flags, size, crop",
+    [([], 24, 0.9), (["--img-size", "16"], 16, 0.9), (["--img-size", "16", "--crop-pct", "1"], 16, 1)],
+)
+def test_a_model_is_judged_at_its_size_for_tests_unless_told_otherwise(
+    tested_larger, capsys, flags, size, crop
+):
+    args = eval_robustness.parse(["--model", "right", "--benchmarks", "v2", *flags])
+    ((_, config),) = eval_robustness.open_models(args).values()
+    assert (config["input_size"], config["crop_pct"]) == ((3, size, size), crop)
+    line = "right: images of --img-size 24 --crop-pct 0.9, the model's own for tests; "
+    assert (line in capsys.readouterr().out) == (not flags)

@@ -13,10 +13,11 @@ for version; do
     trap 'rm -rf "$place"' EXIT
     python3 -m venv "$place/venv"
     "$place/venv/bin/pip" install -q "torch$version" numpy pytest hypothesis scikit-learn
-    cp sam_obf.py tests/test_sam_obf.py tests/test_fuzz.py examples/plain_loop.py "$place"
+    cp sam_obf.py tests/{brute_force,test_obf,test_perturbations,test_sam_*,test_fuzz}.py "$place"
+    cp examples/plain_loop.py "$place"
     cd "$place"
     venv/bin/python -c 'import sys, torch; print(f"\nPython {sys.version.split()[0]}, torch {torch.__version__}")'
-    venv/bin/python -m pytest -q -rs -p no:cacheprovider test_sam_obf.py test_fuzz.py
+    venv/bin/python -m pytest -q -rs -p no:cacheprovider .
     venv/bin/python plain_loop.py | tail -n 1
     cd - > /dev/null
     rm -rf "$place"

@@ -1,0 +1,74 @@
+"""What the experiments' scripts share: data files, numbers as text, tables on pages."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = (
+    "lr",
+    "rho",
+    "gamma",
+    "perturb_fraction",
+)  # that are text: as the sweep wrote them, or ""
+
+
+def read(file: Path) -> pd.DataFrame:
+    """A data file: a row for each run, or for each measurement of one."""
+    frame = pd.read_csv(file, dtype=dict.fromkeys(SETTINGS, str))
+    return frame.fillna({name: "" for name in SETTINGS if name in frame})
+
+
+def write(file: Path, rows: pd.DataFrame | list[dict]):
+    """Write a data file, and say how many rows it has: a sweep may not have ended."""
+    frame = pd.DataFrame(rows)
+    file.parent.mkdir(exist_ok=True)
+    frame.to_csv(file, index=False)
+    print(f"{file.name}: {len(frame)} rows")
+
+
+def spread(values, factor: float = 1.0) -> str:
+    """Mean ± standard deviation over seeds."""
+    values = factor * np.asarray(values, dtype=float)
+    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+
+
+def interval(middle: float, low: float, high: float) -> str:
+    """An estimate with its interval."""
+    return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table with a column for each key; a row may lack some."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[str(row.get(column, "")) for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fill(page: Path, script: str, tables: dict[str, Callable[[], list[dict]]]):
+    """Write tables to their places on a page, each between two comments.
+
+    A place is ``<!-- SCRIPT: NAME -->``, then whatever stands there now, then ``<!-- end -->``.
+
+    Args:
+        page: the file.
+        script: how the script is called, as in the comment.
+        tables: functions that return a table's rows, by name.
+
+    Raises:
+        SystemExit: a table has no place on the page, or a place no table.
+    """
+    text = page.read_text()
+    place = re.compile(rf"(<!-- {re.escape(script)}: (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    differing = {found[2] for found in place.finditer(text)} ^ tables.keys()
+    if differing:
+        raise SystemExit(
+            f"{page}: it and {script} differ in their tables: {', '.join(sorted(differing))}"
+        )
+    page.write_text(
+        place.sub(lambda found: f"{found[1]}\n{markdown(tables[found[2]]())}\n\n", text)
+    )

@@ -1,0 +1,160 @@
+"""experiments/cifar10: its tables on invented data, and whether its page is up to date."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy.special import expit, logit
+from scipy.stats import linregress
+
+from experiments import page
+from experiments.cifar10 import tables
+from robustness import statistics
+
+
+def rows_of(function) -> dict[str, dict]:
+    """A table's rows, by their first cell."""
+    return {next(iter(row.values())): row for row in function()}
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Data of three methods, three seeds and forty images; returns the runs, and who was right."""
+    monkeypatch.setattr(tables, "DATA", tmp_path)
+    rng, runs, right = np.random.default_rng(0), [], {}
+    for row in ("base", "SAM", "base, twice the epochs"):
+        for seed in range(3):
+            run = f"{row}, seed {seed}"
+            right[run] = rng.random(40) < 0.6
+            values = dict(zip(("nll", "ece", "clean", "corrupted"), rng.uniform(0.4, 0.6, 4)))
+            values |= {"rho": "", "top1": right[run].mean()}
+            runs.append({"run": run, "row": row, "seed": seed} | values)
+    seconds = [{"row": "base", "seconds": 4.0}, {"row": "SAM", "seconds": 8.4}]
+    page.write(tmp_path / "time.csv", seconds)
+    page.write(tmp_path / "runs.csv", runs)
+    for name in ("right", "right_corrupted"):
+        pd.DataFrame(right).to_parquet(tmp_path / f"{name}.parquet")
+    return pd.DataFrame(runs), right
+
+
+def test_accuracy_and_cost(data):
+    runs, _ = data
+    rows = rows_of(tables.methods_table)
+    values = 100 * runs["top1"][:3]
+    assert rows["base"]["test, %"] == f"{values.mean():.2f} ± {values.std():.2f}"
+    assert [rows[name]["time"] for name in rows] == ["1.00", "2.00", "2.10"]
+
+
+def test_differences_are_paired_by_seed_and_image(data):
+    _, right = data
+    pairs = [right[f"base, seed {i}"].astype(float) - right[f"SAM, seed {i}"] for i in range(3)]
+    expected = statistics.crossed(np.stack(pairs))
+    shown = rows_of(tables.differences_table)["base"]["above SAM"]
+    numbers = [100 * expected[key] for key in ("mean", "low", "high")]
+    assert shown == "{:+.2f} ({:+.2f} to {:+.2f})".format(*numbers)
+
+
+def test_only_seeds_that_both_rows_have_are_compared():
+    one = {0: np.zeros(4), 2: np.ones(4)}
+    other = {2: np.zeros(4), 0: np.zeros(4), 1: None}
+    assert tables.difference({"one": one, "other": other}, "one", "other")["mean"] == 0.5
+
+
+def test_the_readmes_table_has_the_pages_numbers(data):
+    headline, methods = rows_of(tables.headline_table), rows_of(tables.methods_table)
+    differences = rows_of(tables.differences_table)
+    assert list(headline) == ["SGD", "SAM", "SGD for twice the epochs"]
+    assert headline["SAM"]["points above SGD (95 %)"] == differences["SAM"]["above base"]
+    assert headline["SAM"]["time"] == methods["SAM"]["time"] and headline["SAM"]["n"] == 3
+
+
+def test_the_best_try_is_marked(data, tmp_path):
+    tries = ((0.1, 0.5), (0.2, 0.6))
+    rows = [{"row": "SAM", "lr": "", "rho": rho, "validation": top1} for rho, top1 in tries]
+    page.write(tmp_path / "tune.csv", rows)
+    assert tables.tuning_table() == [
+        {"method": "SAM", "try 1": "0.1: 50.00", "try 2": "**0.2: 60.00**"}
+    ]
+
+
+def test_transfer_pairs_each_row_with_its_rival(data, tmp_path):
+    rng, runs, right = np.random.default_rng(1), [], {}
+    for row in tables.TRANSFER:
+        for seed in range(3):
+            run = f"{row}, seed {seed}"
+            right[run] = rng.random(40) < 0.6
+            runs.append({"run": run, "row": row, "seed": seed, "before": 0.7 + seed / 100})
+    page.write(tmp_path / "transfer.csv", runs)
+    pd.DataFrame(right).to_parquet(tmp_path / "right_transfer.parquet")
+    pairs = [
+        right[f"obf, base, seed {i}"].astype(float) - right[f"sam, base, seed {i}"]
+        for i in range(3)
+    ]
+    row = rows_of(tables.transfer_table)["obf, base"]
+    assert row["before, on the first five, %"] == "71.00 ± 1.00"
+    assert row["points"] == f"{tables.points(statistics.crossed(np.stack(pairs)))} above sam, base"
+
+
+def test_points_above_the_line_are_those_of_all_runs(data):
+    runs, _ = data
+    line = linregress(logit(runs["clean"]), logit(runs["corrupted"]))
+    above = runs["corrupted"] - expit(line.slope * logit(runs["clean"]) + line.intercept)
+    assert tables.above_line().tolist() == pytest.approx(above.tolist())
+    expected = page.spread(above[3:6], 100)
+    assert rows_of(tables.robustness_table)["SAM"]["points above the line"] == expected
+
+
+@pytest.mark.parametrize(
+    "low, high, word",
+    [(0.1, 0.2, "supported"), (-0.2, -0.1, "contradicted"), (-1, 1, "undecided")],
+)
+def test_a_claim_is_decided_by_an_interval_without_zero(low, high, word):
+    assert tables.verdict({"low": low, "high": high}) == word
+
+
+def test_accuracy_by_m_is_of_what_was_trained_with_several_m(data, tmp_path):
+    own = {"method": "sam", "rho": 0.05}
+    rows = [own | {"m": m, "seed": s, "test": 0.6 + s / 100} for m in (16, 128) for s in (0, 2)]
+    own = {"method": "obf", "rho": 0.05}
+    rows += [own | {"m": m, "seed": s, "test": 0.5 + s / 100} for m in (16, 32) for s in (0, 1)]
+    rows.append({"method": "sam", "rho": 0.2, "m": 128, "seed": 0, "test": 0.9})
+    page.write(tmp_path / "m.csv", rows)
+    sam, obf = tables.m_table()
+    assert list(sam.values()) == ["sam", "0.05", "61.00 ± 1.41", "", "61.00 ± 1.41"]
+    assert list(obf.values()) == ["obf", "0.05", "50.50 ± 0.71", "50.50 ± 0.71", ""]
+    tables.draw_m(tmp_path / "m.png")
+    tables.draw_methods(tmp_path / "methods.png")
+    assert (tmp_path / "m.png").exists() and (tmp_path / "methods.png").exists()
+
+
+def test_runs_find_their_rows():
+    recipe = yaml.safe_load((page.ROOT / "recipes" / "cifar" / "scratch.yaml").read_text())
+    twice = {"method": "base", "epochs": str(2 * recipe["epochs"]), "seed": "1", "lr": "0.1"}
+    assert tables.row_of(twice) == "base, twice the epochs"
+    with pytest.raises(ValueError, match="no row of the table"):
+        tables.row_of({"method": "sam", "epochs": "7"})
+
+
+def test_a_page_has_a_place_for_every_table_and_no_other(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text("above\n<!-- script: one -->\nold\n<!-- end -->\nbelow\n")
+    made = {"one": lambda: [{"a": 1}, {"a": 2, "b": 3}]}
+    page.fill(file, "script", made)
+    text = file.read_text()
+    assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
+    assert "| a | b |\n| --- | --- |\n| 1 |  |\n| 2 | 3 |\n" in text
+    page.fill(file, "script", made)
+    assert file.read_text() == text
+    for wrong in ({}, made | {"two": list}):
+        with pytest.raises(SystemExit, match="differ in their tables"):
+            page.fill(file, "script", wrong)
+    assert file.read_text() == text
+
+
+def test_the_page_and_the_readme_have_the_tables_of_the_data():
+    for file, made in (
+        (tables.HERE / "README.md", tables.TABLES),
+        (page.ROOT / "README.md", {"headline": tables.headline_table}),
+    ):
+        for name, table in made.items():
+            assert page.markdown(table()) in file.read_text(), f"{name}: run {tables.SCRIPT}"

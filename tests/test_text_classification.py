@@ -1,0 +1,112 @@
+"""examples/text_classification.py on a tiny model and sentences of its own."""
+
+import csv
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install -r examples/requirements.txt"
+)
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import text_classification  # noqa: E402
+
+WORDS = {"animal": ["cat", "dog", "cow"], "tool": ["saw", "nail", "drill"]}
+FILLERS = ["the", "a", "one", "red", "big"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny BERT, and a tokenizer of the words above."""
+    folder = tmp_path_factory.mktemp("model")
+    words = ["[PAD]", "[UNK]", *FILLERS, *WORDS["animal"], *WORDS["tool"]]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    widths = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(words), **widths, intermediate_size=16)
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def write(folder, labels=("animal", "tool"), columns=("text", "label"), splits=("train", "test")):
+    folder.mkdir(exist_ok=True)
+    draw = random.Random(0)
+    for split in splits:
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            for _ in range(120):
+                kind = draw.choice(["animal", "tool"])
+                words = [*draw.choices(FILLERS, k=draw.randint(1, 4)), draw.choice(WORDS[kind])]
+                writer.writerow([" ".join(words), labels[kind == "tool"]])
+    return str(folder)
+
+
+@pytest.mark.parametrize("labels", [("animal", "tool"), (0, 1), (5, 9)])
+def test_table(tmp_path, model, labels, capsys):
+    data = write(tmp_path / "data", labels)
+    arguments = "--method base obf --rho 0.1 --seeds 0 1 --epochs 6 --lr 1e-2 --batch-size 8"
+    output = tmp_path / "models"
+    command = ["--model", model, "--dataset", data, *arguments.split(), "--output", str(output)]
+    text_classification.main(command)
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert re.fullmatch(r"method +rho +seeds +test +seconds", lines[0])
+    for line, (method, rho) in zip(lines[1:], (("base", "0"), ("obf", "0.1"))):
+        found = re.fullmatch(rf"{method} +{rho} +2 +([\d.]+) ± [\d.]+ +\d+", line)
+        assert float(found[1]) > 90
+    config = json.loads((output / "obf-1" / "config.json").read_text())
+    assert list(config["id2label"].values()) == [str(label) for label in labels]
+    classify = transformers.pipeline("text-classification", str(output / "obf-1"), device="cpu")
+    assert classify("the red cow")[0]["label"] == str(labels[0])
+
+
+def test_seeds_and_methods_differ_and_repeat(tmp_path, model):
+    splits, names = text_classification.load(write(tmp_path / "data"))
+
+    def nll(**options):
+        options = {"method": "base", "rho": 0.0, "epochs": 1, "lr": 1e-2, **options}
+        return text_classification.fine_tune(model, splits, names, **options)["test"]["nll"]
+
+    first = nll()
+    assert nll() == first
+    others = [nll(seed=1), nll(method="sam", rho=0.1), nll(method="obf", rho=0.1)]
+    others += [nll(method="obf", rho=0.1, gamma=0.0), nll(method="asam", rho=0.1)]
+    assert len({first, *others}) == 6
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--method sam --gamma 0.5", "--gamma is of --method obf"),
+        ("--method base --rho 0.5", "--rho has no effect on --method base"),
+        ("--method sam --rho 0", "--rho 0.0 must be above 0"),
+    ],
+)
+def test_settings_without_effect(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        text_classification.parse(["--dataset", "x", *flags.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_data_that_does_not_fit(tmp_path):
+    named = write(tmp_path / "named", columns=("sentence", "label"))
+    with pytest.raises(SystemExit, match="sentence, label; rename two to text and label"):
+        text_classification.load(named)
+    with pytest.raises(SystemExit, match="has the splits train: it needs train, and one to judge"):
+        text_classification.load(write(tmp_path / "alone", splits=("train",)))
+    unlabelled = tmp_path / "unlabelled"
+    write(unlabelled, splits=("train",))
+    write(unlabelled, labels=("animal", "machine"), splits=("test",))
+    with pytest.raises(SystemExit, match="test: a row has no label, or one that train does not"):
+        text_classification.load(str(unlabelled))
