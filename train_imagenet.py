@@ -45,19 +45,19 @@ def main(argv=None):
     job = build_job(args, create_model)
     if args.dry_run:
         return dry_run(job)
-    progress = run.start(job)  # from a checkpoint, if there is one to resume from
-    with Monitor(job, progress) as monitor:
-        while progress.epoch < args.epochs:
-            loop.train_epoch(job, progress, monitor.after_update)
-            run.save_checkpoint(job, progress)  # now: a kill in the evaluation costs no training
-            run.save_model(job, "last")
-            if run.due(args, progress, args.save_interval):
-                run.save_model(job, f"epochs/{progress.epoch + 1:04d}")
-            top1 = run.validate(job, progress)
-            if run.is_best(job, progress, top1):
-                run.save_model(job, "best")
-            monitor.end_epoch(top1)
-    return run.finish(job)
+    with run.started(job) as progress:  # from a checkpoint, if there is one to resume from
+        with Monitor(job, progress) as monitor:
+            while progress.epoch < args.epochs:
+                loop.train_epoch(job, progress, monitor.after_update)
+                run.save_checkpoint(job, progress)  # a kill in the evaluation costs no training
+                run.save_model(job, "last")
+                if run.due(args, progress, args.save_interval):
+                    run.save_model(job, f"epochs/{progress.epoch + 1:04d}")
+                top1 = run.validate(job, progress)
+                if run.is_best(job, progress, top1):
+                    run.save_model(job, "best")
+                monitor.end_epoch(top1)
+        return run.finish(job)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from timm.scheduler import create_scheduler_v2
 from torch.distributed.fsdp import StateDictType
 
 from common import checkpoints, data, loaders
-from common.device import use_fast_kernels
+from common.device import announce, use_fast_kernels
 from common.errors import InputError, did_you_mean
 from common.methods import ASAM, GSAM, METHODS
 from sam_obf import SAM, proportional_rho
@@ -102,6 +102,7 @@ def build_accelerator(args) -> Accelerator:
     if fsdp is not None and (fsdp.fsdp_version != 2 or fsdp.state_dict_type != full):
         needed = "fsdp_version: 2 and fsdp_state_dict_type: FULL_STATE_DICT"
         raise InputError(f"FSDP needs {needed}, as in fsdp2.yaml")
+    announce(accelerator)
     return accelerator
 
 

@@ -17,7 +17,7 @@ from timm.models import is_model_pretrained, push_to_hf_hub, resolve_model_input
 from timm.models._hub import save_config_for_hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from common.errors import InputError, lost_process
+from common.errors import InputError, lost_process, lost_worker
 
 FORMAT = 2  # of progress.json
 PAPER = (
@@ -82,7 +82,7 @@ def writing(folder: Path | str, needed: int = 0):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
-        if lost_process(error):
+        if lost_process(error) or lost_worker(error):
             raise
         folder = Path(folder)
         shutil.rmtree(folder / "draft", ignore_errors=True)
@@ -164,15 +164,27 @@ def read(path: Path, settings: dict) -> dict:
             truncated = f"{path / name} is truncated, {size} of {expected} bytes"
             raise InputError(f"{truncated}: {remedy}")
     for key in sorted({*saved, *settings}):
-        if saved.get(key) != settings.get(key):
-            remedy = "resume with the same settings"
-            if key == "m":  # the one setting whose default depends on the number of processes
-                remedy = f"resume with --m {saved[key]}"
-            raise InputError(
-                f"{path} is of a run with {key} {saved.get(key)!r}, and this one has "
-                f"{settings.get(key)!r}: {remedy}, or start anew in another --output"
-            )
+        before, now, remedy = saved.get(key), settings.get(key), "resume with the same settings"
+        if before == now:
+            continue
+        if key == "m":  # the one setting whose default depends on the number of processes
+            remedy = f"resume with --m {before}"
+        if key == "label_names":
+            key, before, now = _different_class(before, now)
+            remedy = "give it the classes that it had, in their order"
+        raise InputError(
+            f"{path} is of a run with {key} {before!r}, and this one has {now!r}: {remedy}, "
+            "or start anew in another --output"
+        )
     return progress
+
+
+def _different_class(before: list[str], now: list[str]) -> tuple:
+    """What the class names of two runs differ in: their number, or the first name."""
+    if len(before) != len(now):
+        return "number of classes", len(before), len(now)
+    number = next(i for i, names in enumerate(zip(before, now)) if names[0] != names[1])
+    return f"class {number}", before[number], now[number]
 
 
 def restore(accelerator, path: Path) -> None:
@@ -191,7 +203,7 @@ def restore(accelerator, path: Path) -> None:
             differ = "random numbers differ from those of an unbroken run"
             accelerator.print(f"{path} is of fewer processes: {differ}")
     except Exception as error:  # whatever unpickling a damaged file may raise
-        if lost_process(error):
+        if lost_process(error) or lost_worker(error):
             raise
         raise InputError(
             f"cannot load the checkpoint {path}: {error}. Remove it to resume from the one before"

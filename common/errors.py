@@ -34,6 +34,26 @@ def lost_process(error: Exception) -> bool:
     return lost or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+# Of images that do not come, and of workers that die.
+WORKER_REMEDY = (
+    "lower --workers (0 needs no shared memory) or the batch that is loaded at once, or give the "
+    "container more shared memory (docker run --shm-size 8g)"
+)
+
+
+def lost_worker(error: Exception) -> str:
+    """What to do about an error that says that a loader worker died, or has no shared memory."""
+    text = str(error)
+    if not isinstance(error, (RuntimeError, OSError)):
+        return ""
+    if "Bus error" in text or "shared memory" in text or "</torch_" in text:
+        return f"the shared memory (/dev/shm) of the loader workers is full: {WORKER_REMEDY}"
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpected" in text):
+        killed = "a loader worker was killed, as the system does when memory runs out"
+        return f"{killed}: lower --workers, or the batch that is loaded at once"
+    return ""
+
+
 @contextlib.contextmanager
 def clear_errors():
     """End the program with one line for what the user can mend, or if another process died."""
@@ -45,13 +65,15 @@ def clear_errors():
         saved = "what was saved is intact (training: go on with --resume auto)"
         print(f"\ninterrupted: {saved}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
+        anew = "What was saved is intact: the same command begins anew (training: --resume auto)"
+        if remedy := lost_worker(error):
+            raise SystemExit(f"error: {remedy}. {anew}") from None
         if not lost_process(error):
             raise
         raise SystemExit(
             "error: another process of this run died or cannot be reached; look for its own error "
-            f"({error}). What was saved is intact: start all processes anew with the same command "
-            "(training: with --resume auto)"
+            f"({error}). {anew}, in all processes"
         ) from None
     else:
         # Garbage may hold the process group, whose threads would go on. If one of them frees a

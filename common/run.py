@@ -1,5 +1,6 @@
 """The run around its loop: start or resume it, save, evaluate, and write what it found."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate.utils import set_seed
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from timm.utils import distribute_bn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -16,17 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from common import checkpoints, report
 from common.build import Job
-from common.errors import InputError
-from common.metrics import Top1
+from common.errors import WORKER_REMEDY, InputError
 from common.settings import resolved, shared_on_resume
 
 MODELS = ("last", "best", "epochs")  # folders of them in the output folder
-FILES = (
-    "metrics.jsonl",
-    "results.json",
-    "curves.png",
-    "curves.svg",
-)  # of a run, beside its settings
+# Of a run, beside its settings.
+FILES = ("metrics.jsonl", "results.json", "curves.png", "curves.svg")
+LOCK_WAIT = 20  # seconds, since loader workers of a killed run hold its lock for some
 REMEDY = "lower lr or rho, or set clip_grad, and start anew; what was saved before is intact"
 
 
@@ -49,19 +47,43 @@ class Progress:
         self.loss = self.right = self.seconds = 0.0
 
 
+@contextlib.contextmanager
+def started(job: Job):
+    """Lock the output folder; start or resume the run in it; give its ``Progress``.
+
+    Raises:
+        InputError: another run has the lock, the Hub does not take the model, or as ``start``.
+    """
+    output = Path(job.args.output)
+    lock = FileLock(output / ".run.lock")
+    with checkpoints.fail_together(job.accelerator), checkpoints.writing(output):
+        if job.accelerator.is_main_process:
+            if job.args.push_to_hub:
+                checkpoints.check_hub(job.args.push_to_hub)
+            output.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(LOCK_WAIT)
+            except Timeout as error:
+                remedy = "stop it, wait for its end, or choose another --output"
+                raise InputError(f"another run writes into {output}: {remedy}") from error
+    try:
+        yield start(job)
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            output.rmdir()  # if there is nothing in it: the run did not start
+
+
 def start(job: Job) -> Progress:
     """Make the output folder ready, and load the checkpoint to resume from, if any.
 
     Raises:
         InputError: there is no such checkpoint, or it is of another run; the folder cannot be
-            written, or has models but no checkpoints; the Hub does not take the model.
+            written, or has models but no checkpoints.
     """
     args, accelerator, output = job.args, job.accelerator, Path(job.args.output)
     # Each process draws dropout and random perturbations of its own.
     set_seed(args.seed, device_specific=True)
-    with checkpoints.fail_together(accelerator):
-        if args.push_to_hub and accelerator.is_main_process:
-            checkpoints.check_hub(args.push_to_hub)
     checkpoint = find_checkpoint(args)
     progress = Progress()
     if checkpoint:
@@ -125,8 +147,7 @@ def identity(job: Job) -> dict:
     """What a run must have in common with the checkpoint that it resumes from."""
     # FSDP2 perturbs with the micro-batches of all processes together.
     processes = job.accelerator.num_processes if job.accelerator.is_fsdp2 else None
-    num_classes = job.accelerator.unwrap_model(job.model).num_classes
-    others = {"fsdp2_processes": processes, "num_classes": num_classes}
+    others = {"fsdp2_processes": processes, "label_names": job.batches.label_names}
     return shared_on_resume(job.args) | others
 
 
@@ -197,15 +218,19 @@ def validate(job: Job, progress: Progress) -> float | None:
 
 def evaluate_top1(job: Job, loader) -> dict:
     """Top-1, in [0, 1], and the number of examples of a prepared loader, in every process."""
-    metric = Top1(keep_in_memory=True)
+    right, examples = torch.zeros((), device=job.accelerator.device), 0
     job.model.eval()
     for batch in loader:
         with torch.no_grad():
             predictions = job.model(job.batches.to_input(batch["image"])).argmax(-1)
         pair = (predictions, batch["label"])
-        predictions, references = job.accelerator.gather_for_metrics(pair)
-        metric.add_batch(predictions=predictions.cpu(), references=references.cpu())
-    return metric.compute()
+        predictions, labels = job.accelerator.gather_for_metrics(pair)
+        right += (predictions == labels).sum()
+        examples += len(labels)
+    expected = len(loader.dataset) if hasattr(loader.dataset, "__len__") else examples
+    if examples != expected:
+        raise InputError(f"{examples} of {expected} images came to be evaluated: {WORKER_REMEDY}")
+    return {"top1": right.item() / examples, "examples": examples}
 
 
 def is_best(job: Job, progress: Progress, top1: float | None) -> bool:

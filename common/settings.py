@@ -217,8 +217,10 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
         print(yaml.safe_dump(resolved(args), sort_keys=False), end="")
         raise SystemExit
     check_decoder(args.decoder)
+    output = Path(os.path.abspath(args.output))
+    check_writable(output)
     if not args.dry_run:
-        check_output(args)
+        check_earlier_run(args, output)
     return args
 
 
@@ -283,24 +285,33 @@ def check_decoder(decoder: str) -> None:
         ) from error
 
 
-def check_output(args) -> None:
-    """Check that the output folder can be written, and that an earlier run there may be changed.
+def check_writable(output: Path) -> None:
+    """Check that the output folder can be written, or else be made, by trying it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    place = next(path for path in (output, *output.parents) if os.path.exists(path))
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        reason = "is a file" if place.is_file() else f"may not be written ({error.strerror})"
+        choose = "choose another --output"
+        raise InputError(f"cannot write to {output}: {place} {reason}; {choose}") from error
+
+
+def check_earlier_run(args, output: Path) -> None:
+    """Check that an earlier run in the output folder is replaced or continued only if asked to.
 
     Raises:
         InputError: it is not so.
     """
-    output = Path(os.path.abspath(args.output))
-    place = next(path for path in (output, *output.parents) if os.path.exists(path))
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        reason = "may not be written" if place.is_dir() else "is a file"
-        choose = "choose another --output"
-        raise InputError(f"cannot write to {args.output}: {place} {reason}; {choose}")
     resumed = output if args.resume == "auto" else Path(os.path.abspath(args.resume or "/"))
     continues = output in (resumed, *resumed.parents)
     if continues and args.overwrite:
         both = f"--resume {args.resume} continues the run that --overwrite would replace"
         raise InputError(f"{both}: drop one of them")
-    if place == output and not (continues or args.overwrite):
+    if output.exists() and not (continues or args.overwrite):
         raise InputError(
             f"{args.output} exists: continue that run with --resume auto, replace it with "
             "--overwrite, or choose another --output"

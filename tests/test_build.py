@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 
 import finetune_cifar
 import train_imagenet
-from common import build, device, loop, settings
+from common import build, loop, settings
 from common.errors import InputError
 from sam_obf import SAM
 
@@ -150,16 +150,6 @@ def test_a_model_is_compiled_by_one_backend(accelerator, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(settings.InputError, match="--torchcompile eager and Accelerate's --dynamo_backend inductor"):
         build.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
-
-
-def test_fast_kernels_are_for_a_gpu(monkeypatch):
-    matmul, cudnn = Namespace(allow_tf32=False), Namespace(benchmark=False)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
-    device.use_fast_kernels(torch.device("cpu"))
-    assert not matmul.allow_tf32 and not cudnn.benchmark
-    device.use_fast_kernels(torch.device("cuda"))
-    assert matmul.allow_tf32 and cudnn.benchmark
 
 
 @pytest.mark.parametrize("script", [train_imagenet, finetune_cifar])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from helpers import (
     ROOT,
     TORCHRUN,
@@ -333,16 +334,37 @@ def test_resumed_run_on_fewer_processes_keeps_the_m_that_nobody_gave(tmp_path, i
     in_process(path, tmp_path / "run", "--resume", "auto", "--m", "4")
 
 
-def test_checkpoint_of_other_classes_is_refused(tmp_path, images):
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (("cat", "dog", "emu"), "is of a run with number of classes 2, and this one has 3"),
+        (("cat", "wolf"), "is of a run with class 1 'dog', and this one has 'wolf'"),
+        (("dog", "cub"), "is of a run with class 0 'cat', and this one has 'cub'"),
+    ],
+)
+def test_checkpoint_of_other_classes_is_refused(tmp_path, images, names, words):
+    """Also of classes that were renamed, or whose order another name changes."""
     path, output = short_run(tmp_path, images)
-    for split in ("train", "val"):
-        shutil.copytree(images / split / "cat", images / split / "emu")
+    other = write_folder(tmp_path / "other", classes=names, images=8)
+    whole, moved = shutil.move(images, tmp_path / "whole"), shutil.copytree(other, images)
     try:
-        with pytest.raises(InputError, match=r"is of a run with num_classes 2, and this one has 3"):
+        with pytest.raises(InputError, match=f"{words}: give it the classes that it had"):
             in_process(path, output, "--resume", "auto")
     finally:
-        for split in ("train", "val"):
-            shutil.rmtree(images / split / "emu")
+        shutil.rmtree(moved)
+        shutil.move(whole, images)
+
+
+def test_two_runs_in_one_folder_are_one_too_many(tmp_path, images, monkeypatch):
+    path, output = short_run(tmp_path, images)
+    before = (output / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(run, "LOCK_WAIT", 0.1)
+    with FileLock(output / ".run.lock"):
+        for flag in (["--resume", "auto"], ["--overwrite"]):
+            with pytest.raises(InputError, match=f"another run writes into {output}: stop it"):
+                in_process(path, output, *flag)
+    assert (output / "metrics.jsonl").read_bytes() == before
+    in_process(path, output, "--resume", "auto")  # the lock went with its holder
 
 
 @pytest.mark.slow

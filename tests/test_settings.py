@@ -1,6 +1,7 @@
 """Recipes and flags: who wins, and what a user reads when they are wrong."""
 
-import os
+import errno
+import tempfile
 
 import pytest
 import yaml
@@ -154,6 +155,14 @@ def test_a_run_resumed_from_elsewhere_does_not_replace_another(tmp_path):
 def test_output_where_nothing_can_be_written(tmp_path, monkeypatch, kind, words):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "folder")  # root may write anywhere
-    with pytest.raises(InputError, match=f"cannot write to .*{words}; choose another --output"):
-        parse(tmp_path, None, "--output", str(tmp_path / kind / "below" / "run"))
+    temporary_file = tempfile.TemporaryFile
+
+    def refuse(dir):
+        if dir == tmp_path / "folder":  # root may write anywhere
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return temporary_file(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    for flags in ((), ("--dry-run",)):
+        with pytest.raises(InputError, match=f"cannot write to .*{words}.*; choose another --output"):
+            parse(tmp_path, None, "--output", str(tmp_path / kind / "below" / "run"), *flags)
