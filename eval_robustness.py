@@ -19,8 +19,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import resolve_data_config
 
 from common import checkpoints, loaders, progress, settings
-from common.device import use_fast_kernels
-from common.errors import InputError, clear_errors
+from common.device import announce, use_fast_kernels
+from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import some
 from robustness import corruptions, labels, predictions, published, report, sets, statistics
 from robustness.sets import Protocol
@@ -369,8 +369,8 @@ def check_none_lost(which, args, total, sent, received, unreadable):
     expected = sent if total is None else total - (variants(args) - 1) * unreadable
     if not sent == received == expected:
         raise InputError(
-            f"{which}: {received:,} of {expected:,} images arrived from the data loading "
-            f"processes, and nothing of this pass was saved: try --workers 0"
+            f"{which}: {received} of {expected} images came to be evaluated, and nothing of this "
+            f"pass was saved: {WORKER_REMEDY}"
         )
 
 
@@ -709,6 +709,7 @@ def main(argv=None):
     args = parse(argv)
     settings.make_output(args.output)
     accelerator = Accelerator()
+    announce(accelerator)
     use_fast_kernels(accelerator.device)
     models = open_models(args)
     opened = open_sets(args, accelerator, models)
@@ -717,8 +718,7 @@ def main(argv=None):
         passes = [f"{model} on {which}" for model in models for which in opened]
         files = f"{output}/results.json and accuracy.png"
         settings.announce_replacement(files, earlier_passes(output), passes)
-    with loaders.explain_workers():
-        tables, notes = evaluate_all(args, accelerator, models, opened)
+    tables, notes = evaluate_all(args, accelerator, models, opened)
     if not accelerator.is_main_process:
         return None
     summary, words = summarise(args, tables)

@@ -24,7 +24,8 @@ from timm.layers import set_fused_attn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from common import build, checkpoints, data, loaders, progress, settings
-from common.errors import InputError, clear_errors
+from common.device import announce
+from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import some
 from common.methods import METHODS
 from common.report import pairs
@@ -276,14 +277,10 @@ def read_images(args, accelerator, split, config):
     dataset = loaders.Images(split, loaders.evaluation_transform(config))
     workers = min(args.workers, len(split) // loaders.IMAGES_PER_WORKER)
     options = loaders.worker_options(accelerator, workers)
-    with loaders.explain_workers():
-        parts = list(DataLoader(dataset, args.batch_size, **options))
+    parts = list(DataLoader(dataset, args.batch_size, **options))
     images, labels = (torch.cat([part[name] for part in parts]) for name in ("image", "label"))
     if len(images) != len(split):
-        raise InputError(
-            f"{len(images):,} of {len(split):,} images arrived from the data loading processes: "
-            f"try --workers 0"
-        )
+        raise InputError(f"{len(images)} of {len(split)} images were read: {WORKER_REMEDY}")
     return images, labels
 
 
@@ -538,7 +535,7 @@ def open_images(args, accelerator, runs):
     return split
 
 
-def announce(args, runs, output):
+def announce_lost_rows(args, runs, output):
     """Say which rows of an earlier table will be gone."""
     planned = []
     for run in runs:
@@ -593,6 +590,7 @@ def main(argv=None):
     args = parse(argv)
     settings.make_output(args.output)
     accelerator = Accelerator()
+    announce(accelerator)
     set_fused_attn(False)  # it has no second derivatives
     runs = [read_run(Path(folder).expanduser(), args.epochs) for folder in args.runs]
     check_alike(runs)
@@ -601,7 +599,7 @@ def main(argv=None):
     split = open_images(args, accelerator, runs)
     output = Path(args.output)
     if accelerator.is_main_process:
-        announce(args, runs, output)
+        announce_lost_rows(args, runs, output)
     measured = measure_all(args, accelerator, runs, split)
     if not accelerator.is_main_process:
         return None

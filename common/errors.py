@@ -42,7 +42,7 @@ WORKER_REMEDY = (
 
 
 def lost_worker(error: Exception) -> str:
-    """What to do about an error that says that a loader worker died, or has no shared memory."""
+    """What to do about an error that says that a loader worker died, hangs or lacks memory."""
     text = str(error)
     if not isinstance(error, (RuntimeError, OSError)):
         return ""
@@ -51,6 +51,9 @@ def lost_worker(error: Exception) -> str:
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpected" in text):
         killed = "a loader worker was killed, as the system does when memory runs out"
         return f"{killed}: lower --workers, or the batch that is loaded at once"
+    if "DataLoader timed out" in text:
+        stuck = f"no batch came from the loader workers ({text})"
+        return f"{stuck}: see whether the disk answers, and try --workers 0"
     return ""
 
 

@@ -1,6 +1,5 @@
 """From images to batches: transforms, order, streams, and the loaders of a run."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -465,19 +464,10 @@ def train_batches(args, accelerator, split, transform, loaded):
 
 
 def on_device(batches, device: torch.device):
-    """The same batches on a device; a copy to a GPU does not wait for what that still computes.
-
-    Raises:
-        InputError: as ``explain_workers``.
-    """
-    with explain_workers():
-        if device.type == "cuda":
-            yield from _on_gpu(batches, device)
-        else:
-            yield from (send_to_device(batch, device) for batch in batches)
-
-
-def _on_gpu(batches, device):
+    """The same batches on a device; a copy to a GPU does not wait for what that still computes."""
+    if device.type != "cuda":
+        yield from (send_to_device(batch, device) for batch in batches)
+        return
     copying, computing = _copying_stream(device), torch.cuda.current_stream(device)
     for batch in batches:
         with torch.cuda.stream(copying):
@@ -553,30 +543,3 @@ def _outlive_sigterm(_):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
-
-
-@contextlib.contextmanager
-def explain_workers():
-    """Turn what a loader says of a worker that died, or got stuck, into an ``InputError``.
-
-    It may come at any moment, as torch raises it when the system reports the death.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if "shared memory" in text or "/torch_" in text or "Bus error" in text:
-            reason = "there is not enough shared memory (/dev/shm) for the batches of its workers"
-            remedy = "use --workers 0 or smaller batches, or enlarge it (docker run --shm-size=8g)"
-        elif "DataLoader worker" in text and "Caught" not in text:
-            reason = f"a data loading process died ({text.splitlines()[0].strip()})"
-            remedy = "if memory ran out, use fewer --workers or smaller batches"
-        elif "DataLoader timed out" in text:
-            reason = f"no batch came from the data loading processes in {TIMEOUT} seconds"
-            remedy = "see whether the disk answers, and try --workers 0"
-        else:
-            raise
-        raise InputError(
-            f"{reason}: {remedy}. What was saved is intact: training goes on with --resume auto, "
-            f"an evaluation with the same command"
-        ) from error
