@@ -44,7 +44,11 @@ class SAMTrainer(Trainer):
             raise ValueError("SAM cannot follow DeepSpeed's sharding: launch with DDP or FSDP2")
         self.rho, self.adaptive, self.forget = rho, adaptive, forget
         own = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self.next_token = type(own).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        # Whether the logits at a token are judged by the next one, as those of language models.
+        self.next_token = type(own).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or (
+            getattr(own, "loss_type", None) == "ForConditionalGeneration"
+            and not own.config.is_encoder_decoder
+        )
         # Other models than these take num_items_in_batch, but many (BERT) do not divide by it:
         # their gradients would add up over accumulation steps and processes.
         self.model_accepts_loss_kwargs &= self.next_token

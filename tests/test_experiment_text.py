@@ -2,17 +2,15 @@
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements.txt")
-FOLDER = Path(__file__).parent.parent / "experiments" / "text"
-sys.path.insert(0, str(FOLDER))
-import run  # noqa: E402
+from experiments.text import run, tables
 
 
 def pretend(output, point, accuracy):
@@ -131,3 +129,70 @@ def test_workers_share_and_a_result_is_whole(tmp_path, monkeypatch):
         run.make_one(args, third)
     monkeypatch.setattr(run, "run", made_up)
     assert run.result_of(tmp_path, third[0]) is None and run.make_one(args, third)
+
+
+def seeds_file(folder, differences):
+    """Runs of one setting: base for twice the epochs at 80 %, other rows above it by seed."""
+    rows = []
+    for row in run.ROWS:
+        for seed, points in enumerate(differences.get(row, [0.0] * 5)):
+            one = {"setting": "trec-5452", "row": row, "lr": 1e-4, "rho": 0.1, "seed": seed}
+            rows.append({**one, "accuracy": 0.8 + points / 100, "nll": 1.0, "cpu_seconds": 2.0})
+    rows.append({**rows[0], "seed": 99})  # a seed that other rows lack
+    frame = pd.DataFrame(rows, columns=[*tables.COLUMNS, "fitted", "fitted_wrong", *tables.COST])
+    frame.to_csv(folder / "seeds.csv", index=False)
+
+
+def test_what_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "DATA", tmp_path)
+    ahead = {
+        "SAM": [2.0, 2.2, 1.8, 2.1, 1.9],
+        "OBF, gamma 1": [0.1, -0.1, 0.2, -0.2, 0.01],
+        "OBF, gamma to 0": [4.0, -4.0, 3.0, -3.0, 0.1],
+        "ASAM": [-0.3, -0.31, -0.29, -0.3, -0.3],
+    }
+    seeds_file(tmp_path, ahead)
+    rows = tables.decisive()
+    assert {row["n"] for row in rows} == {5} and len(rows) == 6
+    p = []
+    for row, other in tables.COMPARISONS:
+        x = np.subtract(ahead[row], ahead.get(other, 0.0))
+        t = x.mean() / (x.std(ddof=1) / 5**0.5)
+        p.append(2 * student.sf(abs(t), 4))
+        half = student.ppf(0.975, 4) * x.std(ddof=1) / 5**0.5
+        text = f"{x.mean():+.2f} ({x.mean() - half:+.2f} to {x.mean() + half:+.2f})"
+        assert rows[len(p) - 1]["points"] == text
+    corrected, most = {}, 0.0
+    for rank, i in enumerate(np.argsort(p)):
+        most = max(most, min(1.0, (6 - rank) * p[i]))
+        corrected[i] = f"{most:.3f}"
+    assert [row["p, Holm"] for row in rows] == [corrected[i] for i in range(6)]
+    assert [row["verdict"] for row in rows] == [
+        "shown, and it matters",
+        "too small to matter",
+        "not shown",
+        "shown worse",
+        "shown worse, and it matters",
+        "not shown",
+    ]
+
+
+def test_every_row_against_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "DATA", tmp_path)
+    seeds_file(tmp_path, {"base": [1.0, 2.0, 3.0, 2.0, 2.0]})
+    rows = tables.accuracy()
+    assert [row["row"] for row in rows] == list(run.ROWS)
+    assert rows[0]["test, %"] == "82.00 ± 0.71" and rows[0]["points above base"] == ""
+    assert rows[2]["points above base"] == "-2.00 (-2.88 to -1.12)" and rows[2]["time"] == "1.00"
+    assert "wrong labels given back, %" not in rows[0]
+
+
+def test_collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "DATA", tmp_path / "data")
+    make_all(tmp_path / "text", "trec-1000", lambda point: 0.5)
+    tables.collect(tmp_path)
+    tries, seeds = (pd.read_csv(tmp_path / "data" / f"{name}.csv") for name in ("tune", "seeds"))
+    assert len(tries) == 48 and len(seeds) == 60
+    assert list(seeds["row"][:20]) == ["base"] * 10 + ["base, twice the epochs"] * 10
+    shown = tables.tuning()
+    assert shown[0]["lr or rho: held out, %"].startswith("**2e-06: 50.0**, 5e-06: 50.0, ")

@@ -1,6 +1,6 @@
 """The runs of plan.md, one JSON file each: tuning on held-out sentences, then the seeds.
 
-    python experiments/text/run.py --model MODEL --trec TREC --sst5 SST5 --output outputs/text
+    python -m experiments.text.run --model MODEL --trec TREC --sst5 SST5 --output outputs/text
 
 Start it again to go on, and as often as there are cores: the workers share the output folder.
 ``--stop-after SETTING`` ends after that setting.

@@ -1,0 +1,159 @@
+"""The tables of this page, from the files in data/; run it from the repository's root.
+
+python -m experiments.text.tables                    # write the tables anew
+python -m experiments.text.tables --collect outputs  # first make data/ anew, from outputs/text
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import ttest_1samp
+from statsmodels.stats.multitest import multipletests
+
+from experiments.page import fill, interval, spread, write
+from experiments.text.run import ROWS, SETTINGS
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"
+SCRIPT = "python -m experiments.text.tables"
+TWICE = "base, twice the epochs"
+# Which row is to be better than which: those that decide, by the plan.
+COMPARISONS = [
+    *((row, TWICE) for row in ("SAM", "OBF, gamma 1", "OBF, gamma to 0", "ASAM")),
+    ("OBF, gamma 1", "SAM"),
+    ("OBF, gamma to 0", "SAM"),
+]
+# Points of accuracy that would matter, by the plan; elsewhere it is 1.
+SIZE = {"trec-5452": 0.5}
+COLUMNS = ["setting", "row", "lr", "rho", "seed", "accuracy", "nll"]
+COST = ["updates", "seconds", "cpu_seconds"]
+
+
+def collect(outputs: Path):
+    """Make the data files from the runs that are there."""
+    for part, columns in (
+        ("tune", [*COLUMNS, *COST]),
+        ("seeds", [*COLUMNS, "fitted", "fitted_wrong", *COST]),
+    ):
+        files = sorted((outputs / "text").glob(f"*/{part}/*.json"))
+        runs = pd.DataFrame([json.loads(file.read_text()) for file in files], columns=columns)
+        order = {name: i for i, name in enumerate([*SETTINGS, *ROWS])}
+        keys = ["setting", "row", "lr", "rho", "seed"]
+        runs = runs.sort_values(
+            keys, key=lambda own: own.map(order) if own.name in keys[:2] else own
+        )
+        write(DATA / f"{part}.csv", runs.round(6))
+
+
+def runs_of(setting: str) -> pd.DataFrame:
+    """The runs of the seeds that every row of the setting has."""
+    runs = pd.read_csv(DATA / "seeds.csv")
+    runs = runs[runs["setting"] == setting]
+    whole = runs.groupby("seed")["row"].nunique() == len(ROWS)
+    return runs[runs["seed"].isin(whole[whole].index)]
+
+
+def measured() -> dict[str, pd.DataFrame]:
+    """The runs of each setting that has at least two seeds."""
+    found = {setting: runs_of(setting) for setting in SETTINGS}
+    return {setting: runs for setting, runs in found.items() if runs["seed"].nunique() > 1}
+
+
+def difference(runs: pd.DataFrame, row: str, other: str) -> dict[str, float]:
+    """Points of accuracy of a row above another, paired by seed: Student's t."""
+    by_seed = 100 * runs.pivot(index="seed", columns="row", values="accuracy")
+    result = ttest_1samp(by_seed[row] - by_seed[other], 0)
+    low, high = result.confidence_interval(0.95)
+    mean = float((by_seed[row] - by_seed[other]).mean())
+    return {"mean": mean, "low": float(low), "high": float(high), "p": float(result.pvalue)}
+
+
+def verdict(found: dict, size: float) -> str:
+    """What the plan says of a difference whose p value, ``holm``, is corrected."""
+    if found["holm"] < 0.05:
+        worse = " worse" if found["mean"] < 0 else ""
+        return f"shown{worse}, and it matters" if abs(found["mean"]) >= size else f"shown{worse}"
+    if max(-found["low"], found["high"]) < size:
+        return "too small to matter"
+    return "not shown"
+
+
+def decisive() -> list[dict]:
+    """The comparisons that decide, corrected within each setting."""
+    rows = []
+    for setting, runs in measured().items():
+        found = [difference(runs, *pair) for pair in COMPARISONS]
+        corrected = multipletests([one["p"] for one in found], method="holm")[1]
+        for (row, other), one, holm in zip(COMPARISONS, found, corrected):
+            rows.append(
+                {
+                    "setting": f"`{setting}`",
+                    "n": runs["seed"].nunique(),
+                    "comparison": f"{row} against {other}",
+                    "points": interval(one["mean"], one["low"], one["high"]),
+                    "p, Holm": f"{holm:.3f}",
+                    "verdict": verdict({**one, "holm": holm}, SIZE.get(setting, 1.0)),
+                }
+            )
+    return rows or [{"": "no setting has two seeds yet"}]
+
+
+def accuracy() -> list[dict]:
+    """Each row in each setting, with its cost."""
+    rows = []
+    for setting, runs in measured().items():
+        base = runs[runs["row"] == "base"]["cpu_seconds"].mean()
+        for row in ROWS:
+            own = runs[runs["row"] == row]
+            above = difference(runs, row, "base")
+            line = {
+                "setting": f"`{setting}`",
+                "row": row,
+                "n": len(own),
+                "lr": f"{own['lr'].iloc[0]:g}",
+                "rho": f"{own['rho'].iloc[0]:g}",
+                "test, %": spread(own["accuracy"], 100),
+                "points above base": "",
+                "NLL": spread(own["nll"]),
+                "time": f"{own['cpu_seconds'].mean() / base:.2f}",
+            }
+            if row != "base":
+                line["points above base"] = interval(above["mean"], above["low"], above["high"])
+            if own["fitted_wrong"].notna().all():
+                line["wrong labels given back, %"] = spread(own["fitted_wrong"], 100)
+            rows.append(line)
+    return rows or [{"": "no setting has two seeds yet"}]
+
+
+def tuning() -> list[dict]:
+    """Accuracy on the sentences held out, for every value that was tried."""
+    tries, rows = pd.read_csv(DATA / "tune.csv"), []
+    for (setting, row), own in tries.groupby(["setting", "row"], sort=False):
+        tuned = ROWS[row][0]
+        cells = [f"{x:g}: {100 * y:.1f}" for x, y in zip(own[tuned], own["accuracy"])]
+        best = int(own["accuracy"].reset_index(drop=True).idxmax())
+        cells[best] = f"**{cells[best]}**"
+        values = ", ".join(cells)
+        rows.append({"setting": f"`{setting}`", "row": row, "lr or rho: held out, %": values})
+    return rows or [{"": "nothing is tuned yet"}]
+
+
+TABLES = {"decisive": decisive, "accuracy": accuracy, "tuning": tuning}
+
+
+def main(argv=None):
+    """Run as from the command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--collect", type=Path, metavar="OUTPUTS", help="make data/ from the runs there")
+    args = p.parse_args(argv)
+    if args.collect:
+        collect(args.collect)
+    fill(HERE / "README.md", SCRIPT, TABLES)
+
+
+if __name__ == "__main__":
+    main()
