@@ -799,10 +799,11 @@ def _gradients_aside(params, marks, *, keep_new):
     all ways to zero gradients remove such a tensor, or make it require none. Yields a function to
     call after the pass, before its gradients are used; it tells whether the hidden ones are kept.
     """
-    before = [(p, p.grad) for p in params]
-    marked = min((p for p in marks if p.grad is not None), key=torch.numel, default=None)
+    hidden, marked = [(p, grad) for p in params if (grad := p.grad) is not None], None
+    if hidden:
+        marked = min((p for p in marks if p.grad is not None), key=torch.numel, default=None)
     kept = marked is not None
-    for p in params:
+    for p, _ in hidden:
         p.grad = None
     if marked is not None:
         marked.grad = mark = torch.zeros_like(marked, requires_grad=True)
@@ -821,13 +822,13 @@ def _gradients_aside(params, marks, *, keep_new):
     try:
         yield settle
     except BaseException:
-        for p, grad in before:
-            p.grad = grad
+        keep_new, kept = False, True
         raise
-    for p, grad in before:
-        new = p.grad if keep_new else None
-        old = grad if kept or marked is None else None
-        p.grad = new if old is None else old if new is None else old.add_(new)
+    finally:
+        for p in () if keep_new else params:
+            p.grad = None
+        for p, grad in hidden if kept or marked is None else ():
+            p.grad = grad if p.grad is None else grad.add_(p.grad)
 
 
 @contextlib.contextmanager
@@ -945,7 +946,7 @@ def _subtract_orthogonal(chunks, weight):
 
     def dot(left, right):
         products = []
-        for a, b in zip(map(_real, left), map(_real, right)):
+        for a, b in zip(left, right):
             # In the order of memory: channels_last needs no copy, either.
             order = sorted(range(a.dim()), key=a.stride, reverse=True)
             a, b = (t.permute(order).reshape(-1) for t in (a, b))
@@ -955,7 +956,10 @@ def _subtract_orthogonal(chunks, weight):
     pairs = []
     for params, grads, *_ in chunks:
         kept = [(p.grad, g) for p, g in zip(params, grads) if p.grad is not None]
-        pairs.append((_local([gp for gp, _ in kept]), [g for _, g in kept]))
+        gps, gs = _local([gp for gp, _ in kept]), [g for _, g in kept]
+        if params[0].is_complex():
+            gps, gs = list(map(_real, gps)), list(map(_real, gs))
+        pairs.append((gps, gs))
     product = _total(chunks, [dot(gps, gs) for gps, gs in pairs])
     square = _total(chunks, [dot(gps, gps) for gps, _ in pairs])
     # A gp of zero, or one that overflowed, has no direction to project on.

@@ -1,6 +1,7 @@
-"""SAM with output bias forgetting under Accelerate: mixed precision, several processes, accumulation.
+"""SAM with output bias forgetting under Accelerate: mixed precision, processes, accumulation.
 
-``accelerate launch accelerate_loop.py``, or ``ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 accelerate_loop.py``
+``accelerate launch accelerate_loop.py``, or on two CPU processes
+``ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 accelerate_loop.py``
 """
 
 import torch
@@ -17,30 +18,28 @@ ACCUMULATION = 2
 set_seed(0)
 accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATION)
 digits = load_digits()
-images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+labels = torch.tensor(digits.target)
 train = DataLoader(TensorDataset(images[:1200], labels[:1200]), batch_size=25, shuffle=True)
 test = DataLoader(TensorDataset(images[1200:], labels[1200:]), batch_size=100)
 
 model = nn.Sequential(
-    nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)
+    nn.Conv2d(1, 32, 3),
+    nn.ReLU(),
+    nn.Conv2d(32, 64, 3),
+    nn.ReLU(),
+    nn.Flatten(),
+    nn.Linear(1024, 10),
 )
 loss_fn, forget = nn.CrossEntropyLoss(), OutputBiasForgetting(gamma=1.0)
 sam = SAM(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), model, rho=0.05)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(sam, 10 * 24)
 model, optimizer, scheduler, train, test = accelerator.prepare(model, sam, scheduler, train, test)
 
-
-def ascent(x, y):
-    with accelerator.no_sync(model):  # each process perturbs with its own micro-batch
-        return forget(model(x), y)
-
-
 for epoch in range(10):
     for x, y in train:
-        with (
-            sam.perturbed(lambda: ascent(x, y), loss_weight=1 / ACCUMULATION, grad_scaler=accelerator.scaler),
-            accelerator.accumulate(model),
-        ):
+        options = {"loss_weight": 1 / ACCUMULATION, "grad_scaler": accelerator.scaler}
+        with accelerator.accumulate(model), sam.perturbed(lambda: forget(model(x), y), **options):
             loss = loss_fn(model(x), y)
             accelerator.backward(loss)
         optimizer.step()

@@ -3,10 +3,16 @@
 import numpy as np
 import pandas as pd
 import pytest
+import timm
+import torch
 import yaml
+from helpers import fresh_process
+from PIL import Image
 from scipy.special import expit, logit
 from scipy.stats import linregress
+from timm.models import save_for_hf
 
+import eval_robustness
 from experiments import page
 from experiments.cifar10 import tables
 from robustness import statistics
@@ -133,6 +139,39 @@ def test_runs_find_their_rows():
     assert tables.row_of(twice) == "base, twice the epochs"
     with pytest.raises(ValueError, match="no row of the table"):
         tables.row_of({"method": "sam", "epochs": "7"})
+
+
+def test_data_is_collected_from_what_sweep_and_evaluation_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "DATA", tmp_path / "data")
+    outputs = tmp_path / "cifar10"
+    rng, classes = np.random.default_rng(0), ["cat", "dog"]
+    for name in (f"{label}/{i}.png" for label in classes for i in range(4)):
+        file = tmp_path / "images" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=2)
+    run = outputs / "methods" / "runs" / "method=sam,rho=0.05,seed=3"
+    names = {"label_names": classes}
+    config = {"input_size": (3, 32, 32)}
+    options = {"model_config": names, "data_config": config, "safe_serialization": True}
+    save_for_hf(model, run / "last", **options)
+    sweep = {"run": run, "method": "sam", "rho": 0.05, "seed": 3, "test": 0.5}
+    pd.DataFrame([sweep]).to_csv(outputs / "methods" / "sweep.csv", index=False)
+    fresh_process()
+    common = ["--model", str(run / "last"), "--workers", "0", "--data"]
+    images = tmp_path / "images"
+    on_test = [f"test={images}", "--output", str(outputs / "test")]
+    eval_robustness.main(common + on_test)
+    on_subset = [f"subset={images}", "--corrupt", "--output", str(outputs / "corrupted")]
+    eval_robustness.main(common + on_subset)
+    tables.collect_runs(outputs)
+    (found,) = page.read(tmp_path / "data" / "runs.csv").to_dict("records")
+    assert (found["run"], found["rho"], found["seed"]) == ("SAM, seed 3", "0.05", 3)
+    right = tables.per_image("right")["SAM"][3]
+    shares = tables.per_image("right_corrupted")["SAM"][3]
+    assert len(right) == len(shares) == 8 and found["top1"] == right.mean() == found["clean"]
+    assert found["corrupted"] == pytest.approx(shares.mean())
 
 
 def test_a_page_has_a_place_for_every_table_and_no_other(tmp_path):

@@ -17,9 +17,9 @@ from scipy.special import expit, logit
 from scipy.stats import linregress
 
 from common import data, report
-from eval_robustness import predictions_folder
 from experiments.page import ROOT, fill, interval, read, spread, write
 from robustness import statistics
+from robustness.predictions import folder_of
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -150,11 +150,6 @@ def collect_time(outputs: Path):
     )
 
 
-def predictions(evaluation: Path, model: str) -> Path:
-    """Where an evaluation keeps what a model said of each image."""
-    return predictions_folder(argparse.Namespace(output=evaluation), model)
-
-
 def collect_runs(outputs: Path):
     """What the runs of the table came to, and on which images each was right."""
     on_test = json.loads((outputs / "test" / "results.json").read_text())["results"]
@@ -166,8 +161,8 @@ def collect_runs(outputs: Path):
         row = {"run": name, "row": row_of(run), "seed": run["seed"], "rho": run["rho"]}
         row |= {key: measures[key] for key in ("top1", "nll", "ece")}
         runs.append(row | {"clean": corrupted["clean"], "corrupted": corrupted["mean"]})
-        right[name] = pd.read_parquet(predictions(outputs / "test", model) / "test.parquet")["top1"]
-        files = sorted(predictions(outputs / "corrupted", model).glob("subset.*.parquet"))
+        right[name] = pd.read_parquet(folder_of(outputs / "test", model) / "test.parquet")["top1"]
+        files = sorted(folder_of(outputs / "corrupted", model).glob("subset.*.parquet"))
         shares[name] = np.mean(
             [pd.read_parquet(file)["top1"] for file in files], 0, dtype=np.float32
         )
@@ -183,7 +178,7 @@ def collect_transfer(outputs: Path):
     for run in read_sweep(outputs / "transfer").to_dict("records"):
         start = re.search(r"method=(\w+)", run["model"])[1]
         name = f"{start}, {run['method']}, seed {run['seed']}"
-        folder = predictions(outputs / "transfer_test", f"{run['run']}/last")
+        folder = folder_of(outputs / "transfer_test", f"{run['run']}/last")
         right[name] = pd.read_parquet(folder / "test.parquet")["top1"]
         row = {"run": name, "row": f"{start}, {run['method']}", "seed": run["seed"]}
         runs.append(row | {"before": before[str(Path(run["model"]).parent)]})
