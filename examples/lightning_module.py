@@ -29,7 +29,7 @@ class Classifier(lightning.LightningModule):
         return SAM(torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9), self, rho=0.05)
 
     def training_step(self, batch, _):
-        # Lightning hands SAM.step this step, forward and backward, as a closure: it runs in each pass.
+        # Lightning hands this step, forward and backward, to SAM.step: it runs once for each pass.
         x, y = batch
         if self.optimizers().optimizer.ascending:
             return self.forget(self.model(x), y)
