@@ -12,8 +12,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import timm
 import torch
 from accelerate import Accelerator, PartialState
@@ -24,7 +22,7 @@ from common import checkpoints, loaders, progress, settings
 from common.device import use_fast_kernels
 from common.errors import InputError, clear_errors
 from common.folders import some
-from robustness import corruptions, labels, published, report, sets, statistics
+from robustness import corruptions, labels, predictions, published, report, sets, statistics
 from robustness.sets import Protocol
 
 BENCHMARKS = ("imagenet", "real", "a-clean", "r-clean", "v2", "r", "a", "sketch", "digits")
@@ -126,7 +124,7 @@ def open_models(args):
         models[name] = (model.to(memory_format=layout), config)
     names_by_folder = {}
     for name in models:
-        folder = predictions_folder(args, name)
+        folder = predictions.folder_of(args.output, name)
         first = names_by_folder.setdefault(folder, name)
         if first != name:
             raise InputError(f"--model {first} and {name} would share {folder}: rename one")
@@ -178,7 +176,7 @@ def check_names(name, model):
     Raises:
         InputError: they have none, or others than there are outputs.
     """
-    names = label_names(model)
+    names = labels.label_names(model)
     if len(names) != model.num_classes:
         raise InputError(
             f"{name} has {model.num_classes} outputs and {len(names)} label_names: name them all, "
@@ -192,18 +190,6 @@ def check_names(name, model):
         )
 
 
-def label_names(model) -> list[str]:
-    """The names of a model's outputs, from its ``config.json``.
-
-    They are ImageNet's, where 1000 have none, as of timm's own.
-    """
-    usual = labels.WORDNET if model.num_classes == 1000 else []
-    names = model.pretrained_cfg.get("label_names") or usual
-    if isinstance(names, dict):  # by output, as timm allows
-        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
-    return [str(name) for name in names]
-
-
 def check_fit(model_name, model, benchmark, ds=None):
     """Check that each class of a set is one of a model's outputs.
 
@@ -211,7 +197,7 @@ def check_fit(model_name, model, benchmark, ds=None):
         InputError: it is not so, with some names of both.
     """
     try:
-        sets.output_order(sets.images_of(benchmark), ds, label_names(model))
+        sets.output_order(sets.images_of(benchmark), ds, labels.label_names(model))
     except InputError as error:
         known = benchmark in sets.HUB
         remedy = "call a set of your own otherwise" if known else "rename its classes"
@@ -233,7 +219,7 @@ def nothing_to_do(models):
     known = f"--benchmarks {' '.join(fitting)}" if fitting else "no --benchmarks"
     return (
         f"nothing to evaluate on: {known} would fit, and --data NAME=PLACE, a folder CLASS/FILE "
-        f"with classes called as the outputs of {name}: {labels.quoted(label_names(model))}"
+        f"with classes called as the outputs of {name}: {labels.quoted(labels.label_names(model))}"
     )
 
 
@@ -263,46 +249,9 @@ def check_model(name, model, config):
         )
 
 
-def predictions_folder(args, model_name):
-    """Where a model's predictions are kept."""
-    return Path(args.output) / "predictions" / re.sub(r"[^\w.-]+", "_", model_name)
-
-
 def stored(ds) -> bool:
     """Whether a set is on this machine, and not streamed."""
     return isinstance(ds, datasets.Dataset)
-
-
-def right_answers(benchmark, batch):
-    """The right answers to a benchmark's images, by each of its protocols.
-
-    Yields:
-        The protocol's name, logits' columns (None: all) and each image's right answers among them.
-
-    Raises:
-        InputError: an image has no label.
-    """
-    if benchmark == "real":
-        real = labels.real_labels()
-        yield "real", None, [real[labels.validation_number(path)] for path in batch["path"]]
-        return
-    if -1 in batch["label"]:
-        raise InputError(
-            f"{benchmark}: an image has no label: its file name must end like _n01440764.JPEG, or "
-            f"its folder be a class"
-        )
-    every = [[label] for label in batch["label"]]
-    subset = labels.SUBSETS.get(benchmark.removesuffix("-clean"))
-    if subset is None:
-        yield benchmark, None, every
-        return
-    places = {index: place for place, index in enumerate(subset)}
-    among = [[places[label]] if label in places else [] for label in batch["label"]]
-    if benchmark.endswith("-clean"):  # ImageNet's own images of these classes
-        yield benchmark, subset, among
-    else:
-        yield f"{benchmark}-200", subset, among
-        yield f"{benchmark}-1000", None, every
 
 
 def check_answers(which, ds, size=1000):
@@ -316,7 +265,7 @@ def check_answers(which, ds, size=1000):
         paths = [image["path"] for image in rows["image"]]
         numbers = [pictures.label(label, path) for label, path in zip(rows["label"], paths)]
         for benchmark in which.serves:
-            list(right_answers(benchmark, {"label": numbers, "path": paths}))
+            list(labels.right_answers(benchmark, {"label": numbers, "path": paths}))
 
 
 def predict(accelerator, model, config, which, ds, args):
@@ -330,7 +279,7 @@ def predict(accelerator, model, config, which, ds, args):
         FloatingPointError: logits are not finite.
     """
     loader = picture_loader(accelerator, model, config, which, ds, args)
-    order = sets.output_order(which.name, ds, label_names(model))
+    order = sets.output_order(which.name, ds, labels.label_names(model))
     model = accelerator.prepare_model(model, evaluation_mode=True)
     layout = loaders.memory_format(args.channels_last, model)
     to_input = loaders.to_input(config, torch.float32, layout)
@@ -355,7 +304,7 @@ def picture_loader(accelerator, model, config, which, ds, args):
     """A loader of a set's images for this process."""
     pictures = sets.Pictures(
         which.name, ds, loaders.evaluation_transform(config), args.batch_size,
-        label_names=label_names(model), process=accelerator.process_index,
+        label_names=labels.label_names(model), process=accelerator.process_index,
         processes=accelerator.num_processes, corrupt=args.corrupt,
     )  # fmt: skip
     most = variants(args) * len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards
@@ -398,7 +347,7 @@ def add_batch(columns, which, batch, logits):
     corruption = batch["corruption"] or which.corruption
     severity = batch["severity"] or which.severity
     for benchmark in which.serves:
-        for name, outputs, answers in right_answers(benchmark, batch):
+        for name, outputs, answers in labels.right_answers(benchmark, batch):
             protocol = Protocol(name, corruption, severity)
             scores = columns.setdefault(protocol, {})
             add_scores(scores, logits, outputs, answers, batch["key"])
@@ -466,52 +415,6 @@ def merge(parts):
     return {name: values[order] for name, values in table.items()}
 
 
-def finished(folder, which, request, args):
-    """A pass that an earlier run finished.
-
-    Returns:
-        Its columns by protocol, its record, and what its request had otherwise. Columns are None if
-        that is anything, and all three if there is no such pass.
-    """
-    try:
-        record = json.loads((folder / f"{which}.json").read_text())
-        old = record["request"]
-        changed = sorted(key for key in {*old, *request} if old.get(key) != request.get(key))
-        if changed:
-            return None, record, changed
-        tables = {}
-        for protocol in protocols(which, args):
-            if str(protocol) in record["protocols"]:
-                table = pq.read_table(folder / f"{protocol}.parquet").to_pydict()
-                tables[protocol] = {key: np.asarray(values) for key, values in table.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None, None
-    return tables, record, []
-
-
-def protocols(which, args) -> list[Protocol]:
-    """All protocols that a pass may have."""
-    kinds = [(which.corruption, which.severity)]
-    if args.corrupt:
-        kinds += itertools.product(corruptions.CORRUPTIONS, map(str, corruptions.SEVERITIES))
-    nothing = {"label": [], "path": []}
-    rows = [name for b in which.serves for name, *_ in right_answers(b, nothing)]
-    return [Protocol(name, *kind) for name in rows for kind in kinds]
-
-
-def save(folder, which, request, tables, unreadable):
-    """Write each protocol's columns as Parquet, and last the record that the pass is finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record_file = folder / f"{which}.json"
-    record_file.unlink(missing_ok=True)  # it speaks for the tables, which are about to change
-    for protocol, table in tables.items():
-        pq.write_table(pa.table(table), folder / f"{protocol}.parquet")
-    names = [str(protocol) for protocol in tables]
-    record = {"request": request, "protocols": names, "unreadable": unreadable}
-    record_file.write_text(json.dumps(record, indent=2) + "\n")
-    return record
-
-
 def check_unreadable(name, tables, unreadable):
     """Let few images be unreadable.
 
@@ -528,7 +431,7 @@ def check_unreadable(name, tables, unreadable):
 
 def fingerprint(model):
     """A hash of a model's layers, weights and label names."""
-    digest = hashlib.sha256(repr((model, label_names(model))).encode())
+    digest = hashlib.sha256(repr((model, labels.label_names(model))).encode())
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -573,7 +476,7 @@ def evaluate_all(args, accelerator, models, opened):
     for which, ds in opened.items() if main else ():
         revisions[which] = sets.revision(which, ds, which.place(args.data))
     for model_name, (model, config) in models.items():
-        folder, tables[model_name] = predictions_folder(args, model_name), {}
+        folder, tables[model_name] = predictions.folder_of(args.output, model_name), {}
         weights = fingerprint(model) if main else None
         layout = loaders.format_name(loaders.memory_format(args.channels_last, model))
         accelerator.print(f"memory format of {model_name}: {layout}")
@@ -583,7 +486,7 @@ def evaluate_all(args, accelerator, models, opened):
                 request = request_of(
                     args, accelerator, model_name, weights, config, which, ds, revisions[which]
                 )
-                columns, record, changed = finished(folder, which, request, args)
+                columns, record, changed = predictions.finished(folder, which, request)
                 why = f": anew, as these have changed since: {', '.join(changed or ())}"
                 done = ": finished before" if columns is not None else why if changed else ""
                 print(f"{model_name} on {which}{done}")
@@ -597,7 +500,7 @@ def evaluate_all(args, accelerator, models, opened):
                     ) from error
                 check_unreadable(which, columns, unreadable)
                 if main:
-                    record = save(folder, which, request, columns, unreadable)
+                    record = predictions.save(folder, which, request, columns, unreadable)
             if main:
                 tables[model_name] |= columns
                 note = {**record["request"], "unreadable": record["unreadable"]}
@@ -654,56 +557,12 @@ def by_image(tables) -> dict:
     return means
 
 
-# timm's tables of results, by protocol.
-TIMM = {
-    "imagenet": "imagenet", "real": "imagenet-real", "v2": "imagenetv2-matched-frequency",
-    "sketch": "imagenet-sketch", "r-200": "imagenet-r", "r-clean": "imagenet-r-clean",
-    "a-200": "imagenet-a", "a-clean": "imagenet-a-clean",
-}  # fmt: skip
-
-
-def timm_setting(config):
-    """Size, crop and interpolation, as timm's tables of results have them."""
-    return {
-        "img_size": str(config["input_size"][-1]),
-        "crop_pct": f"{config['crop_pct']:.3f}",
-        "interpolation": config["interpolation"],
-    }
-
-
-def published_beside(models, results):
-    """What timm publishes of its own models, by model.
-
-    It is ``top1`` in %, ours and timm's by protocol, where timm has it at the same size and crop;
-    otherwise ``elsewhere``, the sizes and crops at which it has.
-    """
-    published_by_model = {}
-    for name, (model, config) in models.items():
-        shown = [protocol for protocol in results[name] if protocol in TIMM]
-        if not shown or Path(name.removeprefix("local-dir:")).expanduser().is_dir():
-            continue
-        full_name = f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}"
-        rows = [row for row in published.results() if row["model"] == full_name]
-        here = timm_setting(config)
-        same = [row for row in rows if all(row[key] == value for key, value in here.items())]
-        if same:
-            top1 = {}
-            for protocol in shown:
-                if timms := same[0][TIMM[protocol]]:
-                    top1[protocol] = (100 * results[name][protocol]["top1"], float(timms))
-            published_by_model[name] = {"top1": top1}
-        elif rows:
-            elsewhere = [{key: row[key] for key in here} for row in rows]
-            published_by_model[name] = {"elsewhere": elsewhere}
-    return published_by_model
-
-
 def write_csv(folder, models, results):
     """Write ``results-PROTOCOL.csv``, with the columns of timm's tables, the best model first."""
     for protocol in dict.fromkeys(p for measured in results.values() for p in measured):
         rows = []
         for name, (model, config) in models.items():
-            measures, setting = results[name][protocol], timm_setting(config)
+            measures, setting = results[name][protocol], published.timm_setting(config)
             row = {"model": name, "img_size": setting["img_size"]}
             for key in ("top1", "top5"):
                 row[key] = f"{100 * measures[key]:.3f}"
@@ -750,17 +609,11 @@ def effective_robustness(tables, pairs) -> dict:
         tables: by model and protocol.
         pairs: the clean protocol of each under shift.
     """
-    if not pairs:
-        return {}
-    found = {}
-    for model, protocols in tables.items():
-        found[model] = {
-            shifted: published.effective_robustness(
-                protocols[clean]["top1"], protocols[shifted]["top1"], shifted
-            )
-            for shifted, clean in pairs.items()
-        }
-    return found
+    by_model = {model: {} for model in tables} if pairs else {}
+    for model, (shifted, clean) in itertools.product(by_model, pairs.items()):
+        right = [tables[model][protocol]["top1"] for protocol in (clean, shifted)]
+        by_model[model][shifted] = published.effective_robustness(*right, shifted)
+    return by_model
 
 
 def summarise(args, tables):
@@ -812,7 +665,7 @@ def show(args, models, summary, words, notes):
         print(f"\n{line}")
     if summary["effective_robustness"]:
         report.show_effective(summary["effective_robustness"], args.markdown)
-    report.show_published(published_beside(models, summary["results"]), args.markdown)
+    report.show_published(published.beside_ours(models, summary["results"]), args.markdown)
     for name, note in notes.items():
         if unreadable := note["unreadable"]:
             shown = unreadable[:5]
@@ -843,7 +696,8 @@ def open_sets(args, accelerator, models):
         for model_name, (model, _) in models.items():
             if which.name in args.data and which.name not in sets.HUB:
                 check_fit(model_name, model, which.name, ds)
-                accelerator.print(sets.mapping(which.name, ds, label_names(model), model_name))
+                names = labels.label_names(model)
+                accelerator.print(sets.mapping(which.name, ds, names, model_name))
         if stored(ds):
             check_answers(which, ds)
         opened[which] = ds

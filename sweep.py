@@ -1,68 +1,58 @@
-"""Train every point of a grid, or points drawn at random, with any number of workers on one storage; compare them."""
+"""Train every point of a grid, or points drawn at random, and compare them.
 
+Start it as often as you have GPUs, on any machines that share the output folder: every copy is a
+worker that trains what no other one does.
+"""
+
+import argparse
 import contextlib
-import csv
 import datetime
+import functools
 import importlib
 import itertools
 import json
+import shlex
 import sys
 import time
 import traceback
-import warnings
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import optuna
-import sqlalchemy
+import pandas as pd
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
-from optuna.trial import TrialState
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from common import data, loaders, report, settings
-from common.settings import InputError
+from common.errors import InputError, clear_errors, lost_process
+from common.methods import METHODS
 
-ATTEMPTS, TIMEOUT = 3, 20  # to open the storage; seconds that SQLite waits for its lock
-HEARTBEAT, GRACE = 10, 60  # seconds; a worker that is silent for longer has died
-DEATHS = 3  # of workers, without a word, at the same point; then it counts as failed
+DEATHS = 3  # of workers, without a word, in a row at the same point; then it counts as failed
 AGREE = 600  # seconds in which all processes of a worker must come to the end of a run
-DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-MAX_NAME = 240  # bytes; ".txt" makes it a log's
-KINDS = {"recipe": str, "settings": dict, "choose": list, "grids": list}  # the keys of a sweep
-UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
-STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError)
+MAX_NAME = 240  # bytes; ".lock" makes it a lock's
 
 
 class Failed(InputError):
-    """A run ended with an error, on all processes of its worker, which goes on with the next one."""
-
-
-class Storage(optuna.storages.RDBStorage):
-    """Optuna's storage; a heartbeat that does not reach the server is made up for by the next one.
-
-    A trial that has had one says "begun": without any, Optuna never takes it for dead.
-    """
-
-    def record_heartbeat(self, trial_id):
-        with contextlib.suppress(*STORAGE_ERRORS):
-            super().record_heartbeat(trial_id)
-            self.set_trial_user_attr(trial_id, "begun", True)
+    """A run ended with an error on all processes of its worker, which goes on with the next one."""
 
 
 def parser() -> settings.Parser:
     """The sweep's own flags."""
     others = f"{settings.DEFAULTS} Other flags are settings of every run."
     p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=others)
-    p.add_argument("sweep", help="YAML file of grids, perhaps recipe, settings and choose, as in sweeps/ (required)")
+    p.add_argument("sweep", help="YAML file of grids, perhaps recipe, settings, choose (required)")
     scripts = ["train_imagenet", "finetune_cifar"]
-    p.add_argument("--script", choices=scripts, default=scripts[0], help="what a run is (%(default)s)")
+    p.add_argument(
+        "--script", choices=scripts, default=scripts[0], help="what a run is (%(default)s)"
+    )
     p.add_argument("--trials", type=int, help="points to draw from each grid (all of them)")
     p.add_argument("--trial-seed", type=int, default=0, help="of the draw (%(default)s)")
-    p.add_argument("--storage", help="Optuna's URL of a database that all workers share (OUTPUT/sweep.db)")
+    listed = "print a command for each unfinished point, for a scheduler, and train nothing (no)"
+    p.add_argument("--list", action="store_true", help=listed)
     p.add_argument("--output", help="folder of the runs and tables (outputs/NAME of the sweep)")
     return p
 
@@ -86,35 +76,31 @@ def read_sweep(path: Path) -> dict:
     Raises:
         InputError: it cannot be read, has an unknown key, no grid, or an empty axis.
     """
-    given = {key: value for key, value in settings.read_recipe(path).items() if value is not None}
-    sweep = {"recipe": "", "settings": {}, "choose": [], "grids": [], **given}
-    unknown = sorted(map(str, set(sweep) - set(KINDS)))
-    if unknown:
-        raise InputError(f"the sweep {path} has an unknown key {unknown[0]!r}: it takes {', '.join(sorted(KINDS))}")
-    for key, kind in KINDS.items():
-        if not isinstance(sweep[key], kind):
-            raise InputError(f"the sweep {path} has {key} {sweep[key]!r}: it must be a {kind.__name__}")
-    grids = sweep["grids"]
-    if not grids or not all(isinstance(grid, dict) and grid for grid in grids):
-        raise InputError(f"the sweep {path} needs grids: a list of mappings, each KEY: [VALUE, ...]; it has {grids!r}")
-    for key, axis in itertools.chain.from_iterable(grid.items() for grid in grids):
+    sweep = {"recipe": "", "settings": {}, "choose": [], "grids": []}
+    for key, value in settings.read_recipe(path).items():
+        if key not in sweep:
+            raise InputError(f"{path} has an unknown key {key!r}: it takes {', '.join(sweep)}")
+        if not isinstance(value, (type(sweep[key]), type(None))):
+            kind = type(sweep[key]).__name__
+            raise InputError(f"{path} has {key} {value!r}: it must be a {kind}")
+        sweep[key] = value or sweep[key]
+    if not sweep["grids"] or not all(isinstance(grid, dict) and grid for grid in sweep["grids"]):
+        raise InputError(f"{path} needs grids: a list of mappings, each KEY: [VALUE, ...]")
+    axes = list(itertools.chain.from_iterable(grid.items() for grid in sweep["grids"]))
+    for key, axis in axes:
         if not is_range(axis) and not (isinstance(axis, list) and axis):
             raise InputError(
-                f"the axis {key} of the sweep {path} is {axis!r}: give a list of values, or with --trials a range "
-                f"{{low: ..., high: ..., log: true}}, low below high, and above 0 for log"
+                f"the axis {key} of {path} is {axis!r}: give a list of values, or with --trials a "
+                f"range {{low: ..., high: ..., log: true}}, low below high, and above 0 for log"
             )
-    for key in map(str, sweep["choose"]):
-        if not any(key in grid for grid in grids):
-            raise InputError(f"the sweep {path} is to choose {key!r}, which no grid varies")
-    try:
-        json.dumps(grids)
-    except TypeError as error:  # a date, or binary data
-        raise InputError(f"the sweep {path} has a value that cannot be stored: {error}") from error
+    for key in sweep["choose"]:
+        if key not in [varied for varied, _ in axes]:
+            raise InputError(f"{path} is to choose {key!r}, which no grid varies")
     return sweep
 
 
 def is_range(axis) -> bool:
-    """Whether an axis of a sweep is a mapping of low, high and perhaps log, that can be drawn from."""
+    """Whether an axis is a mapping of low, high and perhaps log, that can be drawn from."""
     if not isinstance(axis, dict) or set(axis) - {"log"} != {"low", "high"}:
         return False
     low, high = axis["low"], axis["high"]
@@ -123,20 +109,28 @@ def is_range(axis) -> bool:
 
 
 def points_of(args, sweep) -> list[dict]:
-    """The settings that each run has of its own."""
+    """The settings that each run has of its own.
+
+    Raises:
+        InputError: a range without ``--trials``, or a name that is too long for a folder.
+    """
     rng, points = np.random.default_rng(args.trial_seed), []
     for grid in sweep["grids"]:
         ranges = [key for key, axis in grid.items() if isinstance(axis, dict)]
-        if args.trials is None:
-            if ranges:
-                raise InputError(f"the axis {ranges[0]} of the sweep {args.sweep} is a range: say how many --trials")
-            points += [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+        if args.trials is not None:
+            for _ in range(args.trials):
+                points.append({key: draw(rng, axis) for key, axis in grid.items()})
+        elif ranges:
+            raise InputError(
+                f"the axis {ranges[0]} of {args.sweep} is a range: say how many --trials"
+            )
         else:
-            points += [{key: draw(rng, axis) for key, axis in grid.items()} for _ in range(args.trials)]
+            points += [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     points = {name_of(point): point for point in points}
     longest = max(points, key=len)
     if len(longest.encode()) > MAX_NAME:
-        raise InputError(f"the run {longest!r} has too long a name for a folder: shorten values, or vary fewer keys")
+        remedy = "shorten values, or vary fewer keys"
+        raise InputError(f"the run {longest!r} has too long a name for a folder: {remedy}")
     return list(points.values())
 
 
@@ -149,206 +143,232 @@ def draw(rng, axis):
     return float(np.exp(value) if axis.get("log") else value)
 
 
-def check_flags(sweep, rest):
-    """Check that the command line, which overrides the sweep, sets nothing that a grid varies."""
-    p, axes = settings.parser("", ""), {str(key): None for grid in sweep["grids"] for key in grid}
-    p.set_defaults(**axes)
-    given = vars(p.parse_known_args(rest)[0])
-    if given["dry_run"]:
-        raise InputError("--dry-run trains nothing, so a sweep would have no results: use it on a run of --script")
-    for key in axes:
-        if given[key] is not None:
-            raise InputError(f"{key} is {given[key]} on the command line, and the sweep varies it: drop one")
-
-
 def name_of(point: dict) -> str:
     """A point's name, also that of its folder: without slashes."""
     return report.pairs(point).replace("/", "%2F")
 
 
-def flags_of(args, sweep, rest, point):
+def flags_of(args, sweep, rest, point) -> list[str]:
     """The command line of a run."""
     p = settings.parser("", "")
     recipe = ["--recipe", str(Path(args.sweep).parent / sweep["recipe"])] if sweep["recipe"] else []
     own = settings.as_flags(p, sweep["settings"] | point, f"the sweep {args.sweep}")
-    return [*recipe, *own, *rest, "--output", str(args.output / "runs" / name_of(point)), "--resume", "auto"]
+    output = str(args.output / "runs" / name_of(point))
+    return [*recipe, *own, *rest, "--output", output, "--resume", "auto"]
 
 
-def open_study(args, shared: dict):
-    """The queue of runs, which all workers share; ``shared`` are the settings that all its runs have in common.
+def check_flags(rest, axes):
+    """Check that the command line sets nothing that a grid varies, and does train.
 
     Raises:
-        InputError: the storage cannot be used, or holds a sweep of other settings.
+        InputError: it is not so.
     """
-    args.output.mkdir(parents=True, exist_ok=True)
-    url = args.storage or f"sqlite:///{args.output / 'sweep.db'}"
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed run is said here, its traceback is in its log
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    sqlite = url.startswith("sqlite")
-    engine = {"connect_args": {"timeout": TIMEOUT}} if sqlite else {"pool_pre_ping": True}
-    options = {"study_name": args.output.name, "direction": "maximize", "load_if_exists": True}
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            storage = Storage(url, engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
-            if sqlite:  # which has no SELECT ... FOR UPDATE: two workers would take the same run
-                sqlalchemy.event.listen(storage.engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
-            else:
-                sqlalchemy.event.listen(storage.engine, "do_connect", connect)
-            study = optuna.create_study(storage=storage, **options)
-            earlier = study.user_attrs.get("shared", shared)
-            study.set_user_attr("shared", earlier)
-            break
-        except ImportError as error:
-            missing = error.__cause__.name
-            remedy = f"pip install {DRIVERS.get(missing, missing)}"
-            raise InputError(f"the storage {shown(url)} needs the package {missing}: {remedy}") from error
-        except (RuntimeError, *STORAGE_ERRORS) as error:
-            if attempt == ATTEMPTS:
-                raise InputError(
-                    f"cannot use the storage {shown(url)}: {one_line(error)}. Start its server, or end the program "
-                    f"that locks it; or if another version of Optuna wrote it, choose another --storage. Finished runs "
-                    f"are kept"
-                ) from error
-            time.sleep(1)  # another worker may be creating it
-    for key in sorted(set(earlier) & set(shared)):
-        if earlier[key] != shared[key]:
-            differs = f"{key} {earlier[key]!r}, and this one has {shared[key]!r}"
-            raise InputError(f"{shown(url)} holds a sweep with {differs}: choose another --output")
-    return study
+    p = settings.parser("", "")
+    p.set_defaults(**dict.fromkeys(axes))
+    given = vars(p.parse_known_args(rest)[0])
+    if given["dry_run"]:
+        raise InputError("--dry-run trains nothing to compare: use it on a run of --script")
+    for key in axes:
+        if given[key] is not None:
+            where = "on the command line, and the sweep varies it"
+            raise InputError(f"{key} is {given[key]} {where}: drop one")
 
 
-def connect(dialect, record, args, options):
-    """Connect to a server, which may be restarting; SQLAlchemy calls it for every new connection."""
-    for _ in range(GRACE):
-        with contextlib.suppress(dialect.loaded_dbapi.OperationalError):
-            return dialect.connect(*args, **options)
-        time.sleep(1)
-    return dialect.connect(*args, **options)
+def check_points(sweep, script, commands, processes) -> dict[str, argparse.Namespace]:
+    """The settings of every point's run, checked.
 
-
-def shown(url: str) -> str:
-    """A storage's URL without its password."""
-    with contextlib.suppress(sqlalchemy.exc.ArgumentError):
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    return url
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, or its cause where Optuna's own words hide that."""
-    if isinstance(error, InputError):  # a data loading process puts its traceback before the message
-        return " ".join(str(error).split("settings.InputError: ")[-1].split())
-    if isinstance(error, optuna.exceptions.StorageInternalError):
-        error = error.__cause__ or error
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
-def trials(study, *states):
-    """The sweep's own trials by the names of their points; of a point's, the first."""
-    found = {}
-    for trial in study.get_trials(deepcopy=False, states=states):
-        if "point" in trial.user_attrs:
-            found.setdefault(name_of(trial.user_attrs["point"]), trial)
-    return found
-
-
-def failures(study, earlier: set) -> tuple[dict, Counter]:
-    """Why points failed, by name, other than in the trials ``earlier``; and how often each has failed in all.
-
-    A point fails with an error, or because all workers that took it died.
+    Raises:
+        InputError: one cannot be trained, or there are no validation images to choose on.
     """
-    reasons, deaths, times, points = {}, Counter(), Counter(), {}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
-        if "point" not in trial.user_attrs:
+    checked = {name: settings.parse(script.parser(), flags) for name, flags in commands.items()}
+    for point in checked.values():
+        _, _, point.m = loaders.split_batch(point, processes)
+    shares = point.validation_share, point.train_share
+    if sweep["choose"] and "validation" not in data.load(point.dataset, point.streaming, *shares):
+        what = f"{point.dataset!r} has no validation images to choose on"
+        raise InputError(f"{what}: give --validation-share")
+    return checked
+
+
+def check_folder(args, axes, checked):
+    """Check that the folder holds nothing of other settings, and note there what all points share.
+
+    Raises:
+        InputError: it does, or it cannot be written.
+    """
+    # These may differ between points.
+    free = {"m", *axes, *itertools.chain.from_iterable(own for _, own in METHODS.values())}
+    shared = {"script": args.script} | settings.resolved(next(iter(checked.values())))
+    settings.make_output(args.output / "locks")
+    file, draft = args.output / "sweep.yaml", args.output / "sweep.draft"
+    with FileLock(args.output / "locks" / "sweep.lock"):
+        if not file.exists():
+            draft.write_text(yaml.safe_dump(shared))
+            draft.replace(file)
+    check_same(args.output, settings.read_recipe(file), shared, free)
+    for name, point in checked.items():
+        if results_of(args, name) is not None:
+            run = args.output / "runs" / name
+            check_same(run, settings.read_recipe(run / "settings.yaml"), settings.resolved(point))
+
+
+def check_same(where, earlier: dict, now: dict, free=()):
+    """Check that settings are the same, but for those that are ``free`` or change no result.
+
+    Raises:
+        InputError: one differs.
+    """
+    for key in {**now, **earlier}:
+        if key in (*free, *settings.FREE_ON_RESUME):
             continue
-        name = name_of(trial.user_attrs["point"])
-        points[name] = trial.user_attrs["point"]
-        times[name] += 1
-        if "error" in trial.user_attrs:
-            deaths[name] = 0
-            if trial.number not in earlier:
-                reasons[name] = trial.user_attrs["error"]
-        elif "stopped" not in trial.user_attrs:
-            deaths[name] += 1
-    for name in [name for name, number in deaths.items() if number >= DEATHS]:
-        reasons[name] = f"{DEATHS} workers died at it without a word; is there enough memory?"
-        attributes = {"point": points[name], "error": reasons[name]}
-        study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attributes))
-    return reasons, times
+        if earlier.get(key) != now.get(key):
+            differs = f"{key} {earlier.get(key)!r}, and this sweep has {now.get(key)!r}"
+            raise InputError(f"{where} was trained with {differs}: choose another --output")
 
 
-def fail_dead(study, seen: dict):
-    """Fail the trials of dead workers, those too without a heartbeat yet, which Optuna would leave running for ever.
+def results_of(args, name: str) -> dict | None:
+    """Top-1 by split of a point's run, or None while it is not finished."""
+    try:
+        return json.loads((args.output / "runs" / name / "results.json").read_text())["last"]
+    except (OSError, ValueError):  # not there, or cut off while it was written
+        return None
 
-    ``seen`` holds when this worker first saw those.
+
+def history_of(args, name: str) -> list[str]:
+    """How the attempts at a point began and ended, a line each."""
+    file = args.output / "attempts" / f"{name}.txt"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def claim(args, name: str):
+    """The lock ``name``, held, or None if another process holds it.
+
+    The system frees the locks of a process that ends, ``kill -9`` included.
     """
-    optuna.storages.fail_stale_trials(study)
-    now = time.monotonic()
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if "begun" not in trial.user_attrs and now - seen.setdefault(trial.number, now) > GRACE:
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    try:
+        return FileLock(args.output / "locks" / f"{name}.lock").acquire(blocking=False)
+    except Timeout:
+        return None
 
 
-def work(study, points, run, idle):
-    """Call ``run`` for every point that is left, until none is: those too whose worker has died, after a minute.
+def attempt(args, name: str, run):
+    """Train a point whose lock is held; its history says how that ends, unless the worker dies.
+
+    Raises:
+        InputError: the run failed, and this worker cannot go on.
+        SystemExit: it was stopped by SIGTERM or Ctrl-C.
+    """
+    file = args.output / "attempts" / f"{name}.txt"
+    file.parent.mkdir(exist_ok=True)
+    deaths = itertools.takewhile("began".__eq__, reversed(history_of(args, name)))
+    with file.open("a", buffering=1) as history:
+        try:
+            if len(list(deaths)) >= DEATHS:
+                raise Failed(f"{DEATHS} workers died at it without a word; is there enough memory?")
+            history.write("began\n")
+            run(name)
+            history.write("finished\n")
+        except InputError as error:
+            history.write(f"failed: {error}\n")
+            print(f"failed: {name}: {error}", file=sys.stderr)
+            if not isinstance(error, Failed):
+                raise
+        except (SystemExit, KeyboardInterrupt) as end:
+            history.write("stopped\n")
+            print(f"stopped in {name}; the same command goes on", file=sys.stderr)
+            raise SystemExit(getattr(end, "code", 130)) from None
+
+
+def work(args, names, run) -> dict[str, str]:
+    """Train points until none is left; wait for those of other workers, which may die.
+
+    ``run`` trains the point of a name; without one, it keeps this worker's processes waiting.
 
     Returns:
-        Why points failed, here or in another worker, by name; a restart tries them once more.
+        Why points failed since this worker began, here or elsewhere; a restart tries them again.
     """
-    earlier = {trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,))}
-    seen = {}
+    began, earlier = time.monotonic(), {name: len(history_of(args, name)) for name in names}
+    done = sum(results_of(args, name) is not None for name in names)
 
-    def objective(trial):
-        point = trial.user_attrs.get("point")
-        first = trials(study, TrialState.COMPLETE, *UNFINISHED).get(name_of(point)) if point else None
-        if first is None or first.number < trial.number:  # another worker took the last one, or queued it too
-            raise optuna.TrialPruned
-        try:
-            results = run(point)
-        except InputError as error:
-            trial.set_user_attr("error", one_line(error))
-            tqdm.write(f"failed: {name_of(point)}: {one_line(error)}")
-            raise
-        except (SystemExit, KeyboardInterrupt) as end:  # by SIGTERM or Ctrl-C
-            trial.set_user_attr("stopped", True)
-            study.tell(trial, state=TrialState.FAIL)
-            tqdm.write(f"stopped in {name_of(point)}; the same command goes on")
-            raise SystemExit(getattr(end, "code", 130)) from None
-        trial.set_user_attr("results", results)
-        return results.get("validation", results.get("test"))
+    def show(what):  # not redrawn, since workers may share a terminal
+        now = sum(results_of(args, name) is not None for name in names)
+        times = {"elapsed": time.monotonic() - began, "initial": done, "unit": "run"}
+        print(tqdm.format_meter(now, len(names), prefix=what, **times), file=sys.stderr)
 
-    with tqdm(total=len(points), unit="run", dynamic_ncols=True, file=sys.stdout) as bar:
-        while True:
-            fail_dead(study, seen)
-            known = trials(study, TrialState.COMPLETE, *UNFINISHED)
-            failed, times = failures(study, earlier)  # after known: what fails in between is in both, not in neither
-            left = {name_of(point): point for point in points if name_of(point) not in known}
-            names = [name for name in left if name not in failed]
-            states = [trial.state for trial in known.values()]
-            bar.n = states.count(TrialState.COMPLETE)
-            bar.refresh()
-            if names:  # one at a time: reading a long queue takes longer than a short run
-                first = min(names, key=times.__getitem__)  # what failed before comes last: it may end this worker too
-                study.enqueue_trial({}, user_attrs={"point": left[first]})
-            if names or TrialState.WAITING in states:
-                try:
-                    study.optimize(objective, n_trials=1, catch=(Failed,))
-                except AssertionError as error:  # Optuna's own, over a storage that was lost as it took the result
-                    raise error.__context__ if isinstance(error.__context__, STORAGE_ERRORS) else error from None
-            elif TrialState.RUNNING in states:
-                idle()
-            else:
-                return {name: failed[name] for name in left}
+    def why_failed(name):
+        last = history_of(args, name)[earlier[name] :][-1:]
+        return last[0].removeprefix("failed: ") if last and last[0].startswith("failed") else None
+
+    show(args.output.name)
+    left = sorted(names, key=earlier.get)  # what failed or died may end this worker too: last
+    while left:
+        busy = []
+        for name in left:
+            lock = claim(args, name)
+            if lock is None:
+                busy.append(name)
+                continue
+            with lock:
+                if results_of(args, name) is None and not why_failed(name):
+                    attempt(args, name, run)
+                    show(name)
+        if busy == left:
+            run()
+            time.sleep(1)
+        left = busy
+    return {name: reason for name in names if (reason := why_failed(name))}
 
 
-def train(script, flags, log: Path):
-    """Run a script, what it prints going to ``log``."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+def join(args):
+    """A lock that shows the other workers that this one lives."""
+    return next(filter(None, (claim(args, f"worker-{number}") for number in itertools.count())))
+
+
+def leave(args, presence) -> bool:
+    """Give back what ``join`` returned; say whether no other worker is left."""
+    locks = args.output / "locks"
+    with FileLock(locks / "leave.lock"):
+        presence.lock.release()
+        claims = [claim(args, path.stem) for path in locks.glob("worker-*.lock")]
+        for own in filter(None, claims):
+            own.lock.release()
+    return all(claims)
+
+
+def train(args, script, commands, accelerator, group, name=""):
+    """Train the main process's point on all processes of this worker; return its name.
+
+    Its name is "" while there is none, and None when there will be no more.
+
+    Raises:
+        Failed: it failed; the processes can go on with another.
+        InputError: they cannot.
+    """
+    (name,) = broadcast_object_list([name])
+    if not name:
+        return name
+    reason = None
+    log = args.output / "logs" / f"{name}.txt"
+    log.parent.mkdir(exist_ok=True)
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            return script.main(flags)
-        except Exception:
+            script.main(commands[name])
+        except Exception as error:  # each library has its own, for a lack of memory too
             traceback.print_exc()
-            raise
+            if lost_process(error):
+                raise
+            reason = one_line(error)
+    if reason:
+        clear_device_cache(garbage_collection=True)  # of what it held
+    agree(reason, accelerator, group)
+    return name
+
+
+def one_line(error: Exception) -> str:
+    """What an error says."""
+    if isinstance(error, InputError):
+        return " ".join(str(error).split())
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def agree(reason, accelerator, group):
@@ -366,106 +386,74 @@ def agree(reason, accelerator, group):
     except RuntimeError as error:
         if reason is None:
             raise
-        raise InputError(f"{reason}; after which this worker cannot go on: start it anew") from error
+        remedy = "after which this worker cannot go on: start it anew"
+        raise InputError(f"{reason}; {remedy}") from error
     if any(reasons):
         raise Failed(next(filter(None, reasons)))
 
 
-def tabulate(args, choose, points, complete):
-    """Write every finished run's settings and results into sweep.csv, print their means, and return a row for each."""
-    rows = [
-        {"run": str(args.output / "runs" / name), "point": point, "results": complete[name].user_attrs["results"]}
-        for name, point in ((name_of(point), point) for point in points)
-        if name in complete
-    ]
-    if not rows:
-        return rows
-    flat = [{"run": row["run"], **row["point"], **row["results"]} for row in rows]
-    with (args.output / "sweep.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
-        writer.writeheader()
-        writer.writerows(flat)
-    report.show_sweep(rows, choose)
-    curves = {}  # of the runs whose folders are on this machine
-    for row in rows:
-        setting = report.pairs({key: value for key, value in row["point"].items() if key != "seed"}) or "all seeds"
-        if metrics := report.read_metrics(Path(row["run"])):
-            curves.setdefault(setting, []).extend(metrics)
-    if curves:
+def tabulate(args, choose, points):
+    """Write settings and results of finished runs into sweep.csv, draw curves, print means."""
+    rows, curves = [], {}
+    for name, point in points.items():
+        results = results_of(args, name)
+        if results is None:
+            continue
+        rows.append({"run": str(args.output / "runs" / name), "point": point, "results": results})
+        others = report.pairs({key: value for key, value in point.items() if key != "seed"})
+        metrics = report.read_metrics(Path(rows[-1]["run"]))
+        curves.setdefault(others or "all seeds", []).extend(metrics)
+    if rows:
+        flat = [{"run": row["run"], **row["point"], **row["results"]} for row in rows]
+        pd.DataFrame(flat, dtype=object).to_csv(args.output / "sweep.csv", index=False)
+        report.show_sweep(rows, choose)
         report.draw_curves(curves, args.output / "curves.png")
-    pictures = "curves.png, curves.svg, " if curves else ""
-    print(f"\nwritten: {args.output}/sweep.csv, {pictures}runs/, logs/")
-    return rows
+        print(f"\nwritten: {args.output}/sweep.csv, curves.png, curves.svg, runs/, logs/")
 
 
 def main(argv=None):
-    """Run as from the command line; the main process returns a row for each finished run."""
+    """Run as from the command line."""
     args, rest = parse(argv)
-    accelerator = Accelerator()
     sweep = read_sweep(Path(args.sweep))
-    points = points_of(args, sweep)
-    check_flags(sweep, rest)
-    for point in points:
-        checked = settings.parse(settings.parser("", ""), flags_of(args, sweep, rest, point))
-        loaders.split_batch(checked, accelerator.num_processes)
-    if sweep["choose"]:
-        splits = data.load(checked.dataset, checked.streaming, checked.validation_share, checked.train_share)
-        if "validation" not in splits:
-            raise InputError(f"{checked.dataset!r} has no validation images to choose on: give --validation-share")
-    script = importlib.import_module(args.script)
-
-    # Apart from the processes' usual group, in which one that failed would meet the others in the middle of an update.
+    axes = {str(key): None for grid in sweep["grids"] for key in grid}
+    points = {name_of(point): point for point in points_of(args, sweep)}
+    check_flags(rest, axes)
+    commands = {name: flags_of(args, sweep, rest, point) for name, point in points.items()}
+    script, accelerator = importlib.import_module(args.script), Accelerator()
+    checked = check_points(sweep, script, commands, accelerator.num_processes)
+    check_folder(args, axes, checked)
+    if args.list:
+        for name, flags in commands.items():
+            if accelerator.is_main_process and results_of(args, name) is None:
+                print(shlex.join([sys.executable, str(Path(script.__file__).resolve()), *flags]))
+        return
+    # Apart from the processes' usual group: one that failed would meet the others in an update.
     limit, several = datetime.timedelta(seconds=AGREE), accelerator.num_processes > 1
     group = torch.distributed.new_group(backend="gloo", timeout=limit) if several else None
-
-    def run(point=None):
-        """Train a point, the main process's, on all processes; None if there is no more."""
-        (point,) = broadcast_object_list([point])
-        if not point:
-            return point
-        reason = results = None
-        try:
-            log = args.output / "logs" / f"{name_of(point)}.txt"
-            results = train(script, flags_of(args, sweep, rest, point), log)
-        except Exception as error:  # each library has its own, for a lack of memory too
-            if settings.lost_process(error):
-                raise
-            reason = one_line(error)
-        if reason:
-            clear_device_cache(garbage_collection=True)  # what it held, above all if it ran out of memory
-        agree(reason, accelerator, group)
-        return results
-
-    def idle():
-        run({})  # or the other processes would time out
-        time.sleep(1)
-
+    run = functools.partial(train, args, script, commands, accelerator, group)
     if not accelerator.is_main_process:
-        going = {}
-        while going is not None:
+        name = ""
+        while name is not None:
             with contextlib.suppress(Failed):
-                going = run()
-        return None
-    recipe = settings.parser("", "").parse_known_args(flags_of(args, sweep, rest, points[0]))[0].recipe
-    shared = (settings.read_recipe(Path(recipe)) if recipe else {}) | sweep["settings"]
-    study = open_study(args, shared | {"script": args.script, "flags": rest})
+                name = run()
+        return
+    presence = join(args)
     try:
-        try:
-            failed = work(study, points, run, idle)
-        finally:
-            rows = tabulate(args, sweep["choose"], points, trials(study, TrialState.COMPLETE))
-    except STORAGE_ERRORS as error:
-        raise InputError(f"lost the storage: {one_line(error)}. Once it is back, the same command goes on") from error
-    run()
+        failed = work(args, points, run)
+    finally:
+        last = leave(args, presence)
+        if last:
+            tabulate(args, sweep["choose"], points)
+    run(None)
+    if failed and last:
+        print("", *(f"{name}: {why}" for name, why in failed.items()), sep="\n")
     if failed:
-        reasons = "\n".join(f"{name}: {reason}" for name, reason in failed.items())
-        print(f"\nfailed, with tracebacks in {args.output}/logs/:\n{reasons}")
         raise InputError(
-            f"{len(failed)} of {len(points)} runs failed, as said above; the same command retries them once more"
+            f"{len(failed)} of {len(points)} runs failed, with tracebacks in {args.output}/logs; "
+            f"the same command tries them once more"
         )
-    return rows
 
 
 if __name__ == "__main__":
-    with settings.clear_errors():
+    with clear_errors():
         main()

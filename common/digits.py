@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a small image dataset with a spurious colour and five shifts."""
+"""scikit-learn's handwritten digits as images with a spurious colour, and five shifts of them."""
 
 import functools
 
@@ -18,32 +18,35 @@ TINTS = np.array(
 
 @functools.cache
 def digits(seed: int = 0) -> datasets.DatasetDict:
-    """scikit-learn's 1797 handwritten digits as 32 x 32 RGB: train 900, validation 200, test 697, five shifts of test.
+    """scikit-learn's 1797 handwritten digits as 32 x 32 RGB.
 
-    Each digit is tinted; the tint is that of its class half of the time and of another class otherwise. The shifts are
-    recoloured (always another class's tint), rotated (up to 30 degrees and 2 pixels), sketch (an edge map), occluded (a
-    grey square) and noisy. They are the same for the same seed.
+    They are train (900 images), validation (200), test (697) and five shifts of test. Each digit is
+    tinted; the tint is that of its class half of the time and of another class otherwise. The
+    shifts are recoloured (always another class's tint), rotated (up to 30 degrees and 2 pixels),
+    sketch (an edge map), occluded (a grey square) and noisy. They are the same for the same seed.
     """
-    from sklearn.datasets import load_digits  # here, since it takes a second that only the digits are worth
+    # Here, since it takes a second that only the digits are worth.
+    from sklearn.datasets import load_digits
 
     rng = np.random.RandomState(seed)  # its stream is frozen across NumPy's versions
     raw = load_digits()
     order = rng.permutation(len(raw.target))
-    grey = [Image.fromarray((raw.images[i] * 15.9375).astype(np.uint8)).resize((32, 32), Image.BICUBIC) for i in order]
+    small = [Image.fromarray((raw.images[i] * 15.9375).astype(np.uint8)) for i in order]
+    grey = [image.resize((32, 32), Image.BICUBIC) for image in small]
     labels = raw.target[order]
     others = (labels + rng.randint(1, 10, len(labels))) % 10
     tints = np.where(rng.rand(len(labels)) < 0.5, labels, others)
     plain = [_tint(image, tint) for image, tint in zip(grey, tints)]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
-    )
+    label = datasets.ClassLabel(names=[str(i) for i in range(10)])
+    features = datasets.Features({"image": datasets.Image(), "label": label})
 
     def split(images, rows):
-        return datasets.Dataset.from_dict({"image": images, "label": labels[rows]}, features=features)
+        columns = {"image": images, "label": labels[rows]}
+        return datasets.Dataset.from_dict(columns, features=features)
 
     rows = slice(1100, None)
     shifted = {
-        "recoloured": [_tint(image, other) for image, other in zip(grey[rows], others[rows])],
+        "recoloured": [_tint(image, tint) for image, tint in zip(grey[rows], others[rows])],
         "rotated": [_rotate(image, rng) for image in plain[rows]],
         "sketch": [_sketch(image) for image in grey[rows]],
         "occluded": [_occlude(image, rng) for image in plain[rows]],
@@ -51,7 +54,8 @@ def digits(seed: int = 0) -> datasets.DatasetDict:
     }
     first = {"train": slice(900), "validation": slice(900, 1100), "test": rows}
     splits = {name: split(plain[rows], rows) for name, rows in first.items()}
-    return datasets.DatasetDict(splits | {name: split(images, rows) for name, images in shifted.items()})
+    splits |= {name: split(images, rows) for name, images in shifted.items()}
+    return datasets.DatasetDict(splits)
 
 
 def _tint(grey, tint):

@@ -163,11 +163,13 @@ def show_sweep(rows, choose):
     splits = list(rows[0]["results"])
     head = ["settings", "chosen", "of", "runs"] if choose else ["settings", "runs"]
     lines = [head + [f"{split} %" for split in splits]]
+    held_out, means = "validation" if "validation" in splits else splits[0], []
     for shown, candidates in groups.items():
         chosen = next(iter(candidates))
         if choose:
             chosen = max(candidates, key=lambda name: mean_top1(candidates[name], "validation"))
         results = candidates[chosen]
+        means.append(mean_top1(results, held_out))
         cells = [shown, chosen, str(len(candidates))] if choose else [shown]
         cells.append(str(len(results)))
         for split in splits:
@@ -175,8 +177,10 @@ def show_sweep(rows, choose):
             spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.2f}{spread}")
         lines.append(cells)
-    best = ", best on validation" if choose else ""
-    print(f"\nTop-1, mean ± standard deviation over seeds{best}:\n")
+    if len(means) > 1:
+        best = lines[1 + int(np.argmax(means))]
+        best[0] = f"**{best[0]}**"
+    print(f"\nTop-1, mean ± standard deviation over seeds; the best on {held_out} in bold:\n")
     table(lines, True)
 
 

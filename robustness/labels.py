@@ -170,3 +170,47 @@ def wordnet_id(path: str | None) -> str | None:
     """
     match = re.search(r"(?<![A-Za-z0-9])n[0-9]{8}(?![0-9])", file_name(path or ""))
     return match and match[0]
+
+
+def label_names(model) -> list[str]:
+    """The names of a model's outputs, from its ``config.json``.
+
+    They are ImageNet's, where 1000 have none, as of timm's own.
+    """
+    usual = WORDNET if model.num_classes == 1000 else []
+    names = model.pretrained_cfg.get("label_names") or usual
+    if isinstance(names, dict):  # by output, as timm allows
+        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    return [str(name) for name in names]
+
+
+def right_answers(benchmark, batch):
+    """The right answers to a benchmark's images, by each of its protocols.
+
+    Yields:
+        The protocol's name, logits' columns (None: all) and each image's right answers among them.
+
+    Raises:
+        InputError: an image has no label.
+    """
+    if benchmark == "real":
+        real = real_labels()
+        yield "real", None, [real[validation_number(path)] for path in batch["path"]]
+        return
+    if -1 in batch["label"]:
+        raise InputError(
+            f"{benchmark}: an image has no label: its file name must end like _n01440764.JPEG, or "
+            f"its folder be a class"
+        )
+    every = [[label] for label in batch["label"]]
+    subset = SUBSETS.get(benchmark.removesuffix("-clean"))
+    if subset is None:
+        yield benchmark, None, every
+        return
+    places = {index: place for place, index in enumerate(subset)}
+    among = [[places[label]] if label in places else [] for label in batch["label"]]
+    if benchmark.endswith("-clean"):  # ImageNet's own images of these classes
+        yield benchmark, subset, among
+    else:
+        yield f"{benchmark}-200", subset, among
+        yield f"{benchmark}-1000", None, every

@@ -128,3 +128,47 @@ def effective_robustness(
         "shifted_images": len(shifted),
         "extrapolated": bool(extrapolated),
     }
+
+
+# timm's columns, by protocol.
+COLUMNS = {
+    "imagenet": "imagenet", "real": "imagenet-real", "v2": "imagenetv2-matched-frequency",
+    "sketch": "imagenet-sketch", "r-200": "imagenet-r", "r-clean": "imagenet-r-clean",
+    "a-200": "imagenet-a", "a-clean": "imagenet-a-clean",
+}  # fmt: skip
+
+
+def timm_setting(config):
+    """Size, crop and interpolation, as timm's tables of results have them."""
+    return {
+        "img_size": str(config["input_size"][-1]),
+        "crop_pct": f"{config['crop_pct']:.3f}",
+        "interpolation": config["interpolation"],
+    }
+
+
+def beside_ours(models, measured):
+    """What timm publishes of its own models, by model.
+
+    It is ``top1`` in %, ours and timm's by protocol, where timm has it at the same size and crop;
+    otherwise ``elsewhere``, the sizes and crops at which it has.
+    """
+    published_by_model = {}
+    for name, (model, config) in models.items():
+        shown = [protocol for protocol in measured[name] if protocol in COLUMNS]
+        if not shown or Path(name.removeprefix("local-dir:")).expanduser().is_dir():
+            continue
+        full_name = f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}"
+        rows = [row for row in results() if row["model"] == full_name]
+        here = timm_setting(config)
+        same = [row for row in rows if all(row[key] == value for key, value in here.items())]
+        if same:
+            top1 = {}
+            for protocol in shown:
+                if timms := same[0][COLUMNS[protocol]]:
+                    top1[protocol] = (100 * measured[name][protocol]["top1"], float(timms))
+            published_by_model[name] = {"top1": top1}
+        elif rows:
+            elsewhere = [{key: row[key] for key in here} for row in rows]
+            published_by_model[name] = {"elsewhere": elsewhere}
+    return published_by_model

@@ -288,13 +288,17 @@ def open_set(which: Pass, place: str | None, allow_partial: bool):
         ds = data.hub("webdataset", place, data_files=files, streaming=True)["test"]
     elif path.suffix in (".tar", ".zip") and not path.exists():
         raise InputError(f"there is no file {place}")
-    elif path.suffix == ".zip" or (path.is_dir() and not any(path.rglob("*.parquet"))):
+    elif path.suffix == ".zip" or (path.is_dir() and not _holds_parquet(path)):
         return _open_folder(path, name, allow_partial)
     else:
         ds = _open_hub(name, place)
     ds = data.standard_columns(ds, place)
     _check_all_classes(name, ds, place, allow_partial)
     return ds
+
+
+def _holds_parquet(folder):
+    return any(file.name not in folders.METADATA for file in folder.rglob("*.parquet"))
 
 
 def _open_hub(name, place):

@@ -389,3 +389,39 @@ def test_csv_has_timms_columns(tmp_path, evaluate):
         "model,img_size,top1,top1_err,top5,top5_err,param_count,crop_pct,interpolation",
         "reader,16,66.667,33.333,66.667,33.333,0.00,1.000,bilinear",
     ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Labels without class names, and models that see no colour
+
+
+def plain_layout(root, labels, shown, column="label"):
+    """A copy of a dataset of the Hub, whose labels are no class labels."""
+    columns = {"image": [{"bytes": jpeg(i), "path": None} for i in shown], column: labels}
+    ds = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    ds.to_parquet(root / "data" / "validation-00000-of-00001.parquet")
+    return root
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize("names", [CIFAR, [str(i) for i in range(10)]], ids=["words", "numbers"])
+def test_string_labels_are_looked_up_among_the_outputs(tmp_path, evaluate, names, column):
+    label_names, order = shuffled(names)
+    labels = random.Random(1).choices(range(10), k=30)
+    place = plain_layout(tmp_path / "set", [names[i].upper() for i in labels], labels, column)
+    assert evaluate(label_names, order, "--data", f"mine={place}")["mine"]["top1"] == 1.0
+    other = plain_layout(tmp_path / "other", ["unicorn"], [0], column)
+    with pytest.raises(InputError, match=r"\('unicorn'\) mean none of the 10 outputs"):
+        evaluate(label_names, order, "--data", f"mine={other}")
+
+
+def test_a_model_of_one_channel_is_refused_before_the_first_image(tmp_path, evaluate, monkeypatch):
+    def init(self, *args, init=Reader.__init__):
+        init(self, *args)
+        self.pretrained_cfg |= {"input_size": (1, 16, 16)}
+
+    monkeypatch.setattr(Reader, "__init__", init)
+    monkeypatch.setattr(eval_robustness, "predict", None)
+    folder = write(tmp_path / "images", CIFAR)
+    with pytest.raises(InputError, match="reader takes images of 1 channels, and those here have 3"):
+        evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")

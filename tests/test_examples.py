@@ -18,6 +18,7 @@ NEEDS = {
     "hf_trainer": "transformers",
     "token_classification": "transformers",
     "lightning_module": "lightning",
+    "optuna_search": "optuna",
 }
 
 
@@ -38,3 +39,19 @@ def test_example_trains(tmp_path, example):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) > 90
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_in_its_storage(tmp_path):
+    pytest.importorskip("optuna", reason="pip install -r examples/requirements.txt")
+    shutil.copy(ROOT / "sam_obf.py", tmp_path)
+    text = (ROOT / "examples" / "optuna_search.py").read_text()
+    small = text.replace("EPOCHS, TRIALS = 20, 15", "EPOCHS, TRIALS = 6, 8")
+    assert small != text
+    (tmp_path / "search.py").write_text(small)
+    command = [sys.executable, "search.py", f"sqlite:///{tmp_path / 'search.db'}"]
+    for trials in (8, 16):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert f"best of {trials} trials: {{'rho': " in done.stdout
+    assert "Trial 15 " in done.stderr and "pruned" in done.stderr

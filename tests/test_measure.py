@@ -366,6 +366,18 @@ def test_runs_of_different_class_counts_are_refused(runs, tmp_path):
         measure([runs[0], other], tmp_path)
 
 
+@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "wolf"]])
+def test_a_run_on_classes_that_were_renamed_or_reordered_since_is_refused(runs, tmp_path, names):
+    other = altered(runs[1], tmp_path)
+    for file in other.glob("epochs/*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"label_names": names}))
+    words = rf"trained on the classes 2 \({', '.join(names)}\), and .* has 2 \(cat, dog\) now"
+    with pytest.raises(InputError, match=words):
+        measure([other], tmp_path)
+    with pytest.raises(InputError, match="runs must share their classes"):
+        measure([runs[0], other], tmp_path)
+
+
 def test_a_run_without_epochs_and_an_unfinished_one_are_refused(runs, tmp_path):
     other = altered(runs[1], tmp_path)
     shutil.rmtree(other / "epochs")

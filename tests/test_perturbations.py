@@ -201,3 +201,115 @@ def test_proportional_rho_refuses(ranges):
     names = ("rho_min", "rho_max", "lr_min", "lr_max")
     with pytest.raises(ValueError, match="lr_min < lr_max"):
         proportional_rho(torch.optim.SGD(model.parameters(), lr=0.1), **dict(zip(names, ranges)))
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Holds another optimizer, and its state nowhere else."""
+
+    def __init__(self, inner):
+        self.hidden = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure=None):
+        return self.hidden.step(closure)
+
+
+def lookahead(inner):
+    return pytest.importorskip("timm.optim.lookahead").Lookahead(inner)
+
+
+@pytest.mark.parametrize("wrap", [lookahead, Wrapper, lambda inner: Wrapper(lookahead(inner))])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("given", ["sam", "base"])
+def test_momentum_is_found_in_the_optimizer_that_another_wraps(base, wrap, given):
+    model, data = network(), batches(2)
+    inner = BASES[base](model.parameters())
+    optimizer = SAM(wrap(inner), model, rho=0.3)
+    for step, (x, y) in enumerate(data):
+        start = weights(model)
+        holder = optimizer if given == "sam" else optimizer.base_optimizer
+        with optimizer.perturbed(lambda: momentum_perturbation(holder)):
+            moved = weights(model)
+            F.cross_entropy(model(x), y).backward()
+        if step:
+            momentum = momentum_of(inner, list(model.parameters()))
+            norm = sum((v**2).sum() for v in momentum).sqrt()
+            assert_close(moved, [p - 0.3 * v / norm for p, v in zip(start, momentum)])
+        else:
+            assert_same(moved, start)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Hoarder(torch.optim.SGD):
+    """Keeps its momentum where nobody looks for it."""
+
+    def step(self, closure=None):
+        pass
+
+
+def test_momentum_that_is_nowhere_to_be_found_is_an_error_after_the_first_step():
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(Hoarder(model.parameters(), lr=0.1, momentum=0.9), model)
+    for expected in (contextlib.nullcontext(), pytest.raises(ValueError, match="Hoarder keeps no")):
+        with expected, optimizer.perturbed(lambda: momentum_perturbation(optimizer)):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+class Compressed(torch.Tensor):
+    """As the 8-bit states of torchao, which pass for tensors of the weights' shape."""
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        (
+            lambda p: {"step": 1, "state1": torch.zeros(3), "qmap1": None},
+            r"\['step', 'state1', 'qmap1'\]",
+        ),
+        (lambda p: {"exp_avg": torch.zeros_like(p).as_subclass(Compressed)}, "as Compressed"),
+        (lambda p: {"exp_avg": torch.zeros(3)}, "compressed"),
+    ],
+)
+def test_compressed_momentum_is_refused(state, words):
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        optimizer.state[p] = state(p)
+    with pytest.raises(ValueError, match=f"AdamW keeps .*{words}"):
+        momentum_perturbation(optimizer)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_momentum_of_what_is_maximized_points_the_same_way(base):
+    moved = {}
+    for maximize in (False, True):
+        torch.manual_seed(0)
+        model = network()
+        make = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[base]
+        options = {"momentum": 0.9} if base == "sgd" else {}
+        inner = make(model.parameters(), lr=0.1, maximize=maximize, **options)
+        optimizer, sign = SAM(inner, model, rho=0.3), -1 if maximize else 1
+        for x, y in batches(3):
+            with optimizer.perturbed(lambda: momentum_perturbation(optimizer)):
+                moved[maximize] = weights(model)
+                (sign * F.cross_entropy(model(x), y)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_close(moved[True], moved[False])
+
+
+def test_random_and_momentum_perturbations_of_complex_weights():
+    torch.manual_seed(2)
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.randn(50_000, dtype=torch.complex128))
+    (draw,) = torch.autograd.grad(random_perturbation(model.parameters()), model.w)
+    for part in (draw.real, draw.imag):  # N(0, 1) each
+        assert abs(part.mean()) < 0.03 and abs(part.square().mean() - 1) < 0.03
+    optimizer = torch.optim.SGD([model.w], lr=0.1, momentum=0.9)
+    assert torch.autograd.grad(momentum_perturbation(optimizer), model.w)[0].eq(0).all()
+    model.w.grad = torch.randn_like(model.w)
+    optimizer.step()
+    (gradient,) = torch.autograd.grad(momentum_perturbation(optimizer), model.w)
+    torch.testing.assert_close(gradient, -model.w.grad)

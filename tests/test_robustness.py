@@ -9,12 +9,14 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -30,7 +32,7 @@ from common import checkpoints, images, loaders
 from common.digits import SHIFTS, digits
 from common.errors import InputError
 from robustness import published, sets, statistics
-from robustness.labels import SUBSETS, class_index, real_labels
+from robustness.labels import SUBSETS, class_index, real_labels, right_answers
 from robustness.sets import Pass
 
 WORDNET = ImageNetInfo("imagenet-1k").label_names()
@@ -299,7 +301,7 @@ def test_r_protocol_of_200_classes_agrees_with_masking():
     labels = [random.Random(i).choice(SUBSETS["r"]) for i in range(400)]
     batch = {"label": labels, "path": [None] * 400}
     columns = {}
-    for protocol, outputs, answers in eval_robustness.right_answers("r", batch):
+    for protocol, outputs, answers in right_answers("r", batch):
         eval_robustness.add_scores(
             columns.setdefault(protocol, {}), logits, outputs, answers, list(map(str, range(400)))
         )
@@ -674,16 +676,16 @@ def test_results_of_another_command_are_not_replaced_without_a_word(tmp_path, ca
 def test_a_pass_killed_while_it_replaces_another_leaves_neither(tmp_path, monkeypatch):
     one, two = (write_folders(tmp_path / name, {"3": index}) for name, index in (("one", 3), ("two", 4)))
     assert evaluate(tmp_path, ["v2"], f"v2={one}", flags=["--allow-partial"])["right"]["v2"]["top1"] == 1
-    write_table = eval_robustness.pq.write_table
+    write_table = pq.write_table
 
     def killed(*args):
         write_table(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(eval_robustness.pq, "write_table", killed)
+    monkeypatch.setattr(pq, "write_table", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path, ["v2"], f"v2={two}", flags=["--allow-partial"])
-    monkeypatch.setattr(eval_robustness.pq, "write_table", write_table)
+    monkeypatch.setattr(pq, "write_table", write_table)
     assert evaluate(tmp_path, ["v2"], f"v2={one}", flags=["--allow-partial"])["right"]["v2"]["top1"] == 1
 
 
@@ -939,3 +941,171 @@ def test_size_crop_and_interpolation_of_the_command_line_reach_the_images(tmp_pa
     options = given[-1]
     assert options["input_size"] == (3, 24, 24)
     assert (options["crop_pct"], options["interpolation"]) == (0.7, "lanczos")
+
+
+# --------------------------------------------------------------------------------------------------
+# Images that do not arrive
+
+
+@pytest.fixture
+def with_workers(monkeypatch):
+    """Sets are read by worker processes, however small they are."""
+    monkeypatch.setattr(loaders, "IMAGES_PER_WORKER", 1)
+    return ["--workers", "2", "--batch-size", "8", "--allow-partial"]
+
+
+def nothing_is_finished(tmp_path):
+    return not list((tmp_path / "out").rglob("*.json"))
+
+
+@pytest.mark.parametrize("lost", [0, 2, -1])
+def test_a_pass_that_lost_images_is_an_error_and_saves_nothing(tmp_path, monkeypatch, lost):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(40)})
+    whole = eval_robustness.picture_loader
+
+    def leaky(*args):
+        batches = list(whole(*args))
+        del batches[lost]
+        return batches
+
+    monkeypatch.setattr(eval_robustness, "picture_loader", leaky)
+    with pytest.raises(InputError, match=r"v2: \d+ of 40 images arrived .*: try --workers 0"):
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--batch-size", "8", "--allow-partial"])
+    assert nothing_is_finished(tmp_path)
+
+
+def test_a_stream_that_lost_images_is_an_error_too(tmp_path, monkeypatch):
+    """A set that is streamed does not say its size; its workers say what they have sent."""
+    place = write_tars(tmp_path / "v2", list(range(40)), list(range(40)))
+    whole = eval_robustness.picture_loader
+    monkeypatch.setattr(eval_robustness, "picture_loader", lambda *args: list(whole(*args))[1:])
+    with pytest.raises(InputError, match="images arrived from the data loading processes"):
+        evaluate(tmp_path, ["v2"], f"v2={place}", flags=["--batch-size", "8", "--allow-partial"])
+    assert nothing_is_finished(tmp_path)
+
+
+class Killed:
+    """A transform that kills its worker."""
+
+    def __call__(self, image):
+        os.kill(os.getpid(), 9)
+
+
+class Stuck:
+    """A transform that never ends."""
+
+    def __call__(self, image):
+        time.sleep(1000)
+
+
+class Full:
+    """A transform after which there is no shared memory."""
+
+    def __call__(self, image):
+        def fail(*_, **__):
+            path = "</torch_1_2_3>: No space left on device (28)"
+            raise RuntimeError(f"unable to allocate shared memory(shm) for file {path}")
+
+        torch.UntypedStorage._new_shared = fail
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "transform, words",
+    [
+        (Killed, r"process died \(.*(Killed|exited unexpectedly).*\): if memory ran out, use fewer --workers"),
+        (Stuck, "no batch came from the data loading processes in 3 seconds: .* try --workers 0"),
+        (Full, r"not enough shared memory \(/dev/shm\) .*: use --workers 0 or smaller batches, or .*--shm-size"),
+    ],
+)
+def test_a_worker_that_dies_hangs_or_lacks_memory_is_one_line(
+    tmp_path, monkeypatch, with_workers, transform, words
+):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(40)})
+    monkeypatch.setattr(loaders, "TIMEOUT", 3)
+    real = loaders.evaluation_transform
+    transforms = iter([real, lambda *_: transform()])  # the first tries the model
+    monkeypatch.setattr(loaders, "evaluation_transform", lambda *args: next(transforms)(*args))
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=with_workers)
+    assert nothing_is_finished(tmp_path)
+
+
+def test_workers_put_batches_into_shared_memory_themselves(tmp_path, with_workers):
+    """Else a thread of theirs does, whose failure loses the batch without a word."""
+    ds = sets.open_set(Pass("v2", ("v2",)), str(write_folders(tmp_path / "v2", {"3": 3})), True)
+    pictures = sets.Pictures("v2", ds, create_transform(16, normalize=False), 8)
+    seen = []
+
+    def collate(batch):
+        collated = eval_robustness.collate(batch)
+        if collated["image"] is not None:
+            collated["key"] = [str(collated["image"].is_shared())]
+        return collated
+
+    options = {"batch_size": None, "num_workers": 1, "collate_fn": collate}
+    for batch in torch.utils.data.DataLoader(pictures, **options):
+        seen += batch["key"]
+    assert seen == ["True"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Results need the disk alone
+
+
+def test_results_need_no_git_and_are_there_when_pictures_fail(tmp_path, monkeypatch):
+    folder = write_folders(tmp_path / "v2", {"3": 3})
+    monkeypatch.setenv("PATH", "")
+
+    def fail(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(eval_robustness.report, "draw", fail)
+    with pytest.raises(RuntimeError, match="no fonts"):
+        evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved["results"]["right"]["v2"]["top1"] == 1.0
+
+
+def test_no_home_that_can_be_written_is_needed(tmp_path):
+    write_folders(tmp_path / "v2-1", {"3": 3})
+    command = [sys.executable, str(ROOT / "tests" / "oracle.py"), str(tmp_path), str(tmp_path / "out")]
+    nowhere = {"HF_HOME": "/proc/nowhere", "HOME": "/proc/nowhere"}
+    environment = {**os.environ, **nowhere, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "v2-1" / "results.json").exists()
+
+
+def test_what_is_printed_into_a_file_has_no_redrawn_bar(tmp_path, capfd):
+    folder = write_folders(tmp_path / "v2", {str(i): i for i in range(40)})
+    evaluate(tmp_path, ["v2"], f"v2={folder}", flags=["--allow-partial"])
+    printed = capfd.readouterr()
+    assert "\r" not in printed.out + printed.err
+    assert len(printed.err.splitlines()) <= 1
+
+
+# --------------------------------------------------------------------------------------------------
+# The size for tests
+
+
+@pytest.fixture
+def tested_larger(monkeypatch):
+    """An oracle that was trained on 16 pixels, and is to be tested on 24."""
+    oracle = Oracle()
+    oracle.pretrained_cfg |= {"test_input_size": (3, 24, 24), "test_crop_pct": 0.9}
+    monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: oracle)
+
+
+@pytest.mark.parametrize(
+    "flags, size, crop",
+    [([], 24, 0.9), (["--img-size", "16"], 16, 0.9), (["--img-size", "16", "--crop-pct", "1"], 16, 1)],
+)
+def test_a_model_is_judged_at_its_size_for_tests_unless_told_otherwise(
+    tested_larger, capsys, flags, size, crop
+):
+    args = eval_robustness.parse(["--model", "right", "--benchmarks", "v2", *flags])
+    ((_, config),) = eval_robustness.open_models(args).values()
+    assert (config["input_size"], config["crop_pct"]) == ((3, size, size), crop)
+    line = "right: images of --img-size 24 --crop-pct 0.9, the model's own for tests; "
+    assert (line in capsys.readouterr().out) == (not flags)

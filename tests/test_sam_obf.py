@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from brute_force import (
     network,
     weights,
 )
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_obf import SAM, OutputBiasForgetting, random_perturbation
@@ -886,3 +888,253 @@ def test_a_block_makes_no_tensor_of_another_format(variant, dtype):
         assert contiguous.count == 0
         torch.empty(2, 3, 4, 4)
     assert contiguous.count == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# What others keep, hold or do meanwhile
+
+
+@pytest.mark.parametrize("where", ["head", "two blocks"])
+@pytest.mark.parametrize("form", ["with", "step"])
+def test_g_in_the_gradients_of_others_is_refused(where, form):
+    """ArcFace's weights with an optimizer of their own, or a second network with its own SAM."""
+    (model, head), (x, y) = (network(), torch.nn.Linear(K, K).double()), batches(1)[0]
+    first = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    second = SAM(torch.optim.SGD(head.parameters(), lr=0.1), head)
+    start = weights(model)
+
+    def closure():
+        loss = F.cross_entropy(head(model(x)), y)
+        if form == "step":
+            loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"\(5, 5\).*ModuleList\(\[model, other_module\]\)"):
+        if form == "step":
+            first.step(closure)
+        elif where == "head":
+            with first.perturbed(closure):
+                pytest.fail("the body ran")
+        else:
+            with first.perturbed(closure), second.perturbed(closure):
+                pytest.fail("the body ran")
+    assert_same(weights(model), start)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_g_in_the_gradients_of_others_is_found_later_too(late):
+    model, head, data = network(), torch.nn.Linear(K, K).double(), batches(16)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    head.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="ModuleList") if late else contextlib.nullcontext():
+        for i, (x, y) in enumerate(data):
+            head.requires_grad_(late and i > 8)
+
+            def loss(x=x, y=y):
+                return F.cross_entropy(head(model(x)), y)
+
+            with optimizer.perturbed(loss):
+                loss().backward()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("variant", ["plain", "gsam"])
+def test_two_networks_held_as_one_module(variant, nested):
+    """What the error says to write: g reaches neither's gradients."""
+    (model, head), (x, y) = (network(), torch.nn.Linear(K, K).double()), batches(1)[0]
+    both = torch.nn.ModuleList([model, head])
+    first = SAM(torch.optim.SGD(model.parameters(), lr=0.1), both, 0.3, **VARIANTS[variant])
+    second = SAM(torch.optim.SGD(head.parameters(), lr=0.1), both, 0.3, **VARIANTS[variant])
+
+    def loss():
+        return F.cross_entropy(head(model(x)), y)
+
+    with first.perturbed(loss), second.perturbed(loss) if nested else contextlib.nullcontext():
+        moved = weights(both)
+        gp = torch.autograd.grad(loss(), list(both.parameters()))
+        loss().backward()
+    perturbed = [not torch.equal(a, b) for a, b in zip(moved, weights(both))]
+    assert perturbed == [True] * 4 + [nested] * 2
+    ours = [p.grad for p in both.parameters()]
+    if variant == "plain":
+        assert_close(ours, gp)
+    elif not nested:
+        assert_close(ours[4:], gp[4:])
+
+
+@pytest.mark.parametrize(
+    "how", ["model", "model, to zeros", "by hand", "base", "sam", "sam, zeros"]
+)
+@pytest.mark.parametrize("form", ["closure", "body", "step"])
+@pytest.mark.parametrize("variant", ["plain", "gsam"])
+def test_gradients_may_be_zeroed_inside_in_any_way(variant, form, how):
+    """Gradients of the last step are still there; who zeroes them means them, hidden or not."""
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, 0.3, **VARIANTS[variant])
+    expected, _ = brute_force_gradient(model, x, y, F.cross_entropy, [0.3] * 4, **VARIANTS[variant])
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+
+    def zero():
+        if how == "by hand":
+            for p in model.parameters():
+                p.grad = None
+        else:
+            owner = {"model": model, "base": optimizer.base_optimizer, "sam": optimizer}
+            owner[how.split(",")[0]].zero_grad(set_to_none="zeros" not in how)
+
+    def closure(zeroes=True):
+        if zeroes:
+            zero()
+        loss = F.cross_entropy(model(x), y)
+        if form == "step":
+            loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if form == "step":
+            optimizer.step(closure)
+        else:
+            with optimizer.perturbed(lambda: closure(form == "closure")):
+                closure(form == "body").backward()
+    assert_close([p.grad for p in model.parameters()], expected)
+
+
+@pytest.mark.parametrize("variant", ["plain", "gsam", "gsam-normalize", "asam-both"])
+def test_complex_weights_are_pairs_of_real_ones(variant):
+    def run(real):
+        torch.manual_seed(3)
+        model = torch.nn.Module()
+        w = torch.randn(5, dtype=torch.complex128)
+        a = torch.randn(7, 5, dtype=torch.complex128)
+        model.w = torch.nn.Parameter(torch.view_as_real(w).clone() if real else w)
+        options = VARIANTS[variant]
+        optimizer = SAM(torch.optim.SGD([model.w], lr=0.1), model, rho=0.3, **options)
+
+        def loss():
+            w = torch.view_as_complex(model.w) if real else model.w
+            return (a @ w).abs().pow(1.5).sum() + w.real.sum().sin()
+
+        with optimizer.perturbed(loss):
+            loss().backward()
+        return model.w.grad if real else torch.view_as_real(model.w.grad)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = run(real=False)
+    if variant == "asam-both":  # |theta| is the modulus, for both parts
+        assert ours.isfinite().all()
+    else:
+        torch.testing.assert_close(ours, run(real=True), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+def test_maximizing_a_reward_is_minimizing_its_negative(base, variant):
+    steps = {}
+    for maximize in (False, True):
+        torch.manual_seed(0)
+        model = network()
+        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[base]
+        sgd = kind(model.parameters(), lr=0.1, maximize=maximize)
+        optimizer = SAM(sgd, model, rho=0.3, **VARIANTS[variant])
+        sign = -1 if maximize else 1
+        for x, y in batches(4):
+            with optimizer.perturbed(lambda: sign * F.cross_entropy(model(x), y)):
+                (sign * F.cross_entropy(model(x), y)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        steps[maximize] = weights(model)
+    assert_close(steps[True], steps[False])
+
+
+@pytest.mark.parametrize("kind", ["own", "weight norm", "spectral norm"])
+def test_cached_parametrizations_follow_the_weights(kind):
+    class Symmetric(torch.nn.Module):
+        def forward(self, x):
+            return x.triu() + x.triu(1).T
+
+    def gradients(around):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(6, 6).double()
+        if kind == "own":
+            parametrize.register_parametrization(model, "weight", Symmetric())
+        elif kind == "weight norm":
+            torch.nn.utils.parametrizations.weight_norm(model)
+        else:
+            torch.nn.utils.parametrizations.spectral_norm(model)
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=1.0)
+        with parametrize.cached() if around else contextlib.nullcontext():
+            for x, y in data:
+                with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+                    F.cross_entropy(model(x), y).backward()
+        return [p.grad for p in model.parameters()]
+
+    data = batches(2)
+    assert_same(gradients(around=True), gradients(around=False))
+
+
+@pytest.mark.parametrize("pass_", ["ascent", "descent"])
+@pytest.mark.parametrize("steps", ["sam", "base", "one each"])
+def test_a_step_in_a_hook_of_the_backward_pass_is_refused_before_weights_move(steps, pass_):
+    """Layer-wise optimizers step as soon as a gradient is there."""
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    each = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    start = weights(model)
+
+    def hook(p):
+        if optimizer.ascending is (pass_ == "ascent"):
+            {"sam": optimizer, "base": optimizer.base_optimizer}.get(steps, each[p]).step()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(hook)
+    with pytest.raises(RuntimeError, match="in a hook of its backward pass"):
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+            F.cross_entropy(model(x), y).backward()
+    assert_same(weights(model), start)
+
+
+def test_other_optimizers_may_step_inside():
+    (model, other), (x, y) = (network(), network()), batches(1)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1)
+    with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+        F.cross_entropy(other(x), y).backward()
+        plain.step()
+        F.cross_entropy(model(x), y).backward()
+
+
+def test_one_mask_of_dropout_for_both_passes():
+    model, (x, y), seen = network(), batches(1)[0], []
+    model.insert(1, torch.nn.Dropout(0.5))
+    model[1].register_forward_hook(lambda module, args, out: seen.append(out == 0))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+    def ascent():
+        with torch.random.fork_rng():
+            return F.cross_entropy(model(x), y)
+
+    for closure in (ascent, lambda: F.cross_entropy(model(x), y)):
+        with optimizer.perturbed(closure):
+            F.cross_entropy(model(x), y).backward()
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[2], seen[3])
+
+
+def test_one_perturbation_of_a_whole_batch_in_micro_batches():
+    model, (x, y) = network(), batches(1, size=24)[0]
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=0.3)
+    expected, _ = brute_force_gradient(model, x, y, F.cross_entropy, [0.3] * 4)
+
+    def closure():
+        optimizer.zero_grad()
+        total = 0
+        for xs, ys in zip(x.split(6), y.split(6)):
+            loss = F.cross_entropy(model(xs), ys) / 4
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    torch.testing.assert_close(optimizer.step(closure), F.cross_entropy(model(x), y).detach())
+    assert_close([p.grad for p in model.parameters()], expected)

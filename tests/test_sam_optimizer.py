@@ -1,11 +1,22 @@
 """SAM in the place of the optimizer that it holds: state, hooks, copies, and what it refuses."""
 
+import collections
+import contextlib
+import copy
+import io
+import pickle
 import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from brute_force import BASES, VARIANTS, K, assert_close, assert_same, batches, network, weights
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sam_obf import SAM
@@ -307,4 +318,159 @@ def test_sparse_gradients_are_refused():
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
     with pytest.raises(RuntimeError, match="sparse=False"):
         with optimizer.perturbed(lambda: model(torch.tensor([[1, 2]])).sum()):
+            pytest.fail("the body ran")
+
+
+# --------------------------------------------------------------------------------------------------
+# Copies, assignments, checkpoints of others
+
+
+def training(optimizer, model, data):
+    for x, y in data:
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+def saved_and_loaded(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_copy_goes_on_as_the_original_and_changes_no_other(copied, base, scheduled):
+    data, model = batches(6), network()
+    optimizer = SAM(BASES[base](model.parameters()), model, rho=0.3, adaptive="after")
+    if scheduled:  # puts a step() of its own on the optimizer
+        torch.optim.lr_scheduler.StepLR(optimizer, 100)
+    training(optimizer, model, data[:3])
+    other_model, other = copied((model, optimizer))
+    assert other.model is other_model and other.base_optimizer is not optimizer.base_optimizer
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    assert_same(training(other, other_model, data[3:]), training(optimizer, model, data[3:]))
+    assert calls == [1] * 3
+    lone = copied(optimizer)  # has a copy of the model
+    training(lone, lone.model, data[:1])
+
+
+@pytest.mark.parametrize("name", ["state", "param_groups", "defaults"])
+def test_what_is_assigned_reaches_the_base_optimizer(name):
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SAM(base, model)
+    value = copy.copy(getattr(base, name))
+    setattr(optimizer, name, value)
+    assert getattr(base, name) is value and getattr(optimizer, name) is value
+
+
+@pytest.mark.parametrize("what", ["state", "param_groups"])
+def test_after_an_assignment_steps_are_those_of_the_bare_optimizer(what):
+    runs, data = [], batches(6)
+    for bare in (True, False):
+        torch.manual_seed(0)
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        if not bare:
+            optimizer = SAM(optimizer, model, rho=0.0)
+        for i, (x, y) in enumerate(data):
+            if i == 3 and what == "state":
+                optimizer.state = collections.defaultdict(dict)
+            elif i == 3:
+                optimizer.param_groups = [{**g, "lr": 0.5} for g in optimizer.param_groups]
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(weights(model))
+    assert_same(*runs)
+
+
+def test_a_state_of_davda54s_optimizer_says_what_to_do():
+    """It holds its own state, not that of its base optimizer, which then misses it."""
+    model = network()
+    state = torch.optim.SGD(model.parameters(), lr=0.5).state_dict()
+    state["param_groups"][0] |= {"rho": 2.0, "adaptive": True}
+    state["state"] = {0: {"old_p": torch.zeros(8, 6)}}
+    optimizer = SAM(torch.optim.AdamW(model.parameters(), lr=0.1), model, rho=0.3)
+    with pytest.raises(ValueError, match=r"davda54/sam's.*load the model's weights alone"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.param_groups[0]["rho"] == 0.3
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("bare", [False, True])
+def test_distributed_checkpoints(tmp_path, bare, flat):
+    """Of SAM as they are; of a bare optimizer with the planner that load_state_dict() names."""
+    data = batches(6)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def new(rho):
+        torch.manual_seed(1)
+        model = network()
+        return model, SAM(BASES["adamw"](model.parameters()), model, rho=rho)
+
+    model, optimizer = new(0.3)
+    saved = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1) if bare else optimizer
+    for x, y in data[:3]:
+        with contextlib.nullcontext() if bare else saved.perturbed(lambda: model(x).square().sum()):
+            F.cross_entropy(model(x), y).backward()
+        saved.step()
+        saved.zero_grad()
+    model_state, state = get_state_dict(model, saved, options=options)
+    dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+
+    other, resumed = new(0.7)
+    model_state, state = get_state_dict(other, resumed, options=options)
+    both = {"model": model_state, "optimizer": state}
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True) if bare else None
+    dcp.load(both, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    states = {"model_state_dict": both["model"], "optim_state_dict": both["optimizer"]}
+    set_state_dict(other, resumed, **states, options=options)
+    assert resumed.param_groups[0]["rho"] == (0.7 if bare else 0.3)
+    assert_same(weights(other), weights(model))
+    for a, b in zip(model.parameters(), other.parameters()):
+        assert torch.equal(saved.state[a]["exp_avg"], resumed.state[b]["exp_avg"])
+
+
+# --------------------------------------------------------------------------------------------------
+# More that cannot be followed
+
+
+class NeedsClosure(torch.optim.SGD):
+    """As schedule-free's variants that evaluate the loss themselves."""
+
+    def step(self, closure):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, NeedsClosure])
+def test_optimizers_whose_step_needs_a_closure_are_refused(make):
+    model = network()
+    with pytest.raises(ValueError, match=rf"{make.__name__}\.step\(\) needs a closure"):
+        SAM(make(model.parameters()), model)
+
+
+def test_per_sample_gradients_are_refused():
+    """Opacus wraps the model, and puts a gradient for each example beside ``.grad``."""
+    model, (x, y) = network(), batches(1)[0]
+    wrapper = type("GradSampleModule", (torch.nn.Sequential,), {"__module__": "opacus.grad_sample"})
+    with pytest.raises(ValueError, match="per-sample gradients private"):
+        SAM(torch.optim.SGD(model.parameters(), lr=0.1), wrapper(*model))
+    private = type("DPOptimizer", (torch.optim.SGD,), {"__module__": "opacus.optimizers.optimizer"})
+    with pytest.raises(ValueError, match="per-sample gradients private"):
+        SAM(private(model.parameters(), lr=0.1), model)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    model[0].weight.grad_sample = None  # wrapped later
+    with pytest.raises(RuntimeError, match="per-sample gradients private"):
+        with optimizer.perturbed(lambda: F.cross_entropy(model(x), y)):
             pytest.fail("the body ran")

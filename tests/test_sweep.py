@@ -3,13 +3,13 @@
 import argparse
 import csv
 import gc
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -17,50 +17,58 @@ import weakref
 from pathlib import Path
 
 import numpy as np
-import optuna
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
-from optuna.trial import TrialState
-from test_data import write_folder
+from accelerate.state import PartialState
+from helpers import ROOT, TORCHRUN, fresh_process, write_folder
 
 import sweep
 import train_imagenet
-from common import settings
-from common.settings import InputError
+from common import loaders, report, settings
+from common.errors import InputError, clear_errors
 
-ROOT = Path(__file__).parent.parent
 GRID = {"method": ["sam", "obf"], "lr": [0.01, 0.02], "seed": [0, 1]}
 FORK = multiprocessing.get_context("fork")  # workers that need not import torch anew
 gc.freeze()  # what is collected after a failed run is not what torch's import left
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(sweep, "HEARTBEAT", 1)
-    monkeypatch.setattr(sweep, "GRACE", 3)
-
-
 def write_sweep(tmp_path, *grids, **keys):
-    usual = {"dataset": str(tmp_path / "images"), "model": "test_resnet", "img_size": 32, "batch_size": 4, "epochs": 1}
+    usual = {
+        "dataset": str(tmp_path / "images"),
+        "model": "test_resnet",
+        "img_size": 32,
+        "batch_size": 4,
+        "epochs": 1,
+    }
     usual |= {"workers": 0, "crop_pct": 1.0}
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump({"settings": usual, "grids": list(grids), **keys}))
     return [str(path), "--output", str(tmp_path / "out")]
 
 
-def faked(monkeypatch, results=None):
-    """Replace training: a list of the settings it is called with; ``results`` gives what it returns."""
+def end_run(argv, results, script=train_imagenet):
+    """Write what a run with these flags leaves: its settings and its results."""
+    args = settings.parse(script.parser(), argv)
+    _, _, args.m = loaders.split_batch(args, PartialState().num_processes)
+    run = Path(args.output)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "settings.yaml").write_text(yaml.safe_dump(settings.resolved(args)))
+    (run / "results.json").write_text(json.dumps({"last": results}))
+
+
+def faked(monkeypatch, results=None, script=train_imagenet):
+    """Replace training: a list of the points it is called with; ``results`` gives theirs."""
     calls = []
 
     def train(argv):
-        calls.append({key: argv[argv.index(f"--{key}") + 1] if f"--{key}" in argv else None for key in ("output",)})
-        point = dict(part.split("=") for part in Path(calls[-1]["output"]).name.split(","))
-        calls[-1] = point
-        return (results or (lambda point: {"validation": 0.5, "test": 0.5}))(point)
+        name = Path(argv[argv.index("--output") + 1]).name
+        calls.append(dict(part.split("=") for part in name.split(",")))
+        usual = {"validation": 0.5, "test": 0.5}
+        end_run(argv, results(calls[-1]) if results else usual, script)
 
-    monkeypatch.setattr(train_imagenet, "main", train)
+    monkeypatch.setattr(script, "main", train)
+    monkeypatch.setattr(report, "draw_curves", lambda *_: None)
     return calls
 
 
@@ -68,15 +76,16 @@ def table(tmp_path):
     return list(csv.DictReader((tmp_path / "out" / "sweep.csv").open()))
 
 
-def study(tmp_path):
-    return optuna.load_study(study_name="out", storage=f"sqlite:///{tmp_path / 'out' / 'sweep.db'}")
-
-
 def test_every_point_is_trained_and_tabulated(tmp_path, capsys):
     write_folder(tmp_path / "images", splits=("train", "validation", "test"), images=4)
     sweep.main(write_sweep(tmp_path, {"method": ["sam", "base"], "seed": [0, 1]}))
     rows = table(tmp_path)
-    assert [(row["method"], row["seed"]) for row in rows] == [("sam", "0"), ("sam", "1"), ("base", "0"), ("base", "1")]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("sam", "0"),
+        ("sam", "1"),
+        ("base", "0"),
+        ("base", "1"),
+    ]
     for row in rows:
         results = json.loads((Path(row["run"]) / "results.json").read_text())["last"]
         assert {key: float(row[key]) for key in results} == results
@@ -91,10 +100,11 @@ def test_every_point_is_trained_and_tabulated(tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_train_each_run_together(tmp_path):
     write_folder(tmp_path / "images", splits=("train", "validation", "test"), images=4)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sweep.py"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
-    command = [*launch, *write_sweep(tmp_path, {"method": ["obf", "sam"]})]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [*TORCHRUN, "2", "sweep.py", *write_sweep(tmp_path, {"method": ["obf", "sam"]})]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert len(table(tmp_path)) == len(list((tmp_path / "out" / "runs").iterdir())) == 2
     assert done.stdout.count("written:") == 1
@@ -114,12 +124,15 @@ def test_what_is_chosen_on_validation_is_reported_on_test(tmp_path, monkeypatch,
     # Validation prefers lr 0.02 for sam and 0.01 for obf; test would prefer the opposite.
     def results(point):
         right = (point["method"] == "sam") == (point["lr"] == "0.02")
-        return {"validation": 0.9 if right else 0.8, "test": (0.3 if right else 0.6) + 0.02 * int(point["seed"])}
+        return {
+            "validation": 0.9 if right else 0.8,
+            "test": (0.3 if right else 0.6) + 0.02 * int(point["seed"]),
+        }
 
     faked(monkeypatch, results)
     write_folder(tmp_path / "images", splits=("train", "validation"))
     sweep.main(write_sweep(tmp_path, GRID, choose=["lr"]))
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| method")]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "| lr=" in line]
     assert len(printed) == 2
     for line, best in zip(printed, ("lr=0.02", "lr=0.01")):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -129,14 +142,20 @@ def test_what_is_chosen_on_validation_is_reported_on_test(tmp_path, monkeypatch,
 def test_without_validation_images_nothing_is_chosen(tmp_path, monkeypatch, capsys):
     calls = faked(monkeypatch, lambda point: {"test": 0.25})
     write_folder(tmp_path / "images", splits=("train", "test"))
-    with pytest.raises(InputError, match="no validation images to choose on: give --validation-share"):
+    with pytest.raises(
+        InputError, match="no validation images to choose on: give --validation-share"
+    ):
         sweep.main(write_sweep(tmp_path, GRID, choose=["lr"]))
     assert calls == []
     sweep.main(write_sweep(tmp_path, GRID))
-    assert re.search(r"lr=0\.01,method=sam +\| 2 +\| 25\.00 ± 0\.00", capsys.readouterr().out)
+    assert re.search(r"lr=0\.01,method=sam.* +\| 2 +\| 25\.00 ± 0\.00", capsys.readouterr().out)
 
 
-AXES = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}, "m": [1, 2], "weight_decay": {"low": 0, "high": 1e-2}}
+AXES = {
+    "lr": {"low": 1e-3, "high": 1e-1, "log": True},
+    "m": [1, 2],
+    "weight_decay": {"low": 0, "high": 1e-2},
+}
 
 
 def test_random_points_are_the_same_again_and_within_their_ranges(tmp_path, monkeypatch):
@@ -158,35 +177,65 @@ def test_random_points_are_the_same_again_and_within_their_ranges(tmp_path, monk
 
 def test_the_trial_seed_decides_the_points(tmp_path, monkeypatch):
     calls = faked(monkeypatch)
-    sweep.main([*write_sweep(tmp_path, {"lr": AXES["lr"], "m": [1, 2, 4]}), "--trials", "3", "--trial-seed", "7"])
+    sweep.main(
+        [
+            *write_sweep(tmp_path, {"lr": AXES["lr"], "m": [1, 2, 4]}),
+            "--trials",
+            "3",
+            "--trial-seed",
+            "7",
+        ]
+    )
     rng = np.random.default_rng(7)
-    expected = [(np.exp(rng.uniform(np.log(1e-3), np.log(1e-1))), [1, 2, 4][rng.integers(3)]) for _ in range(3)]
+    expected = [
+        (np.exp(rng.uniform(np.log(1e-3), np.log(1e-1))), [1, 2, 4][rng.integers(3)])
+        for _ in range(3)
+    ]
     assert [(float(point["lr"]), int(point["m"])) for point in calls] == expected
 
 
-def test_a_point_overrides_the_sweeps_settings_they_the_recipe_and_the_command_line_both(tmp_path, monkeypatch):
+def test_a_point_overrides_the_sweeps_settings_they_the_recipe_and_the_command_line_both(
+    tmp_path, monkeypatch
+):
     parsed = []
 
     def train(argv):
         parsed.append(settings.parse(settings.parser("", ""), argv))
-        return {"test": 0.5}
+        end_run(argv, {"test": 0.5})
 
+    faked(monkeypatch)
     monkeypatch.setattr(train_imagenet, "main", train)
-    recipe = {"lr": 0.11, "min_lr": 0.011, "momentum": 0.11, "hflip": 0.11, "smoothing": 0.11, "clip_grad": 1.1}
+    recipe = {
+        "lr": 0.11,
+        "min_lr": 0.011,
+        "momentum": 0.11,
+        "hflip": 0.11,
+        "smoothing": 0.11,
+        "clip_grad": 1.1,
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump({key: value + 0.01 for key, value in recipe.items()}))
+    (tmp_path / "other.yaml").write_text(
+        yaml.safe_dump({key: value + 0.01 for key, value in recipe.items()})
+    )
     flags = write_sweep(tmp_path, {"momentum": [0.33], "clip_grad": [3.3]}, recipe="recipe.yaml")
     sweep_file = yaml.safe_load((tmp_path / "small.yaml").read_text())
     sweep_file["settings"] |= {"min_lr": 0.022, "momentum": 0.22, "hflip": 0.22}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(sweep_file))
     sweep.main([*flags, "--hflip", "0.44", "--smoothing", "0.44"])
-    sweep.main([*flags, "--recipe", str(tmp_path / "other.yaml"), "--output", str(tmp_path / "out2")])
+    sweep.main(
+        [*flags, "--recipe", str(tmp_path / "other.yaml"), "--output", str(tmp_path / "out2")]
+    )
     keys = ("lr", "min_lr", "momentum", "clip_grad", "hflip", "smoothing", "epochs")
     first, second = ([getattr(args, key) for key in keys] for args in parsed)
     assert first == [0.11, 0.022, 0.33, 3.3, 0.44, 0.44, 1]
-    assert [args.resume for args in parsed] == ["auto", "auto"]  # else a run that was cut off could not go on
+    assert [args.resume for args in parsed] == [
+        "auto",
+        "auto",
+    ]  # else a run that was cut off could not go on
     assert second == pytest.approx([0.12, 0.022, 0.33, 3.3, 0.22, 0.12, 1])
-    with pytest.raises(InputError, match=r"momentum is 0\.5 on the command line, and the sweep varies it: drop one"):
+    with pytest.raises(
+        InputError, match=r"momentum is 0\.5 on the command line, and the sweep varies it: drop one"
+    ):
         sweep.main([*flags, "--momentum", "0.5"])
     assert len(parsed) == 2
 
@@ -194,13 +243,23 @@ def test_a_point_overrides_the_sweeps_settings_they_the_recipe_and_the_command_l
 ERRORS = {
     "1": (InputError("the loss has not been finite"), "the loss has not been finite"),
     "2": (MemoryError(), "MemoryError"),
-    "3": (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "OutOfMemoryError: CUDA out of memory."),
+    "3": (
+        torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+        "OutOfMemoryError: CUDA out of memory.",
+    ),
     "4": (KeyError("missing"), "KeyError: 'missing'"),
-    "5": (InputError("Caught InputError in worker 0.\nTraceback\ncommon.settings.InputError: bad image"), "bad image"),
+    "5": (
+        InputError(
+            "Caught InputError in worker 0.\nTraceback\ncommon.errors.InputError: bad image"
+        ),
+        "bad image",
+    ),
 }
 
 
-def test_a_failed_run_is_said_does_not_stop_the_others_and_is_tried_again(tmp_path, monkeypatch, capfd):
+def test_a_failed_run_is_said_does_not_stop_the_others_and_is_tried_again(
+    tmp_path, monkeypatch, capfd
+):
     def fail(point):
         if point["seed"] in ERRORS:
             raise ERRORS[point["seed"]][0]
@@ -208,24 +267,26 @@ def test_a_failed_run_is_said_does_not_stop_the_others_and_is_tried_again(tmp_pa
 
     grid = {"seed": [1, 2, 0, 3, 4, 5, 6]}
     calls = faked(monkeypatch, fail)
-    message = "5 of 7 runs failed, as said above; the same command retries them once more"
+    message = (
+        "5 of 7 runs failed, with tracebacks in .*/logs; the same command tries them once more"
+    )
     for _ in range(sweep.DEATHS):  # an error is not the death of a worker, however often
         with pytest.raises(InputError, match=message):
             sweep.main(write_sweep(tmp_path, grid))
         printed = capfd.readouterr()
         for seed, (error, reason) in ERRORS.items():
-            assert printed.out.count(f"failed: seed={seed}: {reason}\n") == 1
-            assert printed.out.split("failed, with tracebacks in")[1].count(f"\nseed={seed}: {reason}\n") == 1
+            assert printed.err.count(f"failed: seed={seed}: {reason}\n") == 1
+            assert printed.out.split("written:")[1].count(f"\nseed={seed}: {reason}\n") == 1
             log = (tmp_path / "out" / "logs" / f"seed={seed}.txt").read_text()
             assert "Traceback" in log and type(error).__name__ in log
         assert "Traceback" not in printed.out + printed.err
         assert [row["seed"] for row in table(tmp_path)] == ["0", "6"]
-    assert [point["seed"] for point in calls] == ["1", "2", "0", "3", "4", "5", "6"] + 2 * ["1", "2", "3", "4", "5"]
-    assert len(study(tmp_path).trials) == 17
+    failing = ["1", "2", "3", "4", "5"]
+    assert [point["seed"] for point in calls] == ["1", "2", "0", "3", "4", "5", "6", *2 * failing]
     monkeypatch.undo()
     calls = faked(monkeypatch)
     sweep.main(write_sweep(tmp_path, grid))
-    assert [point["seed"] for point in calls] == ["1", "2", "3", "4", "5"]
+    assert [point["seed"] for point in calls] == failing
     assert len(table(tmp_path)) == 7
 
 
@@ -242,13 +303,20 @@ def test_what_failed_before_comes_after_what_is_new(tmp_path, monkeypatch):
     assert [point["seed"] for point in calls] == ["1", "2", "0"]
 
 
-def test_a_run_that_failed_in_another_worker_is_not_tried_again_by_this_one(tmp_path, monkeypatch, capsys):
+def note(tmp_path, name, *lines):
+    """Write into a point's history what a worker would."""
+    file = tmp_path / "out" / "attempts" / f"{name}.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as history:
+        history.writelines(f"{line}\n" for line in lines)
+
+
+def test_a_run_that_failed_in_another_worker_is_not_tried_again_by_this_one(
+    tmp_path, monkeypatch, capsys
+):
     def fail(point):  # while this worker trains seed 0, another one fails with seed 1
         if point["seed"] == "0":
-            study(tmp_path).enqueue_trial({}, user_attrs={"point": {"seed": 1}})
-            other = study(tmp_path).ask()
-            other.set_user_attr("error", "too large")
-            study(tmp_path).tell(other, state=TrialState.FAIL)
+            note(tmp_path, "seed=1", "began", "failed: too large")
         return {"validation": 0.5}
 
     calls = faked(monkeypatch, fail)
@@ -258,15 +326,16 @@ def test_a_run_that_failed_in_another_worker_is_not_tried_again_by_this_one(tmp_
     assert "\nseed=1: too large\n" in capsys.readouterr().out
 
 
-def test_a_run_at_which_workers_die_counts_as_failed_until_the_next_start(tmp_path, monkeypatch, capsys):
+def test_a_run_at_which_workers_die_counts_as_failed_until_the_next_start(
+    tmp_path, monkeypatch, capsys
+):
     calls = faked(monkeypatch)
-    sweep.main(write_sweep(tmp_path, {"seed": [0]}))
-    for _ in range(sweep.DEATHS):
-        study(tmp_path).enqueue_trial({}, user_attrs={"point": {"seed": 1}})
-        study(tmp_path).tell(study(tmp_path).ask(), state=TrialState.FAIL)  # as other workers do with a silent one's
+    note(tmp_path, "seed=1", "began", "stopped", *["began"] * sweep.DEATHS)
+    note(tmp_path, "seed=2", *["began"] * sweep.DEATHS, "stopped")  # the last one did not die
     with pytest.raises(InputError, match="1 of 3 runs failed"):
         sweep.main(write_sweep(tmp_path, {"seed": [0, 1, 2]}))
-    assert "\nseed=1: 3 workers died at it" in capsys.readouterr().out
+    reason = "3 workers died at it without a word; is there enough memory?"
+    assert f"\nseed=1: {reason}\n" in capsys.readouterr().out
     assert [point["seed"] for point in calls] == ["0", "2"]
     sweep.main(write_sweep(tmp_path, {"seed": [0, 1, 2]}))
     assert [point["seed"] for point in calls] == ["0", "2", "1"]
@@ -293,7 +362,9 @@ def test_a_run_does_not_keep_the_memory_of_one_that_failed(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("error, code", [(SystemExit, None), (KeyboardInterrupt, 130)])
-def test_sigterm_leaves_the_run_to_the_next_worker_at_once(tmp_path, monkeypatch, capsys, error, code):
+def test_sigterm_leaves_the_run_to_the_next_worker_at_once(
+    tmp_path, monkeypatch, capsys, error, code
+):
     def stop(point):
         raise error
 
@@ -302,32 +373,37 @@ def test_sigterm_leaves_the_run_to_the_next_worker_at_once(tmp_path, monkeypatch
         with pytest.raises(SystemExit) as stopped:
             sweep.main(write_sweep(tmp_path, {"seed": [0]}))
         assert stopped.value.code == code and len(calls) == number
-        assert re.search(r"stopped in seed=0; the same command goes on\n", capsys.readouterr().out)
-    assert [trial.state for trial in study(tmp_path).trials].count(TrialState.FAIL) == sweep.DEATHS
+        assert "stopped in seed=0; the same command goes on\n" in capsys.readouterr().err
     monkeypatch.undo()
     calls = faked(monkeypatch)
     sweep.main(write_sweep(tmp_path, {"seed": [0]}))
     assert [point["seed"] for point in calls] == ["0"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two processes that train each run together
 
 
 def process(rank, port, tmp_path, train, flags):
     """One of two, as torchrun would start it; what it prints goes to a file."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    sweep.AGREE, train_imagenet.main = 3, lambda argv: train(rank, Path(argv[argv.index("--output") + 1]).name)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    fresh_process()
+
+    def main(argv):
+        results = train(rank, Path(argv[argv.index("--output") + 1]).name)
+        if rank == 0:
+            end_run(argv, results)
+
+    sweep.AGREE, train_imagenet.main = 3, main
     worker(tmp_path / f"process{rank}.txt", flags)
 
 
 def worker(output, flags):
     """A process of its own."""
     sys.stdout = sys.stderr = output.open("w", buffering=1)
-    with settings.clear_errors():
+    report.draw_curves = lambda *_: None
+    with clear_errors():
         sweep.main(flags)
 
 
@@ -340,14 +416,15 @@ def free_port():
 def together(tmp_path, train, flags):
     """The exit statuses and last lines of two processes."""
     port = free_port()
-    processes = [FORK.Process(target=process, args=(rank, port, tmp_path, train, flags)) for rank in range(2)]
-    for one in processes:
-        one.start()
-    for one in processes:
-        one.join(60)
+    arguments = [(rank, port, tmp_path, train, flags) for rank in range(2)]
+    processes = [FORK.Process(target=process, args=each) for each in arguments]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(60)
     printed = [(tmp_path / f"process{rank}.txt").read_text() for rank in range(2)]
     assert "Traceback" not in "".join(printed), printed
-    return [one.exitcode for one in processes], printed
+    return [each.exitcode for each in processes], printed
 
 
 @pytest.mark.slow
@@ -357,16 +434,18 @@ def test_processes_that_fail_at_the_same_place_go_on_with_the_next_run(tmp_path)
             raise MemoryError("both")
         total = torch.ones(1)
         torch.distributed.all_reduce(total)
-        if name == f"seed={2 + rank}":  # 2: the main process alone, 3: the other one, when the work is done
+        if name == f"seed={2 + rank}":  # one process alone, when the work is done
             raise OSError(f"disk {rank} full")
         return {"test": total.item() / 4}
 
     status, printed = together(tmp_path, train, write_sweep(tmp_path, {"seed": [0, 1, 2, 3, 4]}))
     assert status == [1, 0]
-    assert printed[0].endswith("error: 3 of 5 runs failed, as said above; the same command retries them once more\n")
-    for line in ("seed=1: MemoryError: both", "seed=2: OSError: disk 0 full", "seed=3: OSError: disk 1 full"):
-        assert f"\n{line}\n" in printed[0]
-    assert [(row["seed"], row["test"]) for row in table(tmp_path)] == [("0", "0.5"), ("4", "0.5")]
+    assert printed[0].endswith("/logs; the same command tries them once more\n")
+    assert "error: 3 of 5 runs failed" in printed[0]
+    for line in ("1: MemoryError: both", "2: OSError: disk 0 full", "3: OSError: disk 1 full"):
+        assert f"\nseed={line}\n" in printed[0]
+    # The main process has written the results of seed 3.
+    assert [(row["seed"], row["test"]) for row in table(tmp_path)] == [(s, "0.5") for s in "034"]
 
 
 @pytest.mark.slow
@@ -386,8 +465,8 @@ def test_a_process_that_fails_alone_ends_its_worker_and_a_restart_does_the_rest(
     last = printed[failing].splitlines()[-1]
     assert last == "error: MemoryError: alone; after which this worker cannot go on: start it anew"
     assert "another process of this run died" in printed[1 - failing].splitlines()[-1]
-    trial = study(tmp_path).trials[0]
-    assert trial.state == TrialState.FAIL and ("error" in trial.user_attrs) == (failing == 0)
+    history = (tmp_path / "out" / "attempts" / "seed=0.txt").read_text().splitlines()
+    assert history[0] == "began" and len(history) == (2 if failing == 0 else 1)
     status, printed = together(tmp_path, train, flags)
     assert status == [1, 1] and [row["seed"] for row in table(tmp_path)] == ["1"]
     if failing == 1:  # the main process never learns why: three times are enough
@@ -395,26 +474,28 @@ def test_a_process_that_fails_alone_ends_its_worker_and_a_restart_does_the_rest(
         status, printed = together(tmp_path, train, flags)
         assert status == [1, 0] and "\nseed=0: 3 workers died at it" in printed[0]
     tried = (tmp_path / "calls.txt").read_text().splitlines()
-    assert (tried.count(f"{failing} seed=0"), tried.count("0 seed=1")) == ((2, 1) if failing == 0 else (3, 1))
+    assert tried.count(f"{failing} seed=0") == (2 if failing == 0 else 3)
+    assert tried.count("0 seed=1") == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several workers
 
 
-def start(tmp_path, flags, grace=3, seconds=0.4):
-    """A worker in a process of its own, whose runs take some time and leave lines in ``calls.txt``."""
+def start(tmp_path, flags, seconds=0.4):
+    """A worker in a process of its own, whose runs leave lines in ``calls.txt``."""
 
     def train(argv):
         name = Path(argv[argv.index("--output") + 1]).name
-        for what, pause in (("begin", seconds), ("end", 0)):
-            with (tmp_path / "calls.txt").open("a") as file:
-                file.write(f"{what} {name}\n")
-            time.sleep(pause)
-        return {"validation": 0.5, "test": 0.5}
+        with (tmp_path / "calls.txt").open("a") as file:
+            file.write(f"begin {name}\n")
+        time.sleep(seconds)
+        end_run(argv, {"validation": 0.5, "test": 0.5})
+        with (tmp_path / "calls.txt").open("a") as file:
+            file.write(f"end {name}\n")
 
     def run():
-        sweep.GRACE, train_imagenet.main = grace, train
+        train_imagenet.main = train
         worker(output, flags)
 
     output = tmp_path / f"worker{len(list(tmp_path.glob('worker*')))}.txt"
@@ -427,9 +508,9 @@ def start(tmp_path, flags, grace=3, seconds=0.4):
 
 def finish(*workers, seconds=90):
     """The exit statuses of workers, and what they printed."""
-    for one in workers:
-        one.join(seconds)
-    return [one.exitcode for one in workers], [one.output.read_text() for one in workers]
+    for each in workers:
+        each.join(seconds)
+    return [each.exitcode for each in workers], [each.output.read_text() for each in workers]
 
 
 def calls(tmp_path, what):
@@ -444,39 +525,21 @@ def wait_for_calls(tmp_path, number, seconds=60):
         time.sleep(0.02)
 
 
-def test_two_workers_share_the_work_and_lose_nothing(tmp_path):
-    flags = write_sweep(tmp_path, GRID)
-    status, printed = finish(*(start(tmp_path, flags, grace=60) for _ in range(2)))
-    assert status == [0, 0], printed
-    assert len(calls(tmp_path, "begin")) == len(set(calls(tmp_path, "begin"))) == 8
-    assert len(table(tmp_path)) == 8
+def test_workers_share_the_points_and_the_last_one_prints_the_table(tmp_path):
+    flags = write_sweep(tmp_path, GRID | {"seed": [0, 1, 2]})
+    status, printed = finish(*(start(tmp_path, flags, seconds=0.2) for _ in range(3)))
+    assert status == [0, 0, 0], printed
+    assert len(calls(tmp_path, "begin")) == len(set(calls(tmp_path, "begin"))) == 12
+    assert len(table(tmp_path)) == 12
     running = most = 0
     for line in (tmp_path / "calls.txt").read_text().splitlines():
         running += 1 if line.startswith("begin") else -1
         most = max(most, running)
-    assert most == 2
-
-
-def test_two_workers_never_take_the_same_run(tmp_path):
-    args = argparse.Namespace(output=tmp_path / "out", storage=None)
-    queue = sweep.open_study(args, {})
-    for _ in range(60):
-        queue.enqueue_trial({})
-    together = FORK.Barrier(2)
-
-    def take(place):
-        mine = sweep.open_study(args, {})
-        together.wait()
-        place.write_text(json.dumps([mine.ask().number for _ in range(30)]))
-
-    places = [tmp_path / f"taken{i}.json" for i in range(2)]
-    workers = [FORK.Process(target=take, args=(place,)) for place in places]
-    for one in workers:
-        one.start()
-    for one in workers:
-        one.join(90)
-    taken = [number for place in places for number in json.loads(place.read_text())]
-    assert sorted(taken) == list(range(60))
+    assert most >= 2
+    assert sum(text.count("| settings") for text in printed) == 1
+    lines = [line for text in printed for line in text.splitlines()]
+    assert "\r" not in "".join(lines)  # no line that another worker could write into
+    assert all(sum(f"{name}:" in line for line in lines) == 1 for name in calls(tmp_path, "end"))
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
@@ -495,28 +558,64 @@ def test_a_killed_sweep_does_what_is_left(tmp_path, name):
     assert len(table(tmp_path)) == 8
 
 
-def test_a_worker_that_died_before_its_first_heartbeat_holds_nothing_up(tmp_path, monkeypatch):
-    faked(monkeypatch)
+def test_the_point_of_a_killed_worker_is_taken_by_one_that_waits_for_it(tmp_path):
     flags = write_sweep(tmp_path, {"seed": [0]})
-    sweep.main(flags)
-    study(tmp_path).enqueue_trial({}, user_attrs={"point": {"seed": 1}})
-    study(tmp_path).ask()
-    one = start(tmp_path, write_sweep(tmp_path, {"seed": [0, 1]}), grace=1, seconds=0)
-    status, printed = finish(one, seconds=40)
-    one.kill()
+    first = start(tmp_path, flags, seconds=60)
+    wait_for_calls(tmp_path, 1)
+    second = start(tmp_path, flags, seconds=0)
+    deadline = time.monotonic() + 60
+    while "0/1" not in second.output.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert len(calls(tmp_path, "begin")) == 1  # it waits
+    os.kill(first.pid, signal.SIGKILL)
+    status, printed = finish(second)
     assert status == [0], printed
-    assert calls(tmp_path, "begin") == ["seed=1"] and len(table(tmp_path)) == 2
+    assert calls(tmp_path, "begin") == ["seed=0"] * 2 and calls(tmp_path, "end") == ["seed=0"]
+    assert len(table(tmp_path)) == 1 and "| settings" in printed[0]
 
 
-def test_a_queue_with_a_point_twice_runs_it_once(tmp_path, monkeypatch):
+def test_a_point_that_kills_every_worker_is_given_up(tmp_path, monkeypatch, capsys):
+    flags = write_sweep(tmp_path, {"seed": [0]})
+    for number in range(1, 1 + sweep.DEATHS):
+        dying = start(tmp_path, flags, seconds=60)
+        wait_for_calls(tmp_path, number)
+        os.kill(dying.pid, signal.SIGKILL)
+        finish(dying)
+    tried = faked(monkeypatch)
+    with pytest.raises(InputError, match="1 of 1 runs failed"):
+        sweep.main(flags)
+    assert tried == [] and "seed=0: 3 workers died at it" in capsys.readouterr().out
+
+
+def test_a_result_that_was_cut_off_is_none(tmp_path, monkeypatch):
     calls = faked(monkeypatch)
     flags = write_sweep(tmp_path, {"seed": [0, 1]})
     sweep.main(flags)
-    for _ in range(2):  # as by two workers at once
-        study(tmp_path).enqueue_trial({}, user_attrs={"point": {"seed": 2}})
-    sweep.main(write_sweep(tmp_path, {"seed": [0, 1, 2, 3]}))  # 3 comes after both in the queue
-    assert [point["seed"] for point in calls] == ["0", "1", "2", "3"]
-    assert len(study(tmp_path).get_trials(states=[TrialState.COMPLETE])) == 4
+    results = tmp_path / "out" / "runs" / "seed=1" / "results.json"
+    results.write_text(results.read_text()[:9])
+    sweep.main(flags)
+    assert [point["seed"] for point in calls] == ["0", "1", "1"]
+
+
+def listed(capsys, flags):
+    sweep.main([*flags, "--list"])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_listed_commands_train_the_points(tmp_path, capsys, monkeypatch):
+    write_folder(tmp_path / "images", splits=("train", "validation", "test"), images=4)
+    flags = write_sweep(tmp_path, {"method": ["sam", "base"]})
+    flags[-1] = str(tmp_path / "it's out")
+    commands = listed(capsys, flags)
+    assert len(commands) == 2 and not (tmp_path / "it's out" / "runs").exists()
+    subprocess.run(commands[1], shell=True, check=True, cwd=tmp_path, capture_output=True)
+    assert listed(capsys, flags) == commands[:1]
+    trained_here = faked(monkeypatch)
+    sweep.main(flags)
+    assert trained_here == [{"method": "sam"}]
+    rows = list(csv.DictReader((tmp_path / "it's out" / "sweep.csv").open()))
+    assert [row["method"] for row in rows] == ["sam", "base"]
 
 
 @pytest.mark.parametrize(
@@ -540,18 +639,65 @@ def test_a_queue_with_a_point_twice_runs_it_once(tmp_path, monkeypatch):
 def test_bad_sweeps_are_refused_before_any_run(tmp_path, monkeypatch, grids, keys, message):
     calls = faked(monkeypatch)
     with pytest.raises(InputError, match=message):
-        sweep.main(write_sweep(tmp_path, {"seed": [0]}, *grids, **keys) if grids else write_sweep(tmp_path, **keys))
+        sweep.main(
+            write_sweep(tmp_path, {"seed": [0]}, *grids, **keys)
+            if grids
+            else write_sweep(tmp_path, **keys)
+        )
     assert calls == []
 
 
-def test_a_storage_of_other_settings_is_refused(tmp_path, monkeypatch):
+def test_a_folder_of_other_settings_is_refused(tmp_path, monkeypatch):
     calls = faked(monkeypatch)
-    sweep.main(write_sweep(tmp_path, {"seed": [0]}))
-    with pytest.raises(InputError, match=r"holds a sweep with flags \[\].*'--epochs', '2'.*another --output"):
-        sweep.main([*write_sweep(tmp_path, {"seed": [0, 1]}), "--epochs", "2"])
-    with pytest.raises(InputError, match="with script 'train_imagenet', and this one has 'finetune_cifar'"):
-        sweep.main([*write_sweep(tmp_path, {"seed": [0, 1]}), "--script", "finetune_cifar"])
+    flags = write_sweep(tmp_path, {"seed": [0]})
+    sweep.main(flags)
+    others = [
+        (["--epochs", "2"], "epochs 1, and this sweep has 2: choose another --output"),
+        (["--clip-grad", "1"], "clip_grad None, and this sweep has 1.0"),
+        (["--script", "finetune_cifar"], "script 'train_imagenet', and this sweep has 'finetune_c"),
+    ]
+    seeds = [{"seed": [0, 1]}, {"seed": [1]}]  # with the point that is finished, and without it
+    for (changed, message), grid in itertools.product(others, seeds):
+        with pytest.raises(InputError, match=message):
+            sweep.main([*write_sweep(tmp_path, grid), *changed])
+        with pytest.raises(InputError, match=message):
+            sweep.main([*write_sweep(tmp_path, grid), *changed, "--list"])
     assert len(calls) == 1
+    for changed in (["--workers", "1"], ["--val-interval", "1"]):  # which change no result
+        sweep.main([*write_sweep(tmp_path, {"seed": [0]}), *changed])
+    sweep.main(write_sweep(tmp_path, {"seed": [1]}))
+    assert [point["seed"] for point in calls] == ["0", "1"]
+
+
+def test_a_finished_run_of_other_settings_is_refused(tmp_path, monkeypatch):
+    """Settings that may differ between points are compared run by run."""
+    calls = faked(monkeypatch)
+    flags = write_sweep(tmp_path, {"method": ["sam"]})
+    sweep.main(flags)
+    for changed, message in (("--m", "m 4, and this sweep has 2"), ("--rho", "rho 0.05, .* 2.0")):
+        with pytest.raises(InputError, match=f"runs/method=sam was trained with {message}"):
+            sweep.main([*flags, changed, "2"])
+    assert len(calls) == 1
+
+
+def test_the_output_may_have_any_name(tmp_path, monkeypatch):
+    faked(monkeypatch)
+    for name in ("what?", "50%", "a[1] *", "#", "é ü"):
+        sweep.main(
+            [*write_sweep(tmp_path, {"seed": [0]})[:1], "--output", str(tmp_path / "o" / name)]
+        )
+        found = sorted(path.name for path in (tmp_path / "o" / name).iterdir())
+        assert found == sorted([*"attempts locks runs sweep.csv sweep.yaml logs".split()])
+    assert len(list((tmp_path / "o").iterdir())) == 5
+
+
+def test_progress_goes_to_stderr_and_the_best_row_is_marked(tmp_path, monkeypatch, capsys):
+    faked(monkeypatch, lambda point: {"validation": {"sam": 0.7, "obf": 0.8}[point["method"]]})
+    sweep.main(write_sweep(tmp_path, {"method": ["sam", "obf"]}))
+    out, err = capsys.readouterr()
+    assert "2/2" in err and "/2 " not in out and "\r" not in err
+    marked = [line for line in out.splitlines() if line.startswith("|") and "**" in line]
+    assert len(marked) == 1 and "method=obf" in marked[0]
 
 
 def test_a_value_with_slashes_is_no_folder_of_folders(tmp_path, monkeypatch):
@@ -561,53 +707,8 @@ def test_a_value_with_slashes_is_no_folder_of_folders(tmp_path, monkeypatch):
     assert [row["model"] for row in table(tmp_path)] == ["hf-hub:one/model", "hf-hub:one/other"]
 
 
-def test_a_locked_storage_is_named(tmp_path, monkeypatch):
-    calls = faked(monkeypatch)
-    monkeypatch.setattr(sweep, "ATTEMPTS", 1)
-    monkeypatch.setattr(sweep, "TIMEOUT", 1)
-    flags = write_sweep(tmp_path, {"seed": [0]})
-    sweep.main(flags)
-    with sqlite3.connect(tmp_path / "out" / "sweep.db") as connection:
-        connection.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(InputError, match=r"cannot use the storage sqlite:.*locked.*Finished runs are kept"):
-            sweep.main(flags)
-        connection.rollback()
-    sweep.main(flags)
-    assert len(calls) == 1
-
-
-@pytest.mark.parametrize("driver, package", [("psycopg", "'psycopg[binary]'"), ("psycopg2", "psycopg2-binary")])
-def test_a_missing_driver_is_named_and_no_password_is_shown(tmp_path, monkeypatch, driver, package):
-    monkeypatch.setitem(sys.modules, driver, None)
-    url = f"postgresql+{driver}://me:secret@127.0.0.1:1/sweeps"
-    message = f"postgresql+{driver}://me:***@127.0.0.1:1/sweeps needs the package {driver}: pip install {package}"
-    with pytest.raises(InputError, match=re.escape(message)):
-        sweep.main([*write_sweep(tmp_path, {"seed": [0]}), "--storage", url])
-
-
 def test_a_sweep_of_dry_runs_is_refused(tmp_path, monkeypatch):
     calls = faked(monkeypatch)
     with pytest.raises(InputError, match="--dry-run trains nothing"):
         sweep.main([*write_sweep(tmp_path, {"seed": [0]}), "--dry-run"])
     assert calls == []
-
-
-def test_a_storage_of_another_version_is_named(tmp_path, monkeypatch):
-    faked(monkeypatch)
-    monkeypatch.setattr(sweep, "ATTEMPTS", 1)
-    flags = write_sweep(tmp_path, {"seed": [0]})
-    sweep.main(flags)
-    with sqlite3.connect(tmp_path / "out" / "sweep.db") as connection:
-        connection.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
-    with pytest.raises(InputError, match=r"cannot use the storage.*another --storage"):
-        sweep.main(flags)
-
-
-def test_a_storage_lost_as_it_takes_a_result_is_the_error_and_not_optunas_own(monkeypatch):
-    def lost(**_):
-        raise optuna.exceptions.StorageInternalError("the server went away")
-
-    monkeypatch.setattr("optuna.study._optimize._tell_with_warning", lost)
-    study = optuna.create_study(direction="maximize")
-    with pytest.raises(optuna.exceptions.StorageInternalError, match="the server went away"):
-        sweep.work(study, [{"seed": 0}], lambda point: {"validation": 0.5}, lambda: None)

@@ -1,0 +1,131 @@
+"""How often the intervals hold the truth and the tests reject it: simulations with the variances of
+the project's data.
+
+python benchmarks/intervals.py    # a minute; prints Markdown tables
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from robustness import intervals
+
+# Of differences between two methods on CIFAR-10 (SAM, ASAM and OBF against base; five seeds, 10,000
+# images): the variance that an image has for all seeds alike, and that a seed has on one image; the
+# standard deviation of a seed's own luck beside these.
+IMAGE, NOISE, SEED = 0.001, 0.2, 0.002
+
+
+def seeds(rng, number: int, images: int, rounds: int) -> float:
+    """How often the interval over seeds holds the true difference in accuracy."""
+    shared = rng.normal(0, np.sqrt(IMAGE / images), (rounds, 1))
+    own = rng.normal(0, np.sqrt(SEED**2 + NOISE / images), (rounds, number))
+    found = [intervals.over_seeds(row) for row in 0.004 + shared + own]
+    return np.mean([f["low"] < 0.004 < f["high"] for f in found])
+
+
+def images(rng, gained: float, lost: float, size: int, rounds: int) -> tuple[float, float]:
+    """How often Tango's interval holds the true difference; and how often McNemar's test rejects a
+    true one of 0.
+    """
+    held = rejected = 0
+    for a, b, _ in rng.multinomial(size, [gained, lost, 1 - gained - lost], rounds):
+        found = outcome(a, b, size)
+        held += found["low"] < gained - lost < found["high"]
+    both = (gained + lost) / 2
+    for a, b, _ in rng.multinomial(size, [both, both, 1 - 2 * both], rounds):
+        rejected += outcome(a, b, size)["p_value"] < 0.05
+    return held / rounds, rejected / rounds
+
+
+def outcome(gained: int, lost: int, size: int) -> dict:
+    """What is found for two models of which one alone is right on so many images."""
+    first, other = np.zeros(size, bool), np.zeros(size, bool)
+    other[:gained] = True
+    first[gained : gained + lost] = True
+    return intervals.over_images(first, other)
+
+
+def correlation(rng, strength: float, rounds: int, seeds: int = 3) -> tuple[float, float]:
+    """How often tau over settings is found within methods, and how often one over runs would be
+    without regard to them.
+
+    20 settings of two methods; the method explains half of the variance of the quantity and of
+    accuracy, and what is left of both is correlated by ``strength`` between settings.
+    """
+    within = ignoring = 0
+    for _ in range(rounds):
+        method = np.repeat([0, 1], 10)
+        x = method * 2.0 + rng.normal(size=20)
+        y = (
+            method * 2.0
+            + strength * (x - method * 2.0)
+            + np.sqrt(1 - strength**2) * rng.normal(size=20)
+        )
+        runs = pd.DataFrame(
+            {"method": np.repeat(method, seeds), "setting": np.repeat(np.arange(20), seeds)}
+        )
+        runs["x"] = np.repeat(x, seeds) + rng.normal(0, 0.7, 20 * seeds)
+        runs["y"] = np.repeat(y, seeds) + rng.normal(0, 1.0, 20 * seeds)
+        within += intervals.kendall_test(runs, "x", "y", "method", resamples=199)["p_value"] <= 0.05
+        runs["all"] = 0
+        ignoring += intervals.kendall_test(runs, "x", "y", "all", resamples=199)["p_value"] <= 0.05
+    return within / rounds, ignoring / rounds
+
+
+def main():
+    """Print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2000, help="simulations of each case (%(default)s)"
+    )
+    rounds, rng = parser.parse_args().rounds, np.random.default_rng(0)
+    rows = [
+        (n, size, f"{seeds(rng, n, size, rounds):.1%}") for n in (5, 20) for size in (2000, 10_000)
+    ]
+    print_table(
+        "Student's interval over paired seeds", ["seeds", "images", "holds the truth"], rows
+    )
+    cases = [
+        (0.01, 0.005, 2000),
+        (0.005, 0.002, 2000),
+        (0.01, 0.005, 10_000),
+        (0.05, 0.04, 2000),
+        (0.02, 0.01, 400),
+    ]
+    rows = [(*case, *(f"{share:.1%}" for share in images(rng, *case, rounds))) for case in cases]
+    head = [
+        "gained",
+        "lost",
+        "images",
+        "Tango's interval holds the truth",
+        "McNemar's test rejects a true 0",
+    ]
+    print_table("Two models on the same images", head, rows)
+    rows = [
+        (s, *(f"{share:.1%}" for share in correlation(rng, s, max(1, rounds // 10))))
+        for s in (0.0, 0.6)
+    ]
+    head = [
+        "correlation of settings",
+        "p below 0.05, within methods",
+        "p below 0.05, ignoring methods",
+    ]
+    print_table("Kendall's tau over 20 settings of two methods, three seeds each", head, rows)
+
+
+def print_table(title, head, rows):
+    """A Markdown table under its title."""
+    print(f"\n{title}:\n")
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Sharpness relative to the weights against closed forms, and the rank of features."""
+
+import pytest
+import torch
+
+from robustness import sharpness
+
+
+def quadratic():
+    """Weights, and a loss that is half of w' A w."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    matrix = root @ root.T
+    w = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64))
+    return w, matrix, lambda: w @ matrix @ w / 2
+
+
+def test_average_case_of_a_quadratic_is_its_scaled_trace():
+    w, matrix, loss = quadratic()
+    before = w.detach().clone()
+    found = sharpness.average_case([w], loss, 0.1, 20_000, torch.Generator().manual_seed(1))
+    expected = 0.1**2 * (matrix.diag() * before.square()).sum().item() / 2
+    assert found == pytest.approx(expected, rel=0.1)
+    assert torch.equal(w, before)
+
+
+def test_worst_case_of_a_linear_loss_is_its_dual_norm():
+    w = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    slope = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    found = sharpness.worst_case([w], lambda: w @ slope, 0.2)
+    assert found == pytest.approx(0.2 * (w.abs() * slope.abs()).sum().item())
+
+
+def test_worst_case_of_a_quadratic_is_at_the_best_corner():
+    w, matrix, loss = quadratic()
+    before, radius = w.detach().clone(), 0.3
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4)
+    corners = before + radius * before.abs() * signs
+    highest = ((corners @ matrix) * corners).sum(-1).max().item() / 2
+    assert sharpness.worst_case([w], loss, radius) == pytest.approx(highest - loss().item())
+    assert torch.equal(w, before)
+
+
+def test_neither_depends_on_the_scale_of_a_layer_that_the_next_undoes():
+    def rise(scale):
+        a = torch.nn.Parameter(scale * torch.tensor([1.0, 2.0], dtype=torch.float64))
+        b = torch.nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64) / scale)
+
+        def loss():
+            return (a * b).square().sum()
+
+        generator = torch.Generator().manual_seed(0)
+        average = sharpness.average_case([a, b], loss, 0.1, 10, generator)
+        return average, sharpness.worst_case([a, b], loss, 0.1)
+
+    assert rise(10.0) == pytest.approx(rise(1.0))
+
+
+def test_normalized_logits_do_not_tell_confidence():
+    logits = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    assert torch.allclose(sharpness.normalized(logits), sharpness.normalized(7 * logits))
+    assert torch.allclose(sharpness.normalized(logits).std(-1, correction=0), torch.ones(2))
+
+
+@pytest.mark.parametrize("share, rank", [(0.99, 3), (0.7, 2), (0.5, 1)])
+def test_feature_rank_counts_components_up_to_a_share_of_variance(share, rank):
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    scores = torch.linalg.qr(torch.randn(50, 3, generator=generator) - 0.0)[0]
+    scores = torch.linalg.qr(scores - scores.mean(0))[0]
+    sizes = torch.tensor([0.6, 0.3, 0.1]).sqrt()  # shares of the variance
+    assert sharpness.feature_rank((scores * sizes) @ basis[:3] + 5.0, share) == rank
+    assert sharpness.feature_rank(torch.ones(4, 3)) == 0
