@@ -68,7 +68,7 @@ class SAMTrainer(Trainer):
         def ascent():
             batch = self._prepare_inputs(inputs)
             labels = batch.get("labels")  # compute_loss may take them out
-            with self.accelerator.no_sync(model), self.compute_loss_context_manager():
+            with self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(model, batch, True, num_items_in_batch)
             return self.forgetting(outputs, labels) if self.forget else loss.mean()
 
@@ -85,8 +85,7 @@ class SAMTrainer(Trainer):
             )
         if self.next_token:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
-        labelled = labels != -100
-        return self.forget(logits[labelled], labels[labelled])
+        return self.forget(logits.flatten(0, -2), labels.flatten())
 
 
 def main():

@@ -9,11 +9,10 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import ttest_1samp
-from statsmodels.stats.multitest import multipletests
 
 from experiments.page import fill, interval, spread, write
 from experiments.text.run import ROWS, SETTINGS
+from robustness.intervals import holm, over_seeds
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -62,12 +61,9 @@ def measured() -> dict[str, pd.DataFrame]:
 
 
 def difference(runs: pd.DataFrame, row: str, other: str) -> dict[str, float]:
-    """Points of accuracy of a row above another, paired by seed: Student's t."""
+    """Points of accuracy of a row above another, paired by seed."""
     by_seed = 100 * runs.pivot(index="seed", columns="row", values="accuracy")
-    result = ttest_1samp(by_seed[row] - by_seed[other], 0)
-    low, high = result.confidence_interval(0.95)
-    mean = float((by_seed[row] - by_seed[other]).mean())
-    return {"mean": mean, "low": float(low), "high": float(high), "p": float(result.pvalue)}
+    return over_seeds(by_seed[row] - by_seed[other])
 
 
 def verdict(found: dict, size: float) -> str:
@@ -85,16 +81,16 @@ def decisive() -> list[dict]:
     rows = []
     for setting, runs in measured().items():
         found = [difference(runs, *pair) for pair in COMPARISONS]
-        corrected = multipletests([one["p"] for one in found], method="holm")[1]
-        for (row, other), one, holm in zip(COMPARISONS, found, corrected):
+        corrected = holm([one["p_value"] for one in found])
+        for (row, other), one, p in zip(COMPARISONS, found, corrected):
             rows.append(
                 {
                     "setting": f"`{setting}`",
                     "n": runs["seed"].nunique(),
                     "comparison": f"{row} against {other}",
                     "points": interval(one["mean"], one["low"], one["high"]),
-                    "p, Holm": f"{holm:.3f}",
-                    "verdict": verdict({**one, "holm": holm}, SIZE.get(setting, 1.0)),
+                    "p, Holm": f"{p:.3f}",
+                    "verdict": verdict({**one, "holm": p}, SIZE.get(setting, 1.0)),
                 }
             )
     return rows or [{"": "no setting has two seeds yet"}]
