@@ -82,19 +82,14 @@ def forward_backward(job: Job, batch: dict, objective: Callable | None, sync: bo
         if objective is not None:
             options = {"loss_weight": share, "grad_scaler": job.accelerator.scaler}
             perturbed = job.optimizer.optimizer.perturbed(ascent, **options)
-        exchanges = sync and i == len(micro_batches) - 1
-        # DDP exchanges gradients if the forward pass allowed it: hence the order of the contexts.
-        with perturbed, contextlib.nullcontext() if exchanges else _alone(job):
+        # The ascent pass exchanges no gradients, and of the descent passes only an update's last
+        # does. But FSDP2 has none before it has exchanged them.
+        exchanges = (sync and i == len(micro_batches) - 1) or job.accelerator.is_fsdp2
+        alone = contextlib.nullcontext() if exchanges else job.accelerator.no_sync(job.model)
+        with perturbed, alone:
             logits = job.model(images)
             loss = job.criterion(logits, labels)
             job.accelerator.backward(loss * share)
         total += loss.detach() / len(micro_batches)
         job.right += (logits.argmax(-1) == labels).sum()
     return total
-
-
-def _alone(job):
-    """No exchange of gradients; but FSDP2 has no gradients before it has exchanged them."""
-    if job.accelerator.is_fsdp2:
-        return contextlib.nullcontext()
-    return job.accelerator.no_sync(job.model)
