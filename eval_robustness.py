@@ -32,35 +32,35 @@ MAX_UNREADABLE = 1e-3  # of a set's images
 def parser() -> settings.Parser:
     """The flags."""
     p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=settings.DEFAULTS)
-    known = "folders of trained models (OUTPUT/best) or timm names (required)"
-    p.add_argument("--model", nargs="+", required=True, help=known)
-    known = "sets to evaluate on (those of --data; without either, says which fit the models)"
-    p.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=[], help=known)
-    known = (
+    text = "folders of trained models (OUTPUT/best) or timm names (required)"
+    p.add_argument("--model", nargs="+", required=True, help=text)
+    text = "sets to evaluate on (those of --data; without either, says which fit the models)"
+    p.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=[], help=text)
+    text = (
         "sets of your own, by any name: a folder CLASS/FILE, tar or zip files, or a Hub dataset; "
         "or where a benchmark, or ImageNet-C as c, lies (on the Hub)"
     )
-    p.add_argument("--data", nargs="+", metavar="NAME=PLACE", default=[], help=known)
-    known = "evaluate sets that lack classes (no)"
-    p.add_argument("--allow-partial", action="store_true", help=known)
+    p.add_argument("--data", nargs="+", metavar="NAME=PLACE", default=[], help=text)
+    text = "evaluate sets that lack classes (no)"
+    p.add_argument("--allow-partial", action="store_true", help=text)
     kinds = f"{', '.join(corruptions.CORRUPTIONS)}; each in 3 severities"
-    known = f"also evaluate on the images corrupted: {kinds} (no)"
-    p.add_argument("--corrupt", action="store_true", help=known)
-    known = "side of the model's input, pixels (each model's own: of tests, if that differs)"
-    p.add_argument("--img-size", type=int, help=known)
-    known = "centre crop, share of the side (each model's own: of tests, if that differs)"
-    p.add_argument("--crop-pct", type=float, help=known)
-    known = "of the resize (each model's own)"
-    p.add_argument("--interpolation", choices=settings.INTERPOLATIONS, help=known)
-    known = "images of a process at once (%(default)s)"
-    p.add_argument("--batch-size", type=int, default=256, help=known)
+    text = f"also evaluate on the images corrupted: {kinds} (no)"
+    p.add_argument("--corrupt", action="store_true", help=text)
+    text = "side of the model's input, pixels (each model's own: of tests, if that differs)"
+    p.add_argument("--img-size", type=int, help=text)
+    text = "centre crop, share of the side (each model's own: of tests, if that differs)"
+    p.add_argument("--crop-pct", type=float, help=text)
+    text = "of the resize (each model's own)"
+    p.add_argument("--interpolation", choices=settings.INTERPOLATIONS, help=text)
+    text = "images of a process at once (%(default)s)"
+    p.add_argument("--batch-size", type=int, default=256, help=text)
     p.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
     optional = argparse.BooleanOptionalAction
     p.add_argument("--channels-last", action=optional, help=settings.CHANNELS_LAST_HELP)
-    known = "folder of the results (%(default)s)"
-    p.add_argument("--output", default="outputs/robustness", help=known)
-    known = "write results-BENCHMARK.csv with the columns of timm's (no)"
-    p.add_argument("--csv", action="store_true", help=known)
+    text = "folder of the results (%(default)s)"
+    p.add_argument("--output", default="outputs/robustness", help=text)
+    text = "write results-BENCHMARK.csv with the columns of timm's (no)"
+    p.add_argument("--csv", action="store_true", help=text)
     p.add_argument("--markdown", action="store_true", help="print Markdown tables (no)")
     return p
 
@@ -221,9 +221,9 @@ def nothing_to_do(models):
                 check_fit(name, model, benchmark)
             fitting.append(benchmark)
     name, model = next(iter(models.items()))
-    known = f"--benchmarks {' '.join(fitting)}" if fitting else "no --benchmarks"
+    suggested = f"--benchmarks {' '.join(fitting)}" if fitting else "no --benchmarks"
     return (
-        f"nothing to evaluate on: {known} would fit, and --data NAME=PLACE, a folder CLASS/FILE "
+        f"nothing to evaluate on: {suggested} would fit, and --data NAME=PLACE, a folder CLASS/FILE "
         f"with classes called as the outputs of {name}: {labels.quoted(labels.label_names(model))}"
     )
 

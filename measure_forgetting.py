@@ -26,7 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from common import build, checkpoints, data, loaders, progress, settings
 from common.device import announce
 from common.errors import WORKER_REMEDY, InputError, clear_errors
-from common.folders import some
+from common.folders import class_name, some
 from common.methods import METHODS
 from common.report import pairs
 from forgetting import conditional_entropy, forgetting, label_patterns
@@ -41,51 +41,51 @@ def parser() -> settings.Parser:
     """The flags."""
     p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=settings.DEFAULTS)
     optional = argparse.BooleanOptionalAction
-    known = "output folders, trained with --save-interval (required)"
-    p.add_argument("--runs", nargs="+", required=True, help=known)
-    known = "which saved models of each run, by their epochs (all)"
-    p.add_argument("--epochs", nargs="+", type=int, help=known)
+    text = "output folders, trained with --save-interval (required)"
+    p.add_argument("--runs", nargs="+", required=True, help=text)
+    text = "which saved models of each run, by their epochs (all)"
+    p.add_argument("--epochs", nargs="+", type=int, help=text)
     g = p.add_argument_group("perturbations")
     kinds = ["own", "sam", "obf", "random"]
-    known = {"default": kinds[1:], "help": "own: the run's (sam obf random)"}
-    g.add_argument("--perturbations", nargs="+", choices=kinds, **known)
-    known = (
+    options = {"default": kinds[1:], "help": "own: the run's (sam obf random)"}
+    g.add_argument("--perturbations", nargs="+", choices=kinds, **options)
+    text = (
         "L2 norm of a perturbation, in units of the weights (the run's, in the last update of an "
         "epoch)"
     )
-    g.add_argument("--rho", type=float, help=known)
+    g.add_argument("--rho", type=float, help=text)
     g.add_argument("--m", type=int, help="examples that share a perturbation (the run's own)")
-    known = "OBF: 1 pushes to uniform, 0 only lowers the target (%(default)s)"
-    g.add_argument("--gamma", type=float, default=1.0, help=known)
-    known = "OBF: target's probability up to which gamma does not act (1 / classes)"
-    g.add_argument("--lam", type=float, help=known)
-    known = "perturbations to average over (%(default)s)"
-    g.add_argument("--micro-batches", type=int, default=8, help=known)
+    text = "OBF: 1 pushes to uniform, 0 only lowers the target (%(default)s)"
+    g.add_argument("--gamma", type=float, default=1.0, help=text)
+    text = "OBF: target's probability up to which gamma does not act (1 / classes)"
+    g.add_argument("--lam", type=float, help=text)
+    text = "perturbations to average over (%(default)s)"
+    g.add_argument("--micro-batches", type=int, default=8, help=text)
     g = p.add_argument_group("measurement")
     thresholds = [i / 20 for i in range(1, 20)]
-    known = {"default": thresholds, "help": "of predictions, probabilities (0.05 0.10 ... 0.95)"}
-    g.add_argument("--thresholds", nargs="+", type=float, **known)
-    known = {"default": "sigmoid", "help": "from logits to predictions (%(default)s)"}
-    g.add_argument("--link", choices=["sigmoid", "softmax"], **known)
+    options = {"default": thresholds, "help": "of predictions, probabilities (0.05 0.10 ... 0.95)"}
+    g.add_argument("--thresholds", nargs="+", type=float, **options)
+    options = {"default": "sigmoid", "help": "from logits to predictions (%(default)s)"}
+    g.add_argument("--link", choices=["sigmoid", "softmax"], **options)
     g.add_argument("--miller-madow", action="store_true", help="correct the entropies' bias (no)")
-    known = (
+    text = (
         "thresholds of the perturbed model at which it predicts as many labels, not the same ones "
         "(yes)"
     )
-    g.add_argument("--adjust-thresholds", action=optional, default=True, help=known)
-    known = "labelled images to measure on: train, test, ... (%(default)s)"
-    g.add_argument("--split", default="train", help=known)
-    known = "of these images, all classes alike (%(default)s)"
-    g.add_argument("--examples", type=int, default=8192, help=known)
-    known = "how many of them for lambda_max (all)"
-    g.add_argument("--hessian-examples", type=int, help=known)
+    g.add_argument("--adjust-thresholds", action=optional, default=True, help=text)
+    text = "labelled images to measure on: train, test, ... (%(default)s)"
+    g.add_argument("--split", default="train", help=text)
+    text = "of these images, all classes alike (%(default)s)"
+    g.add_argument("--examples", type=int, default=8192, help=text)
+    text = "how many of them for lambda_max (all)"
+    g.add_argument("--hessian-examples", type=int, help=text)
     g.add_argument("--batch-size", type=int, default=256, help="images at once (%(default)s)")
     g.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
     g.add_argument("--channels-last", action=optional, help=settings.CHANNELS_LAST_HELP)
-    known = "of the choice of images, and the bootstrap (%(default)s)"
-    g.add_argument("--seed", type=int, default=0, help=known)
-    known = "folder of the results (%(default)s)"
-    p.add_argument("--output", default="outputs/forgetting", help=known)
+    text = "of the choice of images, and the bootstrap (%(default)s)"
+    g.add_argument("--seed", type=int, default=0, help=text)
+    text = "folder of the results (%(default)s)"
+    p.add_argument("--output", default="outputs/forgetting", help=text)
     return p
 
 
@@ -144,7 +144,8 @@ def read_run(folder: Path, wanted: list[int] | None = None) -> dict:
                 f"--epochs {epoch}: the run {folder} saved {', '.join(map(str, saved))}"
             )
     config = json.loads((epochs[0] / "config.json").read_text())
-    names, outputs = config.get("label_names") or [], config["num_classes"]
+    names = [class_name(name) for name in config.get("label_names") or []]
+    outputs = config["num_classes"]
     return {
         "folder": folder,
         "settings": run,
