@@ -27,7 +27,7 @@ from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from common import data, loaders, report, settings
+from common import allocator, data, loaders, report, settings
 from common.errors import InputError, clear_errors, lost_process
 from common.methods import METHODS
 
@@ -414,6 +414,7 @@ def tabulate(args, choose, points):
 def main(argv=None):
     """Run as from the command line."""
     args, rest = parse(argv)
+    allocator.keep_freed_memory()
     sweep = read_sweep(Path(args.sweep))
     axes = {str(key): None for grid in sweep["grids"] for key in grid}
     points = {name_of(point): point for point in points_of(args, sweep)}

@@ -27,6 +27,10 @@ fi
 title "Training input, beside timm's loader"
 "$python" benchmarks/loader.py
 
+title "Keeping freed memory"
+"$python" benchmarks/allocator.py
+if [ -n "${TIMM:-}" ]; then "$python" benchmarks/allocator.py --timm "$TIMM"; fi
+
 title "Evaluation, beside timm's validation"
 "$python" benchmarks/evaluation.py --rounds 9
 

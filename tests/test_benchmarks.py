@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.mark.parametrize(
     "command, words",
     [
+        ("allocator.py --models test_resnet --rounds 1", "page faults"),
         ("evaluation.py --images 24 --rounds 1 --corrupt-images 2", "throughput, ours to timm's"),
         ("loader.py --images 64 --rounds 1", "of timm's"),
         (
