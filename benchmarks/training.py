@@ -9,7 +9,8 @@ does. train.py is no part of timm's package:
 
     git clone --branch v1.0.28 https://github.com/huggingface/pytorch-image-models
     python benchmarks/training.py --timm pytorch-image-models
-    python benchmarks/training.py --timm pytorch-image-models --amp bf16 --folder imagenet --images 1281167
+    python benchmarks/training.py --timm pytorch-image-models --amp bf16 --folder imagenet \\
+        --images 1281167
 """
 
 import argparse

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from common import checkpoints, report
 from common.build import Job
 from common.errors import WORKER_REMEDY, InputError
+from common.metrics import Top1, in_memory
 from common.settings import resolved, shared_on_resume
 
 MODELS = ("last", "best", "epochs")  # folders of them in the output folder
@@ -218,19 +219,20 @@ def validate(job: Job, progress: Progress) -> float | None:
 
 def evaluate_top1(job: Job, loader) -> dict:
     """Top-1, in [0, 1], and the number of examples of a prepared loader, in every process."""
-    right, examples = torch.zeros((), device=job.accelerator.device), 0
+    metric = in_memory(Top1)
     job.model.eval()
     for batch in loader:
         with torch.no_grad():
             predictions = job.model(job.batches.to_input(batch["image"])).argmax(-1)
         pair = (predictions, batch["label"])
         predictions, labels = job.accelerator.gather_for_metrics(pair)
-        right += (predictions == labels).sum()
-        examples += len(labels)
+        metric.add_batch(predictions=predictions.cpu(), references=labels.cpu())
+    result = metric.compute()
+    examples = result["examples"]
     expected = len(loader.dataset) if hasattr(loader.dataset, "__len__") else examples
     if examples != expected:
         raise InputError(f"{examples} of {expected} images came to be evaluated: {WORKER_REMEDY}")
-    return {"top1": right.item() / examples, "examples": examples}
+    return result
 
 
 def is_best(job: Job, progress: Progress, top1: float | None) -> bool:

@@ -1,14 +1,18 @@
 """Measures of a classifier's predictions, and intervals of their differences."""
 
+import datasets
+import evaluate
 import numpy as np
 import torch
 from scipy.stats import binomtest, t
+
+from common.metrics import in_memory
 
 BINS = 15  # of the expected calibration error, as in Guo et al. 2017
 
 
 def score(logits: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What ``classification`` needs to know of each example.
+    """What ``Classification`` needs to know of each example.
 
     Args:
         logits: (examples, classes).
@@ -32,31 +36,43 @@ def score(logits: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def classification(columns: dict) -> dict[str, float]:
-    """Top-1, top-5, negative log-likelihood and expected calibration error.
+class Classification(evaluate.Metric):
+    """Top-1, top-5, negative log-likelihood and expected calibration error, of ``score``'s columns.
 
-    Args:
-        columns: ``score``'s, of all examples together.
-
-    Returns:
-        ``top1`` with ``top1_low`` and ``top1_high``, the ends of its 95 % Wilson interval;
-        ``top5``; ``nll``; ``ece``; and the number of ``examples``.
+    ``top1_low`` and ``top1_high`` are the ends of the 95 % Wilson interval of top-1.
     """
-    top1, top5, nll, confidence = (
-        np.asarray(columns[name], float) for name in ("top1", "top5", "nll", "confidence")
-    )
-    interval = binomtest(int(top1.sum()), len(top1)).proportion_ci(0.95, method="wilson")
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, confidence, BINS) - np.bincount(bins, top1, BINS)
-    return {
-        "top1": float(top1.mean()),
-        "top1_low": float(interval.low),
-        "top1_high": float(interval.high),
-        "top5": float(top5.mean()),
-        "nll": float(nll.mean()),
-        "ece": float(np.abs(gaps).sum() / len(top1)),
-        "examples": len(top1),
-    }
+
+    def _info(self):
+        features = {name: datasets.Value("bool") for name in ("top1", "top5")}
+        features |= {name: datasets.Value("float64") for name in ("nll", "confidence")}
+        return evaluate.MetricInfo(
+            description="Accuracy, likelihood and calibration of a classifier.",
+            citation="",
+            features=datasets.Features(features),
+            format="numpy",
+        )
+
+    def _compute(self, top1, top5, nll, confidence):
+        interval = binomtest(int(top1.sum()), len(top1)).proportion_ci(0.95, method="wilson")
+        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+        gaps = np.bincount(bins, confidence, BINS) - np.bincount(bins, top1, BINS)
+        return {
+            "top1": float(top1.mean()),
+            "top1_low": float(interval.low),
+            "top1_high": float(interval.high),
+            "top5": float(top5.mean()),
+            "nll": float(nll.mean()),
+            "ece": float(np.abs(gaps).sum() / len(top1)),
+            "examples": len(top1),
+        }
+
+
+def classification(columns: dict) -> dict[str, float]:
+    """``Classification`` of ``score``'s columns, all of them or some examples' at a time."""
+    metric = in_memory(Classification)
+    names = ("top1", "top5", "nll", "confidence")
+    metric.add_batch(**{name: np.asarray(columns[name]) for name in names})
+    return metric.compute()
 
 
 def paired(
