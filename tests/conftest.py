@@ -1,6 +1,4 @@
-"""Settings of the whole session, and of the programs that tests start; they must come before torch
-and datasets.
-"""
+"""Settings of the session and of the programs that tests start; they come before torch."""
 
 import atexit
 import os

@@ -1,4 +1,4 @@
-"""The tables of docs/flags.md, from the scripts' own help: ``python tests/flags.py`` writes them there."""
+"""The tables of docs/flags.md, from the scripts' help; ``python tests/flags.py`` writes them."""
 
 import argparse
 import re
@@ -28,20 +28,30 @@ def explained(action) -> str:
 
 
 def tables() -> str:
-    """A table for each script but ``finetune_cifar``, of which it names the defaults that are its own."""
+    """A table for each script; of ``finetune_cifar`` only the defaults that are its own."""
     text = []
     for script in (s for s in SCRIPTS if s is not finetune_cifar):
         text += [f"\n## {script.__name__}.py\n", "| flag | |", "| --- | --- |"]
         for action in flags_of(script):
-            listed = action.choices and action.choices is not settings.TRACKERS  # which depend on Accelerate's version
+            listed = (
+                action.choices and action.choices is not settings.TRACKERS
+            )  # which depend on Accelerate's version
             choices = f" `{'`, `'.join(action.choices)}`:" if listed else ""
             name = (action.option_strings or [action.dest])[0]
-            text.append(f"| `{name}` |{choices} {explained(action)} |".replace("|theta|", "abs(theta)"))
+            text.append(
+                f"| `{name}` |{choices} {explained(action)} |".replace("|theta|", "abs(theta)")
+            )
         if script is train_imagenet:
-            usual = {action.dest: script.parser().get_default(action.dest) for action in flags_of(script)}
+            usual = {
+                action.dest: script.parser().get_default(action.dest) for action in flags_of(script)
+            }
             own = {key: finetune_cifar.parser().get_default(key) for key in usual}
-            changed = ", ".join(f"`--{key.replace('_', '-')} {own[key]}`" for key in usual if own[key] != usual[key])
-            text.append(f"\n`finetune_cifar.py` has the same flags; its defaults differ in {changed}.")
+            changed = ", ".join(
+                f"`--{key.replace('_', '-')} {own[key]}`" for key in usual if own[key] != usual[key]
+            )
+            text.append(
+                f"\n`finetune_cifar.py` has the same flags; its defaults differ in {changed}."
+            )
     return "\n".join(text) + "\n"
 
 

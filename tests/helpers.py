@@ -187,7 +187,14 @@ def updates_saved(output):
     return int(newest.name.split("-")[1]) if newest else 0
 
 
+def logged_epochs(output):
+    """A run's lines of metrics."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(output):
     """A run's lines, without the time that they took."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    lines = logged_epochs(output)
+    for line in lines:
+        del line["seconds"]
+    return lines

@@ -23,10 +23,14 @@ K = 5
 
 def network():
     torch.manual_seed(1)
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, K)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, K)
+    ).double()
 
 
-@pytest.mark.parametrize("share, examples, part", [(0.29, 100, 29), (0.7, 8, 6), (0.01, 8, 1), (None, 8, 8)])
+@pytest.mark.parametrize(
+    "share, examples, part", [(0.29, 100, 29), (0.7, 8, 6), (0.01, 8, 1), (None, 8, 8)]
+)
 def test_the_part_is_the_nearest_number_of_examples_and_one_at_least(share, examples, part):
     assert build.ascending(argparse.Namespace(perturb_fraction=share), examples) == part
 
@@ -76,7 +80,8 @@ def test_the_random_perturbation_knows_neither_images_nor_labels():
 
 
 def test_schedule_is_linear_after_warm_up_and_rho_follows():
-    flags = "--lr 1 --min-lr 0.2 --warmup-epochs 2 --epochs 6 --rho 0.5 --rho-min 0.1 --output nowhere --method sam"
+    flags = "--lr 1 --min-lr 0.2 --warmup-epochs 2 --epochs 6 --method sam --output nowhere"
+    flags += " --rho 0.5 --rho-min 0.1"
     args = settings.parse(settings.parser("", ""), flags.split())
     model = torch.nn.Linear(2, 3)
     optimizer = build.build_optimizer(args, model)
@@ -89,7 +94,7 @@ def test_schedule_is_linear_after_warm_up_and_rho_follows():
 
 
 def test_schedules_equal_their_closed_forms():
-    """Warm-up is linear from warmup_lr to lr; then lr falls to min_lr linearly, as half a cosine, or not."""
+    """After a linear warm-up lr falls to min_lr linearly, as half a cosine, or not at all."""
     lr, low, first, warmup, total, updates = 0.8, 0.2, 0.1, 2, 6, 10
     fall = {
         "poly": lambda part: lr + (low - lr) * part,
@@ -97,7 +102,8 @@ def test_schedules_equal_their_closed_forms():
         "constant": lambda part: lr,
     }
     for sched, after in fall.items():
-        flags = f"--lr {lr} --min-lr {low} --warmup-lr {first} --warmup-epochs {warmup} --epochs {total}".split()
+        flags = ["--lr", str(lr), "--min-lr", str(low), "--warmup-lr", str(first)]
+        flags += ["--warmup-epochs", str(warmup), "--epochs", str(total)]
         flags += ["--sched", sched, "--method", "base", "--output", "nowhere"]
         args = settings.parse(settings.parser("", ""), flags)
         optimizer = build.build_optimizer(args, network())
@@ -105,8 +111,13 @@ def test_schedules_equal_their_closed_forms():
         for update in (0, 1, 13, 19, 20, 21, 33, 59):
             schedule(update)
             part = (update - warmup * updates) / ((total - warmup) * updates)
-            expected = first + (lr - first) * update / (warmup * updates) if part < 0 else after(part)
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9), (sched, update)
+            expected = (
+                first + (lr - first) * update / (warmup * updates) if part < 0 else after(part)
+            )
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9), (
+                sched,
+                update,
+            )
 
 
 def test_momentum_needs_an_optimizer_that_has_it():
@@ -122,10 +133,17 @@ def test_fused_kernels_give_the_weights_of_the_plain_ones(opt):
     weights = []
     for fused in (True, False):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU(), torch.nn.Conv2d(4, 5, 2)).double()
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.GELU(), torch.nn.Conv2d(4, 5, 2)
+        ).double()
         model = model.to(memory_format=torch.channels_last)
-        flags = ["--opt", opt, "--opt-kwargs", f"fused={fused}", "--method", "sam", "--weight-decay", "0.1"]
-        optimizer = build.build_optimizer(settings.parse(settings.parser("", ""), [*flags, "--output", "x"]), model)
+        flags = [
+            "--opt", opt, "--opt-kwargs", f"fused={fused}",
+            *"--method sam --weight-decay 0.1".split(),
+        ]  # fmt: skip
+        optimizer = build.build_optimizer(
+            settings.parse(settings.parser("", ""), [*flags, "--output", "x"]), model
+        )
         assert all(group["fused"] is fused for group in optimizer.param_groups)
         for _ in range(8):
             x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
@@ -139,16 +157,23 @@ def test_fused_kernels_give_the_weights_of_the_plain_ones(opt):
 
 
 def test_the_base_optimizer_gets_its_own_settings():
-    flags = ["--opt", "adamw", "--opt-kwargs", "betas=(0.5,0.6)", "eps=0.125", "--method", "sam", "--output", "nowhere"]
+    flags = [
+        *"--opt adamw --opt-kwargs betas=(0.5,0.6) eps=0.125 --method sam --output nowhere".split(),
+    ]  # fmt: skip
     args = settings.parse(settings.parser("", ""), flags)
     optimizer = build.build_optimizer(args, network())
     assert type(optimizer.base_optimizer) is torch.optim.AdamW
-    assert optimizer.param_groups[0]["betas"] == (0.5, 0.6) and optimizer.param_groups[0]["eps"] == 0.125
+    assert (
+        optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+        and optimizer.param_groups[0]["eps"] == 0.125
+    )
 
 
 def test_a_model_is_compiled_by_one_backend(accelerator, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(settings.InputError, match="--torchcompile eager and Accelerate's --dynamo_backend inductor"):
+    with pytest.raises(
+        settings.InputError, match="--torchcompile eager and Accelerate's --dynamo_backend inductor"
+    ):
         build.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
 
 
@@ -172,14 +197,19 @@ def test_head_bias_is_that_of_the_first_weights(tmp_path, monkeypatch, script):
 
 @pytest.mark.parametrize("flag", ["--channels-last", "--no-channels-last"])
 @pytest.mark.parametrize("script", [train_imagenet, finetune_cifar])
-def test_model_and_input_have_the_memory_format(tmp_path, checkpoint, images, monkeypatch, capsys, script, flag):
+def test_model_and_input_have_the_memory_format(
+    tmp_path, checkpoint, images, monkeypatch, capsys, script, flag
+):
     jobs = []
     monkeypatch.setattr(script, "dry_run", jobs.append)
     model = str(checkpoint) if script is finetune_cifar else "test_resnet"
     train(script, tmp_path, flag, "--dry-run", dataset=str(images), model=model, method="base")
     layout = torch.channels_last if flag == "--channels-last" else torch.contiguous_format
     shown = jobs[0].batches.to_input(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    for tensor in (shown, *(p for p in jobs[0].model.parameters() if p.shape[1:].numel() > p.shape[1:2].numel())):
+    for tensor in (
+        shown,
+        *(p for p in jobs[0].model.parameters() if p.shape[1:].numel() > p.shape[1:2].numel()),
+    ):
         assert tensor.is_contiguous(memory_format=layout)
     assert jobs[0].args.channels_last == (flag == "--channels-last")
     name = "channels_last" if flag == "--channels-last" else "contiguous"
@@ -199,7 +229,9 @@ def test_fsdp_that_saves_what_needs_unpickling_is_refused(monkeypatch):
     fake = type("Fake", (), {"state": state, "device": torch.device("cpu")})
     monkeypatch.setattr(build, "Accelerator", lambda **kwargs: fake)
     with pytest.raises(InputError, match="fsdp_state_dict_type: FULL_STATE_DICT"):
-        build.build_accelerator(type("Args", (), {"log_with": None, "output": None, "torchcompile": None}))
+        build.build_accelerator(
+            type("Args", (), {"log_with": None, "output": None, "torchcompile": None})
+        )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +248,9 @@ def test_fsdp_that_saves_what_needs_unpickling_is_refused(monkeypatch):
         ({"batch_size": 6, "m": 4}, "m 4 does not divide"),
     ],
 )
-def test_settings_that_do_not_fit_end_before_anything_is_written(tmp_path, accelerator, changes, words):
+def test_settings_that_do_not_fit_end_before_anything_is_written(
+    tmp_path, accelerator, changes, words
+):
     dataset = write_folder(tmp_path / "images")
     with pytest.raises(InputError, match=words):
         train_imagenet.main(small_recipe(tmp_path, dataset, **changes))

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: the same weights, and no more communication than there has to be."""
+"""Two gloo processes against one: the same weights, and no needless communication."""
 
 import os
 import subprocess
@@ -32,13 +32,19 @@ def results(tmp_path_factory):
 
 def entries(results, launch, method, accumulation):
     start = f"{method} {accumulation} "
-    tensors = {name.removeprefix(start): value for name, value in results[launch].items() if name.startswith(start)}
+    tensors = {
+        name.removeprefix(start): value
+        for name, value in results[launch].items()
+        if name.startswith(start)
+    }
     return tensors, *(tensors.pop(key).item() for key in ("collectives", "sharded", "views"))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_ddp_equals_one_process_with_the_same_micro_batches_in_one_exchange(results, method, accumulation):
+def test_ddp_equals_one_process_with_the_same_micro_batches_in_one_exchange(
+    results, method, accumulation
+):
     expected, *_ = entries(results, "one, m 2", method, accumulation)
     weights, collectives, _, views = entries(results, "ddp", method, accumulation)
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-9)
@@ -48,7 +54,9 @@ def test_ddp_equals_one_process_with_the_same_micro_batches_in_one_exchange(resu
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_fsdp2_equals_one_process_with_micro_batches_of_all_processes_together(results, method, accumulation):
+def test_fsdp2_equals_one_process_with_micro_batches_of_all_processes_together(
+    results, method, accumulation
+):
     expected, *_ = entries(results, "one, m 4", method, accumulation)
     weights, _, sharded, _ = entries(results, "fsdp2", method, accumulation)
     assert sharded

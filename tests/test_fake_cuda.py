@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 class Network(torch.nn.Module):
-    """Its forward pass moves statistics, as batch norm's does, whose own kernel is not the matter here."""
+    """Its forward pass moves statistics, as batch norm's does."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -47,7 +47,11 @@ def make_step(model, optimizer, objective, x, y):
 
     def closure():
         optimizer.zero_grad()
-        loss = objective(model(x), y) if optimizer.ascending else torch.nn.functional.cross_entropy(model(x), y)
+        loss = (
+            objective(model(x), y)
+            if optimizer.ascending
+            else torch.nn.functional.cross_entropy(model(x), y)
+        )
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         return loss
@@ -56,11 +60,20 @@ def make_step(model, optimizer, objective, x, y):
 
 
 def on_fake_cuda(dtype, variant, objective, base=torch.optim.SGD, **options):
-    """A model, and a function that makes one step on it; None for the objective is the optimizer's momentum."""
+    """A model, and a function that makes one step on it.
+
+    None for the objective is the optimizer's momentum.
+    """
     model = Network(dtype)
-    groups = [{"params": model.layers[0].parameters()}, {"params": model.layers[2].parameters(), "rho": 0.2}]
+    groups = [
+        {"params": model.layers[0].parameters()},
+        {"params": model.layers[2].parameters(), "rho": 0.2},
+    ]
     optimizer = SAM(base(groups, lr=0.1, **options), model, rho=0.5, **variant)
-    x, y = torch.randn(12, 6, device="cuda", dtype=dtype), torch.zeros(12, dtype=torch.long, device="cuda")
+    x, y = (
+        torch.randn(12, 6, device="cuda", dtype=dtype),
+        torch.zeros(12, dtype=torch.long, device="cuda"),
+    )
     objective = objective or (lambda z, y: momentum_perturbation(optimizer))
     return model, make_step(model, optimizer, objective, x, y)
 
@@ -71,7 +84,9 @@ def assert_on_cuda(model, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("objective", [torch.nn.functional.cross_entropy, OutputBiasForgetting()], ids=["loss", "obf"])
+@pytest.mark.parametrize(
+    "objective", [torch.nn.functional.cross_entropy, OutputBiasForgetting()], ids=["loss", "obf"]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_reads_no_value_on_the_host(variant, objective, dtype):
     with FakeTensorMode():
@@ -82,7 +97,9 @@ def test_a_step_reads_no_value_on_the_host(variant, objective, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("base, options", [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})])
+@pytest.mark.parametrize(
+    "base, options", [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})]
+)
 def test_a_step_with_momentums_perturbation_reads_no_value_on_the_host(base, options, dtype):
     with FakeTensorMode():
         model, step = on_fake_cuda(dtype, {}, None, base, **options)
@@ -102,13 +119,13 @@ class Prepared:
 
 
 def whole_update(flags, monkeypatch, to_input=None):
-    """Two updates of the training loop, all but the engine's backward passes, and what watches their loss."""
+    """Two updates of the loop, and what watches them, but for the engine's backward passes."""
 
     def backward(loss):
         for p in model.parameters():
             p.grad = torch.randn_like(p) + (0 if p.grad is None else p.grad)
 
-    usual = ["--clip-grad", "1", "--shrink-perturb", "0.1", "--rho-min", "0.01", "--output", "nowhere"]
+    usual = "--clip-grad 1 --shrink-perturb 0.1 --rho-min 0.01 --output nowhere".split()
     args = settings.parse(settings.parser("", ""), [*flags, *usual])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5, device="cuda"))
     criterion = build.build_criterion(args)
@@ -117,14 +134,17 @@ def whole_update(flags, monkeypatch, to_input=None):
     alone = {"no_sync": lambda _: contextlib.nullcontext(), "backward": backward, "scaler": None}
     clip = torch.nn.utils.clip_grad_norm_
     device = torch.device("cuda")
-    accelerator = Namespace(**alone, is_fsdp2=False, num_processes=1, device=device, clip_grad_norm_=clip)
+    accelerator = Namespace(
+        **alone, is_fsdp2=False, num_processes=1, device=device, clip_grad_norm_=clip
+    )
     config = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
     to_input = to_input or loaders.to_input(config, torch.float32)
     batches = Namespace(to_input=to_input, m=4, accumulation=2, updates=10)
     schedule = build.build_schedule(args, optimizer, batches.updates)
     job = build.Job(
-        args, accelerator, model, None, criterion, objective, Prepared(optimizer), schedule=schedule, batches=batches
-    )
+        args, accelerator, model, None, criterion, objective, Prepared(optimizer),
+        schedule=schedule, batches=batches,
+    )  # fmt: skip
     images = torch.zeros(8, 3, 4, 4, dtype=torch.uint8, device="cuda")
     labels = torch.zeros(8, dtype=torch.long, device="cuda")
     monkeypatch.setattr(torch.Tensor, "backward", backward)
@@ -157,12 +177,16 @@ def test_an_update_of_the_training_loop_reads_no_value_on_the_host(flags, monkey
 
 def test_a_read_in_an_update_shows_here(monkeypatch):
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
-        whole_update(["--method", "obf"], monkeypatch, lambda x: x.float() if x.any() else x.float() + 1)
+        whole_update(
+            ["--method", "obf"], monkeypatch, lambda x: x.float() if x.any() else x.float() + 1
+        )
 
 
 def test_a_read_by_the_host_shows_here():
     """Else the tests above could not fail."""
     with FakeTensorMode():
-        _, step = on_fake_cuda(torch.float32, {}, lambda z, y: z.sum() if z.isfinite().all() else z.max())
+        _, step = on_fake_cuda(
+            torch.float32, {}, lambda z, y: z.sum() if z.isfinite().all() else z.max()
+        )
         with pytest.raises(DataDependentOutputException):
             step()

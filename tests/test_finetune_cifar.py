@@ -16,16 +16,26 @@ from common.errors import InputError
 
 def test_fine_tuning_starts_from_the_checkpoint_with_a_new_head(tmp_path, checkpoint, images):
     """As many classes as before: the old head would fit, and must not be used."""
-    train(finetune_cifar, tmp_path, dataset=str(images), model=str(checkpoint), method="base", lr=0.0)
-    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "run/best/model.safetensors")
+    train(
+        finetune_cifar, tmp_path, dataset=str(images), model=str(checkpoint), method="base", lr=0.0
+    )
+    before, after = (
+        load_file(checkpoint / "model.safetensors"),
+        load_file(tmp_path / "run/best/model.safetensors"),
+    )
     for name, tensor in before.items():
         if "running" in name or "num_batches" in name:
             continue
         same = torch.equal(tensor, after[name])
         assert same == (not name.startswith("fc.")), name
     torch.manual_seed(99)  # the new head depends on the run's seed alone
-    train(finetune_cifar, tmp_path, "--overwrite", dataset=str(images), model=str(checkpoint), method="base", lr=0.0)
-    assert torch.equal(load_file(tmp_path / "run/best/model.safetensors")["fc.weight"], after["fc.weight"])
+    train(
+        finetune_cifar, tmp_path, "--overwrite", dataset=str(images), model=str(checkpoint),
+        method="base", lr=0.0,
+    )  # fmt: skip
+    assert torch.equal(
+        load_file(tmp_path / "run/best/model.safetensors")["fc.weight"], after["fc.weight"]
+    )
 
 
 def test_fine_tuning_holds_out_and_streams_as_asked(tmp_path, checkpoint, images):
@@ -33,18 +43,25 @@ def test_fine_tuning_holds_out_and_streams_as_asked(tmp_path, checkpoint, images
     changes = {"model": str(checkpoint), "dataset": str(whole), "validation_share": 0.25}
     assert train(finetune_cifar, tmp_path, "--dry-run", **changes) is None
     with pytest.raises(InputError, match="give --train-num-samples"):
-        train(finetune_cifar, tmp_path, "--dry-run", model=str(checkpoint), dataset=str(images), streaming=True)
+        train(
+            finetune_cifar, tmp_path, "--dry-run", model=str(checkpoint), dataset=str(images),
+            streaming=True,
+        )  # fmt: skip
 
 
 def test_fine_tuning_on_a_local_copy_of_cifar_reports_the_last_epoch_on_test(tmp_path, checkpoint):
     cifar = write_cifar100(tmp_path) / "cifar100"
-    results = train(finetune_cifar, tmp_path, dataset=str(cifar), model=str(checkpoint), epochs=3, loss="bce")
+    results = train(
+        finetune_cifar, tmp_path, dataset=str(cifar), model=str(checkpoint), epochs=3, loss="bce"
+    )
     assert list(results) == ["test"]
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"last": results}
     assert not (tmp_path / "run" / "best").exists()
     last = timm.create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)
     assert last.num_classes == 100
-    epochs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    epochs = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert results["test"] == epochs[-1]["test"] and len(epochs) == 3
 
 
@@ -58,7 +75,9 @@ def test_pretrained_weights_of_timm_are_asked_for(tmp_path, images, monkeypatch)
 
     monkeypatch.setattr(timm, "create_model", create)
     for model in ("resnet18.a1_in1k", "hf-hub:somebody/model"):
-        train(finetune_cifar, tmp_path, "--dry-run", dataset=str(images), model=model, img_size=None)
+        train(
+            finetune_cifar, tmp_path, "--dry-run", dataset=str(images), model=model, img_size=None
+        )
     assert asked == [("resnet18.a1_in1k", True), ("hf-hub:somebody/model", True)]
 
 
@@ -67,7 +86,9 @@ def test_img_size_suffices_for_a_model_that_is_made_for_one_size(tmp_path, image
     first = train(train_imagenet, tmp_path, dataset=str(images), model="test_vit", img_size=64)
     model = str(tmp_path / "run" / "last")
     output = str(tmp_path / "tuned")
-    assert first and train(finetune_cifar, tmp_path, dataset=str(images), model=model, img_size=96, output=output)
+    assert first and train(
+        finetune_cifar, tmp_path, dataset=str(images), model=model, img_size=96, output=output
+    )
     for folder, size in (("run", 64), ("tuned", 96)):
         opened = timm.create_model(f"local-dir:{tmp_path / folder / 'last'}", pretrained=True)
         assert opened.patch_embed.img_size == (size, size)
@@ -85,23 +106,41 @@ def damage(folder, file, content):
     "file, content, words",
     [
         ("model.safetensors", lambda whole: whole[:-100], "cannot load the model .*best"),
-        ("model.safetensors", None, r"has no model\.safetensors, so it is no model in timm's layout"),
+        (
+            "model.safetensors",
+            None,
+            r"has no model\.safetensors, so it is no model in timm's layout",
+        ),
         ("config.json", None, r"has no config\.json"),
         ("config.json", lambda whole: whole[:50], "cannot load the model"),
-        ("config.json", lambda whole: whole.replace(b"test_resnet", b"no_such_net"), "cannot load the model"),
-        ("config.json", lambda whole: whole.replace(b"test_resnet", b"test_vit"), "cannot load the model"),
+        (
+            "config.json",
+            lambda whole: whole.replace(b"test_resnet", b"no_such_net"),
+            "cannot load the model",
+        ),
+        (
+            "config.json",
+            lambda whole: whole.replace(b"test_resnet", b"test_vit"),
+            "cannot load the model",
+        ),
     ],
 )
 def test_damaged_checkpoint_is_one_clear_error(tmp_path, checkpoint, images, file, content, words):
     copy = shutil.copytree(checkpoint, tmp_path / "run" / "best")
     damage(copy, file, content)
     with pytest.raises(InputError, match=words):
-        train(finetune_cifar, tmp_path, dataset=str(images), model=str(copy), output=str(tmp_path / "new"))
+        train(
+            finetune_cifar, tmp_path, dataset=str(images), model=str(copy),
+            output=str(tmp_path / "new"),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "model, words",
-    [("nowhere/best", "no folder 'nowhere/best', and timm has no pretrained"), ("resnet51", "no pretrained model")],
+    [
+        ("nowhere/best", "no folder 'nowhere/best', and timm has no pretrained"),
+        ("resnet51", "no pretrained model"),
+    ],
 )
 def test_model_that_does_not_exist(tmp_path, images, model, words):
     with pytest.raises(InputError, match=words):

@@ -19,7 +19,9 @@ K, LR, MOMENTUM, DECAY = 5, 0.3, 0.7, 0.01
 
 def network():
     torch.manual_seed(1)
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, K)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, K)
+    ).double()
 
 
 def prepared(accelerator, flags, *, m, accumulation, to_input=lambda images: images):
@@ -36,7 +38,7 @@ def prepared(accelerator, flags, *, m, accumulation, to_input=lambda images: ima
 
 
 def loss_by_hand(z, y, loss, smoothing):
-    """Mean over examples of cross-entropy, or of binary cross-entropies summed over classes; timm's smoothings."""
+    """Mean over examples of cross-entropy, or of binary ones summed over classes; timm smooths."""
     one_hot = F.one_hot(y, K).double()
     if loss == "ce":
         target = (1 - smoothing) * one_hot + smoothing / K
@@ -56,7 +58,8 @@ def obf_by_hand(z, y, gamma, lam, link):
     return sum(rows) / len(rows)
 
 
-CASES = {  # flags, the ascent's objective by hand, where |theta| enters, GSAM's alpha and whether g is normalised
+# Flags, the ascent's objective by hand, where |theta| enters, GSAM's alpha and if g is normalised.
+CASES = {
     "base": ("", None, None, 0, False),
     "sam": ("--rho 0.4", "loss", None, 0, False),
     "obf": ("--rho 0.4", {"gamma": 1.0, "lam": 1 / K, "link": "sigmoid"}, None, 0, False),
@@ -70,12 +73,17 @@ CASES = {  # flags, the ascent's objective by hand, where |theta| enters, GSAM's
     "gsam": ("--rho 0.4 --gsam-alpha 0.7", "loss", None, 0.7, False),
     "gsam normalized": ("--rho 0.4 --gsam-alpha 0.7 --gsam-normalize", "loss", None, 0.7, True),
     "momentum": ("--rho 0.4", "momentum", None, 0, False),
-    "gsam+obf": ("--rho 0.4 --gsam-alpha 0.2", {"gamma": 1.0, "lam": 1 / K, "link": "sigmoid"}, None, 0.2, False),
+    "gsam+obf": (
+        "--rho 0.4 --gsam-alpha 0.2",
+        {"gamma": 1.0, "lam": 1 / K, "link": "sigmoid"}, None, 0.2, False,
+    ),
 }  # fmt: skip
 
 
-LOSSES = {"ce": ("", "ce", 0.0), "ce smoothed": ("--smoothing 0.3", "ce", 0.3), "bce": ("--loss bce", "bce", 0.0),
-          "bce smoothed": ("--loss bce --smoothing 0.3", "bce", 0.3)}  # fmt: skip
+LOSSES = {
+    "ce": ("", "ce", 0.0), "ce smoothed": ("--smoothing 0.3", "ce", 0.3),
+    "bce": ("--loss bce", "bce", 0.0), "bce smoothed": ("--loss bce --smoothing 0.3", "bce", 0.3),
+}  # fmt: skip
 
 
 def norm(tensors):
@@ -83,7 +91,7 @@ def norm(tensors):
 
 
 def update_by_hand(params, velocity, micro_batches, case, loss, clip):
-    """Change params and velocity in place; return the mean loss and the gradient's norm before clipping."""
+    """Change params and velocity in place; return the mean loss and the gradient's first norm."""
     _, ascent, adaptive, gsam_alpha, gsam_normalize = case
     total, losses = [torch.zeros_like(p) for p in params], []
 
@@ -98,10 +106,20 @@ def update_by_hand(params, velocity, micro_batches, case, loss, clip):
         if ascent == "momentum":
             moved = [p - 0.4 * v / (norm(velocity) or 1) for p, v in zip(params, velocity)]
         elif ascent is not None:
-            rise = (lambda z: loss_by_hand(z, y, *loss)) if ascent == "loss" else lambda z: obf_by_hand(z, y, **ascent)
+            rise = (
+                (lambda z: loss_by_hand(z, y, *loss))
+                if ascent == "loss"
+                else lambda z: obf_by_hand(z, y, **ascent)
+            )
             g = gradient(params, x, rise)[0]
-            ahead = [p.abs() * gi for p, gi in zip(params, g)] if adaptive in ("before", "both") else g
-            behind = [p.abs() * gi for p, gi in zip(params, ahead)] if adaptive in ("after", "both") else ahead
+            ahead = (
+                [p.abs() * gi for p, gi in zip(params, g)] if adaptive in ("before", "both") else g
+            )
+            behind = (
+                [p.abs() * gi for p, gi in zip(params, ahead)]
+                if adaptive in ("after", "both")
+                else ahead
+            )
             moved = [p + 0.4 * d / norm(ahead) for p, d in zip(params, behind)]
         gp, value = gradient(moved, x, lambda z: loss_by_hand(z, y, *loss))
         losses.append(value)
@@ -120,17 +138,25 @@ def update_by_hand(params, velocity, micro_batches, case, loss, clip):
     return sum(losses) / len(losses), length
 
 
-@pytest.mark.parametrize("name, loss", [(name, "ce") for name in CASES] + [("sam", name) for name in LOSSES])
+@pytest.mark.parametrize(
+    "name, loss", [(name, "ce") for name in CASES] + [("sam", name) for name in LOSSES]
+)
 def test_update_is_that_written_out_by_hand(accelerator, name, loss):
-    """Two micro-batches of each of three loader batches, with a clipping that shortens some gradients."""
+    """Two micro-batches of each of three loader batches; clipping shortens some gradients."""
     m, accumulation, updates, clip = 2, 3, 4, {"ce": 0.6, "bce": 1.0}[LOSSES[loss][1]]
     torch.manual_seed(0)
-    images, labels = 2 * torch.randn(updates * accumulation * 2 * m, 6).double(), torch.randint(0, K, (48,))
-    flags = f"--method {name.split(' ')[0].strip(',')} --clip-grad {clip} {CASES[name][0]} {LOSSES[loss][0]}"
+    images, labels = (
+        2 * torch.randn(updates * accumulation * 2 * m, 6).double(),
+        torch.randint(0, K, (48,)),
+    )
+    method = name.split(" ")[0].strip(",")
+    flags = f"--method {method} --clip-grad {clip} {CASES[name][0]} {LOSSES[loss][0]}"
     job = prepared(accelerator, flags, m=m, accumulation=accumulation)
     params = [p.detach().clone() for p in job.model.parameters()]
     velocity, lengths = [torch.zeros_like(p) for p in params], []
-    loaded = iter([{"image": x, "label": y} for x, y in zip(images.split(2 * m), labels.split(2 * m))])
+    loaded = iter(
+        [{"image": x, "label": y} for x, y in zip(images.split(2 * m), labels.split(2 * m))]
+    )
     micro_batches = list(zip(images.split(m), labels.split(m)))
     for i in range(updates):
         reported = loop.update(job, loaded)
@@ -141,7 +167,9 @@ def test_update_is_that_written_out_by_hand(accelerator, name, loss):
         for ours, expected in zip(job.model.parameters(), params):
             torch.testing.assert_close(ours.data, expected, rtol=1e-9, atol=1e-11)
         assert all(p.grad is None for p in job.model.parameters())
-    assert min(lengths) < clip < max(lengths), "clipping must shorten some gradients here, and not all"
+    assert min(lengths) < clip < max(lengths), (
+        "clipping must shorten some gradients here, and not all"
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -152,12 +180,19 @@ def test_update_is_the_mean_over_micro_batches_of_the_gradient_at_their_own_pert
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 3).double()
     reference = copy.deepcopy(model)
-    images, labels = torch.randn(4 * accumulation, 6).double(), torch.randint(0, 3, (4 * accumulation,))
+    images, labels = (
+        torch.randn(4 * accumulation, 6).double(),
+        torch.randint(0, 3, (4 * accumulation,)),
+    )
 
-    model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3))
+    model, optimizer = accelerator.prepare(
+        model, SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    )
     for i in range(accumulation):
         batch = {"image": images[4 * i : 4 * i + 4], "label": labels[4 * i : 4 * i + 4]}
-        job = make_job(accelerator, model, optimizer, objective=ascend_the_loss, m=m, accumulation=accumulation)
+        job = make_job(
+            accelerator, model, optimizer, objective=ascend_the_loss, m=m, accumulation=accumulation
+        )
         loop.forward_backward(job, batch, job.objective, sync=i == accumulation - 1)
 
     params, total = list(reference.parameters()), None
@@ -185,7 +220,9 @@ def test_perturbation_of_a_part_of_the_micro_batch_is_that_of_its_first_examples
         p.data += 0.3 * gi / norm
     gp = torch.autograd.grad(F.cross_entropy(moved(images), labels), list(moved.parameters()))
 
-    model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(params, lr=0.1), model, rho=0.3))
+    model, optimizer = accelerator.prepare(
+        model, SAM(torch.optim.SGD(params, lr=0.1), model, rho=0.3)
+    )
     args = {"perturb_fraction": 0.25}
     job = make_job(accelerator, model, optimizer, args=args, objective=ascend_the_loss, m=8)
     loop.forward_backward(job, {"image": images, "label": labels}, job.objective, sync=True)
@@ -195,7 +232,7 @@ def test_perturbation_of_a_part_of_the_micro_batch_is_that_of_its_first_examples
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, BinaryCrossEntropy()], ids=["ce", "bce"])
 def test_right_answers_are_counted_at_the_weights_of_the_descent_pass(accelerator, loss):
-    """A perturbation long enough to change most predictions, and two micro-batches of each of two loader batches."""
+    """A perturbation that changes most predictions, on two micro-batches of two loader batches."""
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 3).double()
     images, labels = torch.randn(16, 6).double(), torch.randint(0, 3, (16,))
@@ -205,11 +242,16 @@ def test_right_answers_are_counted_at_the_weights_of_the_descent_pass(accelerato
         norm = sum((gi**2).sum() for gi in g).sqrt()
         weight, bias = (p + 5 * gi / norm for p, gi in zip(model.parameters(), g))
         expected += ((x @ weight.T + bias).argmax(-1) == y).sum().item()
-    model, optimizer = accelerator.prepare(model, SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=5.0))
-    job = make_job(
-        accelerator, model, optimizer, m=4, accumulation=2, criterion=loss, objective=lambda f, x, y: loss(f(x), y)
+    model, optimizer = accelerator.prepare(
+        model, SAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=5.0)
     )
-    loop.update(job, iter([{"image": images[i : i + 8], "label": labels[i : i + 8]} for i in (0, 8)]))
+    job = make_job(
+        accelerator, model, optimizer, m=4, accumulation=2, criterion=loss,
+        objective=lambda f, x, y: loss(f(x), y),
+    )  # fmt: skip
+    loop.update(
+        job, iter([{"image": images[i : i + 8], "label": labels[i : i + 8]} for i in (0, 8)])
+    )
     assert job.right.item() == expected != clean
 
 
@@ -225,9 +267,13 @@ def test_shrink_and_perturb_pulls_to_the_first_weights_in_proportion_to_lr(accel
     (g,) = torch.autograd.grad(
         F.cross_entropy(images @ weight.requires_grad_().T + model.bias.detach(), labels), weight
     )
-    assert loop.update(job, iter([{"image": images, "label": labels}])).item() == pytest.approx(loss.item())
+    assert loop.update(job, iter([{"image": images, "label": labels}])).item() == pytest.approx(
+        loss.item()
+    )
     factor = 0.01 * 0.05 / 0.2
-    torch.testing.assert_close(model.weight.data, factor * 7 + (1 - factor) * (weight.detach() - 0.05 * g))
+    torch.testing.assert_close(
+        model.weight.data, factor * 7 + (1 - factor) * (weight.detach() - 0.05 * g)
+    )
 
 
 def test_shrink_and_perturb_waits_for_a_step_that_was_made(accelerator):
@@ -254,7 +300,9 @@ def test_shrink_and_perturb_waits_for_a_step_that_was_made(accelerator):
 def test_the_first_weights_of_shrink_and_perturb_are_a_copy(accelerator):
     job = prepared(accelerator, "--method base --shrink-perturb 0.1", m=4, accumulation=1)
     first = [p.detach().clone() for p in network().parameters()]
-    loop.update(job, iter([{"image": torch.randn(4, 6).double(), "label": torch.tensor([0, 1, 2, 3])}]))
+    loop.update(
+        job, iter([{"image": torch.randn(4, 6).double(), "label": torch.tensor([0, 1, 2, 3])}])
+    )
     for kept, own, now in zip(job.initial, first, job.model.parameters()):
         assert torch.equal(kept, own) and not torch.equal(kept, now)
 
@@ -276,9 +324,15 @@ def test_an_update_without_perturbation_is_the_base_optimizers(accelerator):
 def test_every_third_update_of_a_run_perturbs_wherever_it_resumes(accelerator, monkeypatch, first):
     """Of all updates, not of an epoch's."""
     asked = []
-    monkeypatch.setattr(loop, "update", lambda job, batches, perturb: asked.append(perturb) or torch.zeros(()))
+    monkeypatch.setattr(
+        loop, "update", lambda job, batches, perturb: asked.append(perturb) or torch.zeros(())
+    )
     job = prepared(accelerator, "--method sam --perturb-interval 3", m=4, accumulation=1)
-    job.batches.updates, job.batches.train, job.schedule = 4, lambda epoch, first: iter([]), lambda update: None
+    job.batches.updates, job.batches.train, job.schedule = (
+        4,
+        lambda epoch, first: iter([]),
+        lambda update: None,
+    )
     progress = run.Progress(epoch=first // 4, updates=first)
     job.args.checkpoint_interval = None
     loop.train_epoch(job, progress, lambda loss: None)
@@ -296,12 +350,11 @@ def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerato
     model, optimizer = accelerator.prepare(model, build.build_optimizer(args, model))
     scheduled, weights = [], []
     images = [torch.ones(4, 3), torch.full((4, 3), 1e37), torch.ones(4, 3)]
-    job = make_job(
-        accelerator, model, optimizer, objective=None if method == "base" else ascend_the_loss, updates=3,
-        train=lambda epoch, first: iter([{"image": x, "label": torch.tensor([0, 1, 1, 0])} for x in images]),
-        schedule=scheduled.append,
-        to_input=lambda x: weights.append(model.weight.detach().clone()) or x,
-    )  # fmt: skip
+    labels = torch.tensor([0, 1, 1, 0])
+    parts = {"objective": None if method == "base" else ascend_the_loss, "updates": 3}
+    parts["train"] = lambda epoch, first: iter([{"image": x, "label": labels} for x in images])
+    parts["to_input"] = lambda x: weights.append(model.weight.detach().clone()) or x
+    job = make_job(accelerator, model, optimizer, schedule=scheduled.append, **parts)
     progress = run.Progress()
     loop.train_epoch(job, progress, lambda loss: None)
     assert (progress.updates, progress.skipped) == (3, 1)
@@ -311,9 +364,13 @@ def test_step_skipped_for_overflow_moves_neither_weights_nor_schedule(accelerato
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_micro_batch(accelerator):
+def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_micro_batch(
+    accelerator,
+):
     AcceleratorState._reset_state(True)
-    accelerator = build.build_accelerator(Namespace(log_with=None, output=None, torchcompile="eager"))
+    accelerator = build.build_accelerator(
+        Namespace(log_with=None, output=None, torchcompile="eager")
+    )
     job = prepared(accelerator, "--method sam --perturb-fraction 0.5", m=8, accumulation=1)
     torch._dynamo.reset()
     graphs = []

@@ -20,7 +20,9 @@ def images(tmp_path_factory):
 
 
 def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    previous = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore Ctrl-C
     parts = {"args": Namespace(epochs=1), "batches": Namespace(updates=1)}
     job = Namespace(accelerator=Accelerator(cpu=True), **parts)
     with monitor.Monitor(job, run.Progress()):
@@ -32,7 +34,10 @@ def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
 
 def test_loss_that_stays_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=8, lr=1e30, rho_min=None, warmup_epochs=0)
-    with pytest.raises(InputError, match=r"has not been finite since update [23]:|weights are not finite after update"):
+    with pytest.raises(
+        InputError,
+        match=r"has not been finite since update [23]:|weights are not finite after update",
+    ):
         in_process(path, tmp_path / "run")
     assert updates_saved(tmp_path / "run") in (1, 2)
     assert all(tensor.isfinite().all() for tensor in final_weights(tmp_path / "run").values())
@@ -40,7 +45,10 @@ def test_loss_that_stays_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp
 
 def test_loss_that_is_nan_in_a_short_run_saves_no_model(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=1, lr=1e30, rho_min=None, warmup_epochs=0)
-    with pytest.raises(InputError, match=r"has not been finite since update [23]:|weights are not finite after update"):
+    with pytest.raises(
+        InputError,
+        match=r"has not been finite since update [23]:|weights are not finite after update",
+    ):
         in_process(path, tmp_path / "run")
     assert not (tmp_path / "run" / "best").exists() and not (tmp_path / "run" / "last").exists()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
@@ -63,4 +71,9 @@ def test_nan_loss_of_finite_weights_is_null_in_the_metrics_and_for_a_whole_epoch
             in_process(path, tmp_path / "run")
         return
     in_process(path, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None
+    assert (
+        json.loads((tmp_path / "run" / "metrics.jsonl").read_text(), parse_constant=pytest.fail)[
+            "loss"
+        ]
+        is None
+    )

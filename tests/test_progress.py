@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: few lines, each says how far the work is and when it ends."""
+"""Progress where there is no terminal: a few lines say how far the work is."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Tables and pictures: each number where its head or its axis says, and what the pictures are called."""
+"""Tables and pictures: each number is where its head or its axis says."""
 
 import json
 
@@ -27,8 +27,13 @@ def texts(figure):
     """All that is written in a picture's panels and legends."""
     found = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     for axis in figure.axes:
-        found += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel(), *(text.get_text() for text in axis.texts)]
-        found += [text.get_text() for text in (axis.get_legend().get_texts() if axis.get_legend() else ())]
+        found += [
+            axis.get_title(), axis.get_xlabel(), axis.get_ylabel(),
+            *(text.get_text() for text in axis.texts),
+        ]  # fmt: skip
+        found += [
+            text.get_text() for text in (axis.get_legend().get_texts() if axis.get_legend() else ())
+        ]
     return found
 
 
@@ -39,8 +44,14 @@ def texts(figure):
         (["outputs/a/last", "outputs/b/last", "resnet18.a1_in1k"], ["a", "b", "resnet18.a1_in1k"]),
         (["outputs/a/last", "outputs/a/best"], ["last", "best"]),
         (["outputs/a/last", "outputs/b/best"], ["a/last", "b/best"]),
-        (["outputs/x/seed=0/last", "elsewhere/x/seed=0/last"], ["outputs/x/seed=0", "elsewhere/x/seed=0"]),
-        (["a" * 30 + "b" * 30, "a" * 30 + "c" * 30], ["a" * 20 + "..." + "b" * 20, "a" * 20 + "..." + "c" * 20]),
+        (
+            ["outputs/x/seed=0/last", "elsewhere/x/seed=0/last"],
+            ["outputs/x/seed=0", "elsewhere/x/seed=0"],
+        ),
+        (
+            ["a" * 30 + "b" * 30, "a" * 30 + "c" * 30],
+            ["a" * 20 + "..." + "b" * 20, "a" * 20 + "..." + "c" * 20],
+        ),
         (["a" * 30 + "b" + "c" * 30, "a" * 30 + "d" + "c" * 30],) * 2,  # else both were "a...c"
         (["outputs/a/last", "a"], ["outputs/a/last", "a"]),  # else both were "a"
     ],
@@ -60,7 +71,9 @@ def test_the_logit_axis_holds_its_values_and_has_ticks_that_can_be_told_apart(va
     assert len(ticks) >= 2
     places = [axis.transData.transform((0, tick))[1] for tick in ticks]
     assert min(np.diff(places)) > 15  # pixels: a line of text
-    assert all(abs(float(axis.yaxis.get_major_formatter()(tick)) - 100 * tick) < 1e-3 for tick in ticks)
+    assert all(
+        abs(float(axis.yaxis.get_major_formatter()(tick)) - 100 * tick) < 1e-3 for tick in ticks
+    )
     plt.close(figure)
 
 
@@ -101,14 +114,20 @@ def test_pictures_are_png_and_svg(tmp_path):
     assert not plt.get_fignums()
 
 
-def test_the_picture_of_effective_robustness_has_every_model_where_it_is(drawn, tmp_path, monkeypatch):
+def test_the_picture_of_effective_robustness_has_every_model_where_it_is(
+    drawn, tmp_path, monkeypatch
+):
     baseline = np.array([[0.5, 0.4], [0.6, 0.5], [0.7, 0.6], [0.8, 0.7]])
     monkeypatch.setattr(published, "baseline", lambda shift: baseline)
     monkeypatch.setattr(published, "line", lambda shift: (1.0, -0.4))
-    one = {"clean": 0.75, "shifted": 0.68, "expected": 0.66, "above": 0.02, "low": 0.01, "high": 0.03} | {
-        "clean_images": 50_000,
-        "shifted_images": 10_000,
-    }
+    one = {
+        "clean": 0.75,
+        "shifted": 0.68,
+        "expected": 0.66,
+        "above": 0.02,
+        "low": 0.01,
+        "high": 0.03,
+    } | {"clean_images": 50_000, "shifted_images": 10_000}
     found = {
         "outputs/a/last": {"v2": one, "sketch": one},
         "outputs/b/last": {"v2": one | {"clean": 0.0, "shifted": 0.0}},
@@ -122,13 +141,18 @@ def test_the_picture_of_effective_robustness_has_every_model_where_it_is(drawn, 
     points = [tuple(line.get_xydata()[0]) for line in top.lines if line.get_marker() == "o"]
     assert points == [(0.75, 0.68), (runs_report.EDGES[0],) * 2]
     assert np.array_equal(top.collections[0].get_offsets(), baseline)
-    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes[2:]]
+    legends = [
+        [text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes[2:]
+    ]
     assert legends[0][2:] == ["a: +2.00 (+1.00 to +3.00)", "b: +2.00 (+1.00 to +3.00)"]
     assert legends[1][2:] == ["a: +2.00 (+1.00 to +3.00)"] and legends[0][0] == "timm's 4 models"
 
 
 def rows(run, values, **others):
-    lines = [{"epoch": i + 1, "validation": v, "loss": 1.0, "run": run, **others} for i, v in enumerate(values)]
+    lines = [
+        {"epoch": i + 1, "validation": v, "loss": 1.0, "run": run, **others}
+        for i, v in enumerate(values)
+    ]
     return lines
 
 
@@ -138,29 +162,36 @@ def line_of(axis, label):
 
 
 def test_curves_are_means_over_seeds_with_bands(drawn, tmp_path):
-    several = [*rows("1", [0.5, 0.8, 0.9], lr=0.1, rho=0.2), *rows("2", [0.7, 0.6], lr=0.1, rho=0.2)]
+    several = [
+        *rows("1", [0.5, 0.8, 0.9], lr=0.1, rho=0.2),
+        *rows("2", [0.7, 0.6], lr=0.1, rho=0.2),
+    ]
     runs_report.draw_curves(
-        {"sam": several, "base": rows("3", [0.1, 0.2, 1.0], lr=0.1, rho=None)}, tmp_path / "curves.png"
+        {"sam": several, "base": rows("3", [0.1, 0.2, 1.0], lr=0.1, rho=None)},
+        tmp_path / "curves.png",
     )
     figure, caption = drawn["curves"]
     _, accuracy, train, _, rho, legend = figure.axes
-    assert line_of(accuracy, "sam").get_xydata() == pytest.approx(np.array([[1, 0.6], [2, 0.7], [3, 0.9]]))
+    assert line_of(accuracy, "sam").get_xydata() == pytest.approx(
+        np.array([[1, 0.6], [2, 0.7], [3, 0.9]])
+    )
     assert line_of(accuracy, "base").get_ydata() == pytest.approx([0.1, 0.2, runs_report.EDGES[1]])
     (band,) = accuracy.collections
     assert {tuple(np.round(point, 6)) for point in band.get_paths()[0].vertices} >= {
-        (1, 0.5),
-        (1, 0.7),
-        (2, 0.6),
-        (2, 0.8),
-    }
-    assert not train.get_visible() and rho.get_visible()  # runs of an older version had no training accuracy
+        (1, 0.5), (1, 0.7), (2, 0.6), (2, 0.8),
+    }  # fmt: skip
+    assert (
+        not train.get_visible() and rho.get_visible()
+    )  # runs of an older version had no training accuracy
     assert len(line_of(rho, "base").get_xdata()) == 0
     assert ["sam (2 runs)", "base"] == [text.get_text() for text in legend.get_legend().get_texts()]
     assert "bands" in caption
 
 
 def test_of_many_curves_the_best_are_drawn_and_it_is_said(drawn, tmp_path):
-    runs_report.draw_curves({f"lr={i}": rows(str(i), [0.9, i / 50]) for i in range(30)}, tmp_path / "curves.png")
+    runs_report.draw_curves(
+        {f"lr={i}": rows(str(i), [0.9, i / 50]) for i in range(30)}, tmp_path / "curves.png"
+    )
     legend = drawn["curves"][0].axes[-1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == [f"lr={i}" for i in range(10, 30)]
     assert legend.get_title().get_text() == "the 20 best of 30 settings"
@@ -168,49 +199,74 @@ def test_of_many_curves_the_best_are_drawn_and_it_is_said(drawn, tmp_path):
 
 def test_metrics_of_an_older_run_without_a_loss_are_read(tmp_path):
     assert runs_report.read_metrics(tmp_path) == []
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 0, "loss": None, "test": 0.5}) + "\n")
-    assert runs_report.read_metrics(tmp_path) == [{"epoch": 1, "loss": None, "test": 0.5, "run": str(tmp_path)}]
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"epoch": 0, "loss": None, "test": 0.5}) + "\n"
+    )
+    assert runs_report.read_metrics(tmp_path) == [
+        {"epoch": 1, "loss": None, "test": 0.5, "run": str(tmp_path)}
+    ]
 
 
 def forgetting_row(run, method, m, rho, epoch, forgetting, kind="sam"):
     return {
-        "run": run, "method": method, "m": m, "rho": rho, "epoch": epoch, "perturbation": kind, "accuracy": 0.9,
-        "forgetting": forgetting, "lambda_max": 3.0,
+        "run": run, "method": method, "m": m, "rho": rho, "epoch": epoch, "perturbation": kind,
+        "accuracy": 0.9, "forgetting": forgetting, "lambda_max": 3.0,
     }  # fmt: skip
 
 
 def test_pictures_of_forgetting_tell_methods_m_rho_and_seeds_apart(drawn, tmp_path):
     table, measured = [], []
-    for i, (method, m, rho) in enumerate([("sam", 8, 0.1), ("sam", 8, 0.1), ("sam", 32, 0.1), ("obf", 8, 0.2)]):
+    for i, (method, m, rho) in enumerate(
+        [("sam", 8, 0.1), ("sam", 8, 0.1), ("sam", 32, 0.1), ("obf", 8, 0.2)]
+    ):
         table += [forgetting_row(str(i), method, m, rho, epoch, i + 10 * epoch) for epoch in (1, 2)]
         records = [{"perturbations": {"sam": {"by_threshold": [i + epoch, i]}}} for epoch in (1, 2)]
         measured += [({"folder": str(i)}, None, record) for record in records]
     tau = {"perturbation": "sam", "epochs": "last", "tau": 0.25, "low": -0.1, "high": 0.5}
     tau |= {"target": "accuracy", "fixed": None}
-    found = [tau | {"quantity": "forgetting"}, tau | {"quantity": "flatness", "low": np.nan, "high": np.nan}]
+    found = [
+        tau | {"quantity": "forgetting"},
+        tau | {"quantity": "flatness", "low": np.nan, "high": np.nan},
+    ]
     report.draw_forgetting(measured, table, found, [0.3, 0.6], tmp_path)
     figure, _ = drawn["forgetting_accuracy"]
-    assert figure.axes[0].get_title() == "perturbation: sam, n = 4 runs\nKendall's tau +0.25 (-0.10 to +0.50)"
-    styles = [(line.get_color(), line.get_marker(), line.get_markersize()) for line in figure.axes[0].lines]
+    assert (
+        figure.axes[0].get_title()
+        == "perturbation: sam, n = 4 runs\nKendall's tau +0.25 (-0.10 to +0.50)"
+    )
+    styles = [
+        (line.get_color(), line.get_marker(), line.get_markersize())
+        for line in figure.axes[0].lines
+    ]
     assert styles[0] == styles[1] and len(set(styles)) == 3
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "sam",
-        "obf",
-        "m 8",
-        "m 32",
-        "rho 0.1",
-        "rho 0.2",
-    ]
-    assert drawn["flatness_accuracy"][0].axes[0].get_title().endswith("+0.25 (too few settings for an interval)")
+        "sam", "obf", "m 8", "m 32", "rho 0.1", "rho 0.2",
+    ]  # fmt: skip
+    assert (
+        drawn["flatness_accuracy"][0]
+        .axes[0]
+        .get_title()
+        .endswith("+0.25 (too few settings for an interval)")
+    )
     epochs, thresholds = (drawn[f"forgetting_{x}s"][0].axes[0] for x in ("epoch", "threshold"))
-    assert epochs.lines[0].get_xydata().tolist() == [[1, 10.5], [2, 20.5]] and len(epochs.collections) == 1
-    assert thresholds.lines[0].get_xydata().tolist() == [[0.3, 2.5], [0.6, 0.5]]  # of the last epoch
+    assert (
+        epochs.lines[0].get_xydata().tolist() == [[1, 10.5], [2, 20.5]]
+        and len(epochs.collections) == 1
+    )
+    assert thresholds.lines[0].get_xydata().tolist() == [
+        [0.3, 2.5],
+        [0.6, 0.5],
+    ]  # of the last epoch
 
 
 def test_a_picture_of_too_few_runs_says_so(drawn, tmp_path):
     record = {"perturbations": {"sam": {"by_threshold": [0.1]}}}
     report.draw_forgetting(
-        [({"folder": "0"}, None, record)], [forgetting_row("0", "sam", 8, 0.1, 1, 0.2)], [], [0.5], tmp_path
+        [({"folder": "0"}, None, record)],
+        [forgetting_row("0", "sam", 8, 0.1, 1, 0.2)],
+        [],
+        [0.5],
+        tmp_path,
     )
     title = drawn["forgetting_accuracy"][0].axes[0].get_title()
     assert title == "perturbation: sam, n = 1 runs\nKendall's tau is not there: too few runs"
@@ -222,33 +278,50 @@ def cells(line):
 
 def measures(top1):
     low_and_high = {"top1_low": top1 - 0.01, "top1_high": top1 + 0.03}
-    return {"examples": 50, "top1": top1, **low_and_high, "top5": top1 + 0.1, "nll": 1.5, "ece": 0.045}
+    return {
+        "examples": 50, "top1": top1, **low_and_high, "top5": top1 + 0.1, "nll": 1.5,
+        "ece": 0.045,
+    }  # fmt: skip
 
 
-RESULTS = {"one": {"v2": measures(0.5), "r": measures(0.2)}, "two": {"v2": measures(0.6), "r": measures(0.25)}}
+RESULTS = {
+    "one": {"v2": measures(0.5), "r": measures(0.2)},
+    "two": {"v2": measures(0.6), "r": measures(0.25)},
+}
 
 
 def test_measures_and_differences_stand_in_their_columns(capsys):
     differences = {"two": {"v2": {"difference": 0.1, "low": 0.02, "high": 0.18, "p_value": 0.0321}}}
     report.show(RESULTS, differences, markdown=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert cells(lines[0]) == ["model", "benchmark", "images", "top-1 %", "95 %", "top-5 %", "NLL", "ECE %"]
+    assert cells(lines[0]) == [
+        *"model benchmark images".split(), "top-1 %", "95 %", "top-5 %", "NLL", "ECE %",
+    ]  # fmt: skip
     assert set(cells(lines[1])) == {"---"}
-    assert cells(lines[2]) == ["one", "v2", "50", "50.00", "49.00 to 53.00", "60.00", "1.500", "4.50"]
-    assert cells(lines[5]) == ["two", "r", "50", "25.00", "24.00 to 28.00", "35.00", "1.500", "4.50"]
+    assert cells(lines[2]) == [
+        *"one v2 50 50.00".split(), "49.00 to 53.00", *"60.00 1.500 4.50".split(),
+    ]  # fmt: skip
+    assert cells(lines[5]) == [
+        *"two r 50 25.00".split(), "24.00 to 28.00", *"35.00 1.500 4.50".split(),
+    ]  # fmt: skip
     assert cells(lines[6]) == ["model", "benchmark", "top-1 points", "95 %", "p"]
     assert cells(lines[8]) == ["two", "v2", "+10.00", "+2.00 to +18.00", "0.0321"]
 
 
 def test_correlations_stand_in_their_columns(capsys):
-    found = {"perturbation": "sam", "epochs": "last", "quantity": "forgetting", "runs": 12, "tau": 0.5, "low": 0.1}
+    found = {
+        "perturbation": "sam", "epochs": "last", "quantity": "forgetting", "runs": 12, "tau": 0.5,
+        "low": 0.1,
+    }  # fmt: skip
     found |= {"high": 0.7, "above_rival": -0.25, "above_low": -0.4, "above_high": float("nan")}
     found |= {"target": "accuracy", "fixed": None}
     others = [found | {"fixed": "m", "tau": 0.75}, found | {"epochs": "mean", "above_high": -0.05}]
     gap = found | {"target": "-gap", "tau": -0.5}
     report.show_correlations([found, *others, gap])
     of_accuracy, of_gap = capsys.readouterr().out.split("Kendall's tau with ")[1:]
-    assert of_accuracy.startswith("test accuracy") and of_gap.startswith("a small generalisation gap")
+    assert of_accuracy.startswith("test accuracy") and of_gap.startswith(
+        "a small generalisation gap"
+    )
     head, line, other = of_accuracy.strip().splitlines()[-3:]
     row = {"tau": "+0.50", "95 %": "+0.10 to +0.70", "above flatness": "-0.25", "m fixed": "+0.75"}
     for name, value in row.items():

@@ -1,4 +1,4 @@
-"""Runs that are killed, resumed, or cannot be: the same weights in the end, and one clear message otherwise."""
+"""Runs that are killed and resumed: the same weights in the end, or one clear message."""
 
 import json
 import multiprocessing
@@ -34,7 +34,7 @@ from helpers import (
 from common import checkpoints, loop, run
 from common.errors import InputError
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,10 @@ def die_while_evaluating(recipe, output):
 
 @pytest.mark.slow
 def test_kill_while_evaluating_costs_no_training(tmp_path, images, monkeypatch):
-    path, output = recipe(tmp_path, images, workers=0, epochs=2, checkpoint_interval=None), tmp_path / "run"
+    path, output = (
+        recipe(tmp_path, images, workers=0, epochs=2, checkpoint_interval=None),
+        tmp_path / "run",
+    )
     assert finished(apart(train_apart, path, tmp_path / "whole"))
     apart(die_while_evaluating, path, output).join()
     assert updates_saved(output) == 8
@@ -168,7 +171,9 @@ def test_kill_while_evaluating_costs_no_training(tmp_path, images, monkeypatch):
 @pytest.fixture(scope="module")
 def whole_run_with_workers(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("workers")
-    path = recipe(folder, images, epochs=8, checkpoint_interval=None)  # no checkpoint but a signal's and an epoch's
+    path = recipe(
+        folder, images, epochs=8, checkpoint_interval=None
+    )  # no checkpoint but a signal's and an epoch's
     finish(start(path, folder / "whole"))
     return path, folder / "whole"
 
@@ -193,14 +198,18 @@ def test_terminated_run_saves_exits_cleanly_and_resumes_with_loader_workers(
 @pytest.fixture(scope="module")
 def whole_run_of_two(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("two")
-    path = recipe(folder, images, epochs=8, method="obf", model="test_resnet", model_kwargs={}, img_size=32)
+    path = recipe(
+        folder, images, epochs=8, method="obf", model="test_resnet", model_kwargs={}, img_size=32
+    )
     finish(start(path, folder / "whole", processes=2))
     return path, final_weights(folder / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_two_processes_killed_or_terminated_resume_to_the_same_weights(tmp_path, whole_run_of_two, how):
+def test_two_processes_killed_or_terminated_resume_to_the_same_weights(
+    tmp_path, whole_run_of_two, how
+):
     path, weights = whole_run_of_two
     process = start(path, tmp_path / "run", processes=2)
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000005", process)
@@ -217,7 +226,10 @@ def test_oldest_checkpoints_are_removed_and_the_best_model_kept(tmp_path, images
     in_process(recipe(tmp_path, images, workers=0, checkpoint_hist=3), tmp_path / "run")
     names = sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-00000010", "step-00000011", "step-00000012"]
-    assert sorted(file.name for file in (tmp_path / "run" / "best").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "run" / "best").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_resuming_a_finished_run_trains_no_more(tmp_path, images):
@@ -228,24 +240,33 @@ def test_resuming_a_finished_run_trains_no_more(tmp_path, images):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_run_s_checkpoint_brings_its_training_but_not_its_models_and_metrics(tmp_path, images):
+def test_another_run_s_checkpoint_brings_its_training_but_not_its_models_and_metrics(
+    tmp_path, images
+):
     path, first = short_run(tmp_path, images)
     other = tmp_path / "other"
     results = in_process(path, other, "--resume", str(first / "checkpoints" / "step-00000007"))
     assert results == json.loads((first / "results.json").read_text())["last"]
     assert metrics(other) == metrics(first)[1:]
-    assert (other / "best/model.safetensors").read_bytes() == (other / "last/model.safetensors").read_bytes()
+    assert (other / "best/model.safetensors").read_bytes() == (
+        other / "last/model.safetensors"
+    ).read_bytes()
     assert sorted(os.listdir(other / "checkpoints")) == ["step-00000007", "step-00000008"]
     shutil.rmtree(first)
     assert in_process(path, other, "--resume", "auto") == results
     assert len((other / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_run_whose_checkpoints_were_removed_is_not_trained_anew_unasked(tmp_path, images, monkeypatch):
+def test_run_whose_checkpoints_were_removed_is_not_trained_anew_unasked(
+    tmp_path, images, monkeypatch
+):
     path, output = short_run(tmp_path, images, save_interval=1)
     shutil.rmtree(output / "checkpoints")
     for missing in ("results.json", "last"):  # finished, or not yet
-        with pytest.raises(InputError, match=r"has .*best, epochs of an earlier run, but no checkpoint .* --overwrite"):
+        with pytest.raises(
+            InputError,
+            match=r"has .*best, epochs of an earlier run, but no checkpoint .* --overwrite",
+        ):
             in_process(path, output, "--resume", "auto")
         (shutil.rmtree if (output / missing).is_dir() else os.remove)(output / missing)
     (output / "results.json").write_text("of an earlier run")
@@ -256,7 +277,10 @@ def test_run_whose_checkpoints_were_removed_is_not_trained_anew_unasked(tmp_path
 
 def test_finished_run_whose_best_model_was_removed_says_so(tmp_path, images):
     path, output = short_run(tmp_path, images)
-    lines = [json.loads(line)["validation"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["validation"]
+        for line in (output / "metrics.jsonl").read_text().splitlines()
+    ]
     shutil.rmtree(output / "best")
     if lines[1] > lines[0]:  # then the last epoch's evaluation, repeated, saves it again
         assert in_process(path, output, "--resume", "auto")
@@ -277,18 +301,24 @@ def fail(*_):
 full = shutil.disk_usage("/")._replace(free=1000)
 if os.environ["RANK"] == "0" and sys.argv[1] == "disk":
     shutil.disk_usage = lambda path: full
-checkpoints.check_hub = fail if os.environ["RANK"] == "0" and sys.argv[1] == "hub" else lambda repo: None
+fails = os.environ["RANK"] == "0" and sys.argv[1] == "hub"
+checkpoints.check_hub = fail if fails else lambda repo: None
 with errors.clear_errors():
     train_imagenet.main(sys.argv[2:])
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what, words", [("disk", "the disk is full. It needs"), ("hub", "the Hub is down")])
+@pytest.mark.parametrize(
+    "what, words", [("disk", "the disk is full. It needs"), ("hub", "the Hub is down")]
+)
 def test_all_processes_end_with_the_main_one_s_error(tmp_path, images, what, words):
     (tmp_path / "script.py").write_text(ONLY_THE_MAIN_PROCESS_FAILS)
     launch = [*TORCHRUN, "2"]
-    launch += ["--log-dir", str(tmp_path / "logs"), "--redirects", "3", str(tmp_path / "script.py"), what]
+    launch += [
+        "--log-dir", str(tmp_path / "logs"), "--redirects", "3", str(tmp_path / "script.py"),
+        what,
+    ]  # fmt: skip
     path = recipe(tmp_path, images, workers=0, push_to_hub="me/model")
     launch += ["--recipe", str(path), "--output", str(tmp_path / "run")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
@@ -302,7 +332,7 @@ def test_resume_auto_without_a_checkpoint_starts(tmp_path, images):
     assert in_process(recipe(tmp_path, images, workers=0), tmp_path / "run", "--resume", "auto")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -310,8 +340,14 @@ def test_resume_auto_without_a_checkpoint_starts(tmp_path, images):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--model", "test_resnet", "--model-kwargs", "--img-size", "32"), "is of a run with .*img_size 160.* 32"),
-        (("--rho", "0.3"), "is of a run with rho 0.1, and this one has 0.3: resume with the same settings"),
+        (
+            ("--model", "test_resnet", "--model-kwargs", "--img-size", "32"),
+            "is of a run with .*img_size 160.* 32",
+        ),
+        (
+            ("--rho", "0.3"),
+            "is of a run with rho 0.1, and this one has 0.3: resume with the same settings",
+        ),
         (("--seed", "5"), "seed"),
         (("--lr", "0.06"), "is of a run with lr 0.05, and this one has 0.06"),
         (("--batch-size", "8"), "is of a run with batch_size 4, and this one has 8"),
@@ -329,7 +365,10 @@ def test_checkpoint_of_other_settings_is_refused_and_kept(tmp_path, images, flag
 def test_resumed_run_on_fewer_processes_keeps_the_m_that_nobody_gave(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=2, m=None, batch_size=8)
     finish(start(path, tmp_path / "run", processes=2))
-    with pytest.raises(InputError, match="is of a run with m 4, and this one has 8: resume with --m 4, or start anew"):
+    with pytest.raises(
+        InputError,
+        match="is of a run with m 4, and this one has 8: resume with --m 4, or start anew",
+    ):
         in_process(path, tmp_path / "run", "--resume", "auto")
     in_process(path, tmp_path / "run", "--resume", "auto", "--m", "4")
 
@@ -368,12 +407,16 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path, images, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json"]
+)
 def test_truncated_checkpoint_is_named_and_the_one_before_resumes(tmp_path, images, file):
     path, output = short_run(tmp_path, images)
     broken = output / "checkpoints" / "step-00000008" / file
     broken.write_bytes(broken.read_bytes()[:-20])
-    with pytest.raises(InputError, match=rf"{file}.*remove .*step-00000008 to resume from the one before"):
+    with pytest.raises(
+        InputError, match=rf"{file}.*remove .*step-00000008 to resume from the one before"
+    ):
         in_process(path, output, "--resume", "auto")
     shutil.rmtree(output / "checkpoints" / "step-00000008")
     assert in_process(path, output, "--resume", "auto")
@@ -456,7 +499,11 @@ def train_with_a_full_disk(recipe, output, message):
 
 @pytest.mark.slow
 def test_disk_that_fills_up_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, images):
-    path, output, message = recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "run", tmp_path / "message"
+    path, output, message = (
+        recipe(tmp_path, images, workers=0, epochs=2),
+        tmp_path / "run",
+        tmp_path / "message",
+    )
     assert finished(apart(train_with_a_full_disk, path, output, message))
     assert re.search(r"cannot write .* It needs \d+\.\d MiB, .* are free", message.read_text())
     assert sorted(os.listdir(output / "checkpoints")) == ["step-00000001", "step-00000002"]

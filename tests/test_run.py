@@ -14,7 +14,18 @@ import torch
 import yaml
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import LoggerType
-from helpers import ROOT, TORCHRUN, make_job, run_script, same, saved, small_recipe, train, write_folder
+from helpers import (
+    ROOT,
+    TORCHRUN,
+    logged_epochs,
+    make_job,
+    run_script,
+    same,
+    saved,
+    small_recipe,
+    train,
+    write_folder,
+)
 from safetensors.torch import load_file
 
 import train_imagenet
@@ -26,8 +37,9 @@ from common.errors import InputError
 def processes(tmp_path_factory):
     """What two_processes.py wrote, by process, and the run's folder."""
     folder = tmp_path_factory.mktemp("two")
-    images = write_folder(folder / "images", images=7)  # of 14, two processes evaluate four at a time
-    flags = [*small_recipe(folder, images), "--epochs", "2", "--scale", "0.2", "1", "--method", "random"]
+    # Of 14 images, two processes evaluate four at a time.
+    images = write_folder(folder / "images", images=7)
+    flags = [*small_recipe(folder, images), *"--epochs 2 --scale 0.2 1 --method random".split()]
     program = str(ROOT / "tests" / "two_processes.py")
     command = [*TORCHRUN, "2", program, str(folder), *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
@@ -52,7 +64,7 @@ def test_batch_norm_is_the_mean_over_processes_before_it_is_evaluated(processes,
 
 def test_training_accuracy_is_that_of_all_processes_images(processes):
     (one, two), run = processes
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = logged_epochs(run)
     right = [[int(process[f"right {epoch}"]) for process in (one, two)] for epoch in (0, 1)]
     assert any(first != second for first, second in right)
     assert [12 * line["train"] for line in lines] == [sum(both) for both in right]
@@ -67,13 +79,14 @@ SCRIPTED = [0.2, 0.5, 0.5, 0.4]  # top-1 on validation after each epoch
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory):
-    """A finished run of four epochs with ``SCRIPTED`` accuracies, and what its final evaluation looked at."""
+    """A finished run of four epochs with ``SCRIPTED`` accuracies, and what it evaluated last."""
     folder = tmp_path_factory.mktemp("scripted")
     images = write_folder(folder / "images", splits=("train", "val", "test"), images=4)
     told, finally_seen = iter(SCRIPTED), []
 
     def evaluate_top1(job, loader):
-        weights = {name: value.clone() for name, value in job.accelerator.unwrap_model(job.model).state_dict().items()}
+        model = job.accelerator.unwrap_model(job.model)
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
         accuracy = next(told, None)
         if accuracy is None:
             finally_seen.append(weights)
@@ -86,15 +99,8 @@ def scripted(tmp_path_factory):
         patch.setattr(run, "evaluate_top1", evaluate_top1)
         flags = [
             *small_recipe(folder, images),
-            "--epochs",
-            "4",
-            "--save-interval",
-            "2",
-            "--head-bias",
-            "-3",
-            "--lr",
-            "0.1",
-        ]
+            *"--epochs 4 --save-interval 2 --head-bias -3 --lr 0.1".split(),
+        ]  # fmt: skip
         train_imagenet.main([*flags, "--method", "base"])
     return folder / "run", finally_seen
 
@@ -107,7 +113,8 @@ def test_epochs_are_kept_by_their_number_from_one(scripted):
 def test_last_is_the_last_epoch_and_best_the_first_of_the_best(scripted):
     run, _ = scripted
     assert same(saved(run / "last"), saved(run / "epochs" / "0004"))
-    assert same(saved(run / "best"), saved(run / "epochs" / "0002"))  # not the third, as good, nor the fourth, worse
+    # Not the third, as good, nor the fourth, worse.
+    assert same(saved(run / "best"), saved(run / "epochs" / "0002"))
     assert not same(saved(run / "best"), saved(run / "last"))
 
 
@@ -115,13 +122,13 @@ def test_the_final_evaluation_is_of_the_models_that_were_saved(scripted):
     run, seen = scripted
     expected = [saved(run / "last")] * 2 + [saved(run / "best")] * 2  # on validation and test
     assert len(seen) == 4
-    # Each split is evaluated after the one before has spoilt the weights in memory: only the first of a model is whole.
+    # Each evaluation spoils the weights in memory: only the first split of a model sees them whole.
     assert same(seen[0], expected[0]) and same(seen[2], expected[2])
 
 
 def test_metrics_have_one_line_for_each_epoch_with_its_accuracy(scripted):
     run, _ = scripted
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = logged_epochs(run)
     assert [(line["epoch"], line["validation"]) for line in lines] == list(enumerate(SCRIPTED))
 
 
@@ -136,21 +143,28 @@ def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeyp
         return loss
 
     monkeypatch.setattr(loop, "update", recorded)
-    recipe = {"epochs": 3, "warmup_epochs": 1, "method": "sam", "rho": 0.3, "rho_min": 0.1, "lr": 0.01, "min_lr": 0.001}
+    recipe = {
+        "epochs": 3, "warmup_epochs": 1, "method": "sam", "rho": 0.3, "rho_min": 0.1, "lr": 0.01,
+        "min_lr": 0.001,
+    }  # fmt: skip
     train_imagenet.main(small_recipe(tmp_path, images, **recipe))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged_epochs(tmp_path / "run")
     updates = len(seen) // 3
     assert updates > 1
     for i, line in enumerate(lines):
         losses, right = zip(*seen[i * updates : (i + 1) * updates])
-        assert line["loss"] == pytest.approx(sum(losses) / updates) and line["train"] == sum(right) / (4 * updates)
-        assert line["rho"] == pytest.approx(0.1 + 0.2 * (line["lr"] - 0.001) / 0.009) and line["seconds"] > 0
+        assert line["loss"] == pytest.approx(sum(losses) / updates)
+        assert line["train"] == sum(right) / (4 * updates)
+        assert line["rho"] == pytest.approx(0.1 + 0.2 * (line["lr"] - 0.001) / 0.009)
+        assert line["seconds"] > 0
     assert [line["lr"] for line in lines] == pytest.approx([0.01, 0.0055, 0.001])
     for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         assert (tmp_path / "run" / f"curves.{ending}").read_bytes().startswith(start)
 
 
-def test_metrics_have_the_mean_loss_of_each_epoch_and_the_last_epoch_is_kept_too(tmp_path, monkeypatch):
+def test_metrics_have_the_mean_loss_of_each_epoch_and_the_last_epoch_is_kept_too(
+    tmp_path, monkeypatch
+):
     images = write_folder(tmp_path / "images", images=4)  # two updates an epoch
     losses, modes, own = [], [], loop.update
 
@@ -161,22 +175,30 @@ def test_metrics_have_the_mean_loss_of_each_epoch_and_the_last_epoch_is_kept_too
 
     monkeypatch.setattr(loop, "update", update)
     train_imagenet.main(small_recipe(tmp_path, images, epochs=3, save_interval=2))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged_epochs(tmp_path / "run")
     expected = [sum(losses[start : start + 2]) / 2 for start in (0, 2, 4)]
     assert [line["loss"] for line in lines] == pytest.approx(expected) and len(losses) == 6
     assert all(modes)  # after an evaluation too
     assert sorted(path.name for path in (tmp_path / "run" / "epochs").iterdir()) == ["0002", "0003"]
 
 
-def test_epochs_between_validations_and_the_last_one_are_validated_and_the_weights_are_the_same(tmp_path):
+def test_epochs_between_validations_and_the_last_one_are_validated_and_the_weights_are_the_same(
+    tmp_path,
+):
     images, outputs = write_folder(tmp_path / "images", images=4), {}
     for interval in (1, 2, 9):
         outputs[interval] = tmp_path / str(interval)
         output = str(outputs[interval])
-        train_imagenet.main(small_recipe(tmp_path, images, epochs=5, val_interval=interval, output=output))
-    rows = {key: [row["validation"] for row in report.read_metrics(output)] for key, output in outputs.items()}
+        train_imagenet.main(
+            small_recipe(tmp_path, images, epochs=5, val_interval=interval, output=output)
+        )
+    rows = {
+        key: [row["validation"] for row in report.read_metrics(output)]
+        for key, output in outputs.items()
+    }
     every = rows[1]
-    assert rows[2] == [None, every[1], None, every[3], every[4]] and rows[9] == [None] * 4 + [every[4]]
+    assert rows[2] == [None, every[1], None, every[3], every[4]]
+    assert rows[9] == [None, None, None, None, every[4]]
     for interval in (2, 9):
         assert same(saved(outputs[1] / "last"), saved(outputs[interval] / "last"))
         assert (outputs[interval] / "best").exists() and (outputs[interval] / "curves.png").exists()
@@ -213,7 +235,10 @@ def test_last_and_best_are_the_epochs_that_they_say(tmp_path, accelerator, monke
     top1 = iter([0.5, 0.9, 0.9, 0.7, 0.11, 0.22])  # of four epochs, then of the saved models
     monkeypatch.setattr(run, "evaluate_top1", lambda *_: {"top1": next(top1), "examples": 6})
     returned = train_imagenet.main(small_recipe(tmp_path, dataset, epochs=4, save_interval=1))
-    weights = {file.parent.name: file.read_bytes() for file in (tmp_path / "run").rglob("*/model.safetensors")}
+    weights = {
+        file.parent.name: file.read_bytes()
+        for file in (tmp_path / "run").rglob("*/model.safetensors")
+    }
     assert weights["best"] == weights["0002"] and weights["last"] == weights["0004"]
     assert len({weights[name] for name in ("0001", "0002", "0003", "0004")}) == 4
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -240,11 +265,13 @@ import sys, timm, torch
 from common import dry_run, data, loaders
 from timm.data import create_transform, resolve_data_config
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-model = model.to(memory_format=torch.channels_last)  # as in training: another format rounds otherwise
-images = loaders.Images(data.load("digits")["test"], create_transform(**resolve_data_config({}, model=model)))
+model = model.to(memory_format=torch.channels_last)  # as in training: others round otherwise
+transform = create_transform(**resolve_data_config({}, model=model))
+images = loaders.Images(data.load("digits")["test"], transform)
 loader = torch.utils.data.DataLoader(images, 100)
 with torch.no_grad():
-    right = sum((model(batch["image"]).argmax(-1) == batch["label"]).sum().item() for batch in loader)
+    pairs = [(model(batch["image"]).argmax(-1), batch["label"]) for batch in loader]
+right = sum((predicted == labels).sum().item() for predicted, labels in pairs)
 print(right / 697)
 """
 
@@ -252,32 +279,29 @@ print(right / 697)
 @pytest.mark.slow
 def test_digits_run_leaves_a_checkpoint_that_another_process_opens_with_the_same_accuracy(tmp_path):
     flags = [
-        "--recipe",
-        "recipes/digits.yaml",
-        "--epochs",
-        "4",
-        "--warmup-epochs",
-        "1",
-        "--output",
+        *"--recipe recipes/digits.yaml --epochs 4 --warmup-epochs 1 --output".split(),
         str(tmp_path / "run"),
-    ]
+    ]  # fmt: skip
     done = run_script(*flags)
     assert done.returncode == 0, done.stderr
     assert "epoch 1/4:" in done.stderr and "epoch 2/4, best " in done.stderr
-    assert "loss=" in done.stderr and "lr=" in done.stderr and "rho=" in done.stderr  # the progress bar
+    assert all(f" {key} " in done.stderr for key in ("loss", "lr", "rho", "images/s", "validation"))
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(saved) == ["last", "best"]
     results = saved["best"]
     assert list(saved["last"]) == list(results)
-    assert list(results) == ["validation", "test", "recoloured", "rotated", "sketch", "occluded", "noisy"]
+    assert list(results) == "validation test recoloured rotated sketch occluded noisy".split()
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["split", "images", "last", "best"] in lines
     for split, top1 in results.items():
-        assert any(line[:1] == [split] and line[2:] == [f"{saved['last'][split]:.2%}", f"{top1:.2%}"] for line in lines)
+        assert any(
+            line[:1] == [split] and line[2:] == [f"{saved['last'][split]:.2%}", f"{top1:.2%}"]
+            for line in lines
+        )
     assert results["test"] > 0.5  # four epochs, ten classes
-    epochs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    epochs = logged_epochs(tmp_path / "run")
     assert [line["epoch"] for line in epochs] == [0, 1, 2, 3]
-    assert all(f"loss={line['loss']:.3f}, " in done.stderr for line in epochs)  # at its end, the epoch's mean
+    assert all(f"loss {line['loss']:.3f}, " in done.stderr for line in epochs)  # an epoch's mean
     assert results["validation"] == max(line["validation"] for line in epochs)
     assert saved["last"]["validation"] == epochs[-1]["validation"]
     assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["gamma"] == 1.0
@@ -285,7 +309,11 @@ def test_digits_run_leaves_a_checkpoint_that_another_process_opens_with_the_same
     best = tmp_path / "run" / "best"
     assert sorted(file.name for file in best.iterdir()) == ["config.json", "model.safetensors"]
     opened = subprocess.run(
-        [sys.executable, "-c", OPENED_ELSEWHERE, str(best)], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-c", OPENED_ELSEWHERE, str(best)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
     )
     assert float(opened.stdout) == results["test"], opened.stderr
 
@@ -294,13 +322,9 @@ def test_digits_run_leaves_a_checkpoint_that_another_process_opens_with_the_same
 def test_every_method_trains_on_a_folder(tmp_path, method, accelerator):
     dataset = write_folder(tmp_path / "images", images=5)
     options = {
-        "method": method,
-        "device_batch_size": 4,
-        "batch_size": 8,
-        "clip_grad": 1.0,
-        "loss": "bce",
-        "smoothing": 0.1,
-    }
+        "method": method, "device_batch_size": 4, "batch_size": 8, "clip_grad": 1.0,
+        "loss": "bce", "smoothing": 0.1,
+    }  # fmt: skip
     argv = small_recipe(tmp_path, dataset, epochs=2, opt="adamw", weight_decay=0.1, **options)
     assert set(train_imagenet.main(argv)) == {"validation"}
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
@@ -311,8 +335,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, acc
     dataset = write_folder(tmp_path / "images", images=8)
     weights = []
     for seed in (0, 0, 1):
-        argv = [*small_recipe(tmp_path, dataset, method="random", workers=2), "--seed", str(seed), "--overwrite"]
-        train_imagenet.main(argv)
+        argv = small_recipe(tmp_path, dataset, method="random", workers=2, seed=seed)
+        train_imagenet.main([*argv, "--overwrite"])
         weights.append((tmp_path / "run" / "best" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
@@ -325,7 +349,9 @@ def test_m_that_was_not_given_is_said_and_written_into_the_settings(tmp_path, ac
 
 
 def test_streamed_folder_trains_and_evaluates_every_validation_image(tmp_path, images):
-    changes = {"dataset": str(images), "model": "test_resnet", "streaming": True, "train_num_samples": 6}
+    changes = {
+        "dataset": str(images), "model": "test_resnet", "streaming": True, "train_num_samples": 6,
+    }  # fmt: skip
     results = train(train_imagenet, tmp_path, **changes)
     assert list(results) == ["validation"]
     first = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
@@ -358,7 +384,9 @@ def test_tracker_receives_settings_and_values(tmp_path, images, monkeypatch):
 
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Memory)
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.TENSORBOARD])
-    results = train(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", log_with="tensorboard")
+    results = train(
+        train_imagenet, tmp_path, dataset=str(images), model="test_resnet", log_with="tensorboard"
+    )
     assert Memory.config["lr"] == 0.01 and Memory.config["method"] == "obf"
     top1 = results["validation"]
     assert Memory.values["last/validation"] == Memory.values["best/validation"] == top1
@@ -381,7 +409,9 @@ def test_upload_holds_model_and_card_with_settings_and_accuracies(tmp_path, imag
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", lambda *args, **kwargs: False)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    results = train(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", push_to_hub="me/model")
+    results = train(
+        train_imagenet, tmp_path, dataset=str(images), model="test_resnet", push_to_hub="me/model"
+    )
     assert uploaded["repo"] == "me/model"
     assert {file.name for file in (tmp_path / "uploaded").iterdir()} == {
         "config.json",
@@ -394,27 +424,43 @@ def test_upload_holds_model_and_card_with_settings_and_accuracies(tmp_path, imag
     config = json.loads((tmp_path / "uploaded" / "config.json").read_text())
     assert config["label_names"] == ["cat", "dog"]
     weights = load_file(tmp_path / "run" / "last" / "model.safetensors")
-    assert all(torch.equal(t, weights[n]) for n, t in load_file(tmp_path / "uploaded/model.safetensors").items())
+    assert all(
+        torch.equal(t, weights[n])
+        for n, t in load_file(tmp_path / "uploaded/model.safetensors").items()
+    )
 
 
 @pytest.mark.parametrize(
     "token, error, words",
-    [(None, None, "needs a login: run `hf auth login`"), ("t", OSError("403 Forbidden"), "cannot write .* 403")],
+    [
+        (None, None, "needs a login: run `hf auth login`"),
+        ("t", OSError("403 Forbidden"), "cannot write .* 403"),
+    ],
 )
-def test_upload_that_cannot_work_ends_before_training(tmp_path, images, monkeypatch, token, error, words):
+def test_upload_that_cannot_work_ends_before_training(
+    tmp_path, images, monkeypatch, token, error, words
+):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     monkeypatch.setattr(huggingface_hub, "create_repo", fail)
     with pytest.raises(InputError, match=words):
-        train(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", push_to_hub="me/model")
+        train(
+            train_imagenet, tmp_path, dataset=str(images), model="test_resnet",
+            push_to_hub="me/model",
+        )  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 
 def test_upload_that_fails_at_the_end_says_what_was_saved(tmp_path, images, monkeypatch):
     monkeypatch.setattr(checkpoints, "check_hub", lambda repo: None)
     monkeypatch.setattr(checkpoints, "push_to_hf_hub", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(InputError, match=r"cannot upload .*run/last to the Hub's me/model, but all is saved"):
-        train(train_imagenet, tmp_path, dataset=str(images), model="test_resnet", push_to_hub="me/model")
+    with pytest.raises(
+        InputError, match=r"cannot upload .*run/last to the Hub's me/model, but all is saved"
+    ):
+        train(
+            train_imagenet, tmp_path, dataset=str(images), model="test_resnet",
+            push_to_hub="me/model",
+        )  # fmt: skip
     assert (tmp_path / "run" / "results.json").exists()

@@ -13,41 +13,47 @@ from common.settings import InputError
 def parse(tmp_path, recipe=None, *flags):
     argv = list(flags)
     if recipe is not None:
-        (tmp_path / "recipe.yaml").write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+        (tmp_path / "recipe.yaml").write_text(
+            recipe if isinstance(recipe, str) else yaml.safe_dump(recipe)
+        )
         argv += ["--recipe", str(tmp_path / "recipe.yaml")]
-    return settings.parse(settings.parser("test", "a model"), ["--output", str(tmp_path / "run"), *argv])
+    return settings.parse(
+        settings.parser("test", "a model"), ["--output", str(tmp_path / "run"), *argv]
+    )
 
 
 def test_flags_override_the_recipe_and_both_the_defaults(tmp_path):
-    recipe = {"lr": 0.3, "scale": [0.5, 1.0], "model_kwargs": {"drop_rate": 0.1, "global_pool": "avg"}, "workers": 3}
+    recipe = {
+        "lr": 0.3,
+        "scale": [0.5, 1.0],
+        "model_kwargs": {"drop_rate": 0.1, "global_pool": "avg"},
+        "workers": 3,
+    }
     args = parse(tmp_path, recipe, "--lr", "0.7", "--m", "8")
     assert (args.lr, args.scale, args.workers, args.m) == (0.7, [0.5, 1.0], 3, 8)
     assert args.model_kwargs == {"drop_rate": 0.1, "global_pool": "avg"}
     assert args.hflip == 0.5
 
 
-def test_every_flag_is_a_recipe_key_and_every_recipe_key_a_flag(tmp_path):
-    chosen = {
-        "adaptive": "after", "batch_size": 8, "checkpoint_hist": 3, "checkpoint_interval": 9, "clip_grad": 1.0,
-        "crop_pct": 0.9, "dataset": "digits", "device_batch_size": 4, "epochs": 7, "gamma": 0.5, "gsam_alpha": 0.1,
-        "gsam_normalize": True, "head_bias": -10.0, "hflip": 0.1, "img_size": 48, "interpolation": "bicubic",
-        "lam": 0.2, "link": "softmax", "log_with": "wandb", "loss": "bce", "lr": 3e-3, "m": 2, "method": "gsam+obf",
-        "min_lr": -0.0, "model": "vit", "model_kwargs": {"a": 1}, "momentum": 0.8, "opt": "adamw",
-        "opt_kwargs": {"nesterov": False}, "output": "elsewhere", "perturb_fraction": 0.5, "perturb_interval": 3,
-        "push_to_hub": "a/b", "ratio": [0.8, 1.2],
-        "rho": 0.6, "rho_min": 0.1, "save_interval": 6, "scale": [0.1, 0.9], "sched": "cosine",
-        "seed": 5, "val_interval": 4, "validation_share": 0.1, "train_share": 0.3,
-        "channels_last": True, "torchcompile": "eager",
-        "decoder": "pil",
-        "shrink_perturb": 1e-5, "smoothing": 0.1, "streaming": True, "train_num_samples": 11, "warmup_epochs": 2,
-        "warmup_lr": 1e-6, "weight_decay": 0.3, "workers": 0,
-    }  # fmt: skip
-    parser = settings.parser("test", "a model")
-    keys = {action.dest for action in parser._actions} - {"help", *settings.NOT_SETTINGS}
-    assert keys == set(chosen)
-    del chosen["adaptive"], chosen["output"]
-    from_recipe = vars(parse(tmp_path, chosen))
-    assert {key: from_recipe[key] for key in chosen} == chosen
+PARSER = settings.parser("test", "a model")
+KEYS = {action.dest: action for action in PARSER._actions}
+KEYS = {key: KEYS[key] for key in KEYS if key not in ("help", *settings.NOT_SETTINGS)}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_setting_is_a_recipe_key(key):
+    """It comes through YAML and argparse as it was."""
+    action = KEYS[key]
+    value = {int: 3, float: 0.25}.get(action.type, "text")
+    if action.choices:
+        value = list(action.choices)[-1]
+    elif isinstance(action, settings.BOOLEAN):
+        value = not action.default
+    elif isinstance(action, settings.KeyValues):
+        value = {"a": 1, "b": "text", "c": False}
+    value = [value, value] if action.nargs == 2 else value
+    flags = settings.as_flags(PARSER, yaml.safe_load(yaml.safe_dump({key: value})), "a recipe")
+    assert getattr(PARSER.parse_args(flags), key) == value
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
@@ -85,7 +91,11 @@ def test_methods_resolve_their_own_settings_and_no_others(tmp_path, method):
         ("lr: 1\n  epochs: 2\n", (), "^cannot read the recipe [^\n]*$"),
         ({"lr": 0.1, "min_lr": 0.2}, (), "min_lr is 0.2, above lr, 0.1"),
         ({"lr": 0.1}, ("--warmup-lr", "0.2"), "warmup_lr is 0.2, above lr, 0.1"),
-        (None, ("--resume", "auto", "--overwrite"), "--resume auto continues the run that --overwrite would replace"),
+        (
+            None,
+            ("--resume", "auto", "--overwrite"),
+            "--resume auto continues the run that --overwrite would replace",
+        ),
         ({}, ("--method", "sam", "--gamma", "1"), "gamma contradicts method sam: .* obf, gsam"),
         ({}, ("--method", "obf", "--gsam-alpha", "1"), "gsam_alpha contradicts method obf"),
         ({}, ("--method", "gsam", "--adaptive", "both"), "adaptive contradicts method gsam"),
@@ -98,7 +108,11 @@ def test_methods_resolve_their_own_settings_and_no_others(tmp_path, method):
         ({"smoothing": 1.0}, (), r"smoothing is 1.0; it must lie in \[0, 1\)"),
         ({"scale": [1.0, 0.5]}, (), r"scale is \[1.0, 0.5\]; give the smaller value first"),
         ({"ratio": [2.0, 0.5]}, (), r"ratio is \[2.0, 0.5\]; give the smaller value first"),
-        ({"method": "base", "perturb_fraction": 0.5}, (), "perturb_fraction contradicts method base"),
+        (
+            {"method": "base", "perturb_fraction": 0.5},
+            (),
+            "perturb_fraction contradicts method base",
+        ),
         ({"shrink_perturb": -1}, (), "shrink_perturb is -1"),
         ({"checkpoint_hist": 0}, (), "checkpoint_hist is 0"),
         ({"log_with": "tensorbored"}, (), "invalid choice: 'tensorbored'"),
@@ -121,14 +135,18 @@ def test_a_recipe_builds_on_its_base(tmp_path):
 
 
 def test_the_printed_config_is_a_recipe_of_the_same_settings(tmp_path, capsys):
-    flags = ["--method", "gsam+obf", "--rho", "1e-12", "--model-kwargs", "a=1", "b=no", "--scale", "0.1", "1"]
+    flags = "--method gsam+obf --rho 1e-12 --model-kwargs a=1 b=no --scale 0.1 1".split()
     with pytest.raises(SystemExit) as ended:
         parse(tmp_path, {"lr": 3e-3, "opt_kwargs": {"nesterov": False}}, *flags, "--print-config")
     assert ended.value.code is None
     printed = capsys.readouterr().out
     again = parse(tmp_path, printed)
     assert settings.resolved(again) == yaml.safe_load(printed)
-    assert (again.rho, again.model_kwargs, again.opt_kwargs) == (1e-12, {"a": 1, "b": "no"}, {"nesterov": False})
+    assert (again.rho, again.model_kwargs, again.opt_kwargs) == (
+        1e-12,
+        {"a": 1, "b": "no"},
+        {"nesterov": False},
+    )
 
 
 def test_an_earlier_run_is_not_replaced_unasked(tmp_path):
@@ -151,7 +169,9 @@ def test_a_run_resumed_from_elsewhere_does_not_replace_another(tmp_path):
             parse(tmp_path, None, "--resume", str(own), "--overwrite")
 
 
-@pytest.mark.parametrize("kind, words", [("file", "file is a file"), ("folder", "folder may not be written")])
+@pytest.mark.parametrize(
+    "kind, words", [("file", "file is a file"), ("folder", "folder may not be written")]
+)
 def test_output_where_nothing_can_be_written(tmp_path, monkeypatch, kind, words):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
@@ -164,5 +184,7 @@ def test_output_where_nothing_can_be_written(tmp_path, monkeypatch, kind, words)
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     for flags in ((), ("--dry-run",)):
-        with pytest.raises(InputError, match=f"cannot write to .*{words}.*; choose another --output"):
+        with pytest.raises(
+            InputError, match=f"cannot write to .*{words}.*; choose another --output"
+        ):
             parse(tmp_path, None, "--output", str(tmp_path / kind / "below" / "run"), *flags)

@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace, with accelerate_configs/multi_node.yaml: as one machine, until one dies."""
+"""Two hosts, each a network namespace: they train as one machine does, until one dies."""
 
 import contextlib
 import os
@@ -19,12 +19,16 @@ ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "w
 
 def on(host, *command):
     """A command line that runs in the namespaces of the process ``host``."""
-    return ["nsenter", "--preserve-credentials", "--user", "--net", "--target", str(host.pid), *command]
+    return [
+        *"nsenter --preserve-credentials --user --net --target".split(), str(host.pid), *command,
+    ]  # fmt: skip
 
 
 def hold(*command):
     """Start a process whose namespaces stay until it is killed."""
-    process = subprocess.Popen([*command, "sh", "-c", "echo ready; exec sleep 600"], stdout=-1, stderr=-1, text=True)
+    process = subprocess.Popen(
+        [*command, "sh", "-c", "echo ready; exec sleep 600"], stdout=-1, stderr=-1, text=True
+    )
     if process.stdout.readline() != "ready\n":
         pytest.skip(f"no network namespaces here: {process.communicate()[1].strip()}")
     return process
@@ -38,9 +42,13 @@ def hosts():
             pytest.skip(f"no network namespaces here: the program {tool} is missing")
     first = hold("unshare", "--user", "--map-root-user", "--net")
     second = hold(*on(first, "unshare", "--net"))
-    links = [on(first, "ip", "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", str(second.pid))]
+    cable = f"link add wire type veth peer name wire netns {second.pid}"
+    links = [on(first, "ip", *cable.split())]
     for host, address in zip((first, second), ADDRESSES):
-        links += [on(host, "ip", *line.split()) for line in ("link set lo up", f"addr add {address}/24 dev wire")]
+        links += [
+            on(host, "ip", *line.split())
+            for line in ("link set lo up", f"addr add {address}/24 dev wire")
+        ]
         links.append(on(host, "ip", "link", "set", "wire", "up"))
     for link in links:
         done = subprocess.run(link, capture_output=True, text=True)
@@ -54,12 +62,21 @@ def hosts():
 
 def launch(hosts, recipe, output, *flags):
     """Start a run of two processes, one on each host."""
-    config = [str(ROOT / "accelerate_configs" / "multi_node.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
+    config = [
+        str(ROOT / "accelerate_configs" / "multi_node.yaml"),
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+    ]
     script = ["train_imagenet.py", "--recipe", str(recipe), "--output", str(output), *flags]
     processes = []
     for rank, host in enumerate(hosts):
         place = ["--machine_rank", str(rank), "--main_process_ip", ADDRESSES[0]]
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", *config, *place, *script]
+        command = [
+            sys.executable, *"-m accelerate.commands.launch --config_file".split(), *config,
+            *place, *script,
+        ]  # fmt: skip
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(on(host, *command), cwd=ROOT, env=ENVIRONMENT, **pipes))
     return processes
@@ -84,12 +101,17 @@ def finish(processes):
 def run(tmp_path_factory):
     """A recipe of 32 updates, and the weights that two processes of one machine end with."""
     folder = tmp_path_factory.mktemp("hosts")
-    changes = {"model": "test_resnet", "model_kwargs": {}, "img_size": 32, "method": "obf", "epochs": 8, "workers": 0}
+    changes = {
+        "model": "test_resnet", "model_kwargs": {}, "img_size": 32, "method": "obf", "epochs": 8,
+        "workers": 0,
+    }  # fmt: skip
     path = recipe(folder, write_folder(folder / "images", images=8), **changes)
     flags = ["train_imagenet.py", "--recipe", str(path), "--output", str(folder / "one")]
     command = [*TORCHRUN, "2", *flags]
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "GLOO_SOCKET_IFNAME"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return path, final_weights(folder / "one")
 
@@ -104,7 +126,9 @@ def test_two_hosts_equal_one_machine(tmp_path, hosts, run):
 def test_host_dies_the_other_says_so_and_the_run_resumes(tmp_path, hosts, run, dead, how):
     path, weights = run
     # TCP gives up on a silent host after 15 tries, a quarter of an hour; here after 3.
-    subprocess.run(on(hosts[1 - dead], "sh", "-c", "echo 3 > /proc/sys/net/ipv4/tcp_retries2"), check=True)
+    subprocess.run(
+        on(hosts[1 - dead], "sh", "-c", "echo 3 > /proc/sys/net/ipv4/tcp_retries2"), check=True
+    )
     processes = launch(hosts, path, tmp_path / "run")
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000005", processes[1 - dead])
     try:

@@ -1,4 +1,4 @@
-"""Two gloo processes: ZeroRedundancyOptimizer equals plain DDP, DDP's buckets are spared, steps are skipped together.
+"""Two gloo processes: sharded optimizers, DDP's buckets, and steps that are skipped together.
 
 Run by torchrun, it makes the comparisons itself.
 """
@@ -22,15 +22,19 @@ from sam_obf import SAM, momentum_perturbation
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["zero", "buckets", "overflow"])
 def test_two_processes(what):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, what]
+    launch = [*"-m torch.distributed.run --standalone --nproc_per_node 2".split(), __file__, what]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
 def network():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5)
+    ).double()
 
 
 def train(ddp, base, alone=True, **variant):
@@ -38,7 +42,10 @@ def train(ddp, base, alone=True, **variant):
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
     noise = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(5):
-        x, y = torch.randn(12, 6, generator=noise).double(), torch.randint(0, 5, (12,), generator=noise)
+        x, y = (
+            torch.randn(12, 6, generator=noise).double(),
+            torch.randint(0, 5, (12,), generator=noise),
+        )
 
         def ascent(x=x, y=y):
             with ddp.no_sync() if alone else contextlib.nullcontext():
@@ -53,7 +60,10 @@ def train(ddp, base, alone=True, **variant):
 
 
 def zero():
-    for kind, options in ((torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.02})):
+    for kind, options in (
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        (torch.optim.AdamW, {"lr": 0.02}),
+    ):
         one, two = DistributedDataParallel(network()), DistributedDataParallel(network())
         sharded = ZeroRedundancyOptimizer(two.parameters(), kind, **options)
         expected = train(one, kind(one.parameters(), **options))
@@ -64,14 +74,16 @@ def zero():
 
 
 def buckets():
-    """Whether DDP's gradients are views of its buckets, to which the second pass writes, changes nothing."""
+    """Gradients that are views of DDP's buckets, to which the descent pass writes, change nothing."""
     for alone in (False, True):
         for variant in ({}, {"gsam_alpha": 0.4})[: 1 + alone]:
             results = []
             for view in (False, True):
                 ddp = DistributedDataParallel(network(), gradient_as_bucket_view=view)
-                results.append(train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), alone, **variant))
-            # GSAM's dot products sum in another order where memory is aligned otherwise; all else is exact.
+                results.append(
+                    train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), alone, **variant)
+                )
+            # GSAM's dot products sum in another order where memory is aligned otherwise.
             torch.testing.assert_close(*results, rtol=1e-12 if variant else 0, atol=0)
 
 
@@ -81,7 +93,10 @@ def overflow():
         ddp = DistributedDataParallel(network().float(), gradient_as_bucket_view=view)
         optimizer = SAM(torch.optim.SGD(ddp.parameters(), lr=0.1), ddp, rho=0.3)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-        start, (x, y) = [p.detach().clone() for p in ddp.parameters()], (torch.ones(4, 6), torch.arange(4))
+        start, (x, y) = (
+            [p.detach().clone() for p in ddp.parameters()],
+            (torch.ones(4, 6), torch.arange(4)),
+        )
         skipped = []
         for factor in (1e36 if dist.get_rank() == 1 else 1.0, 1.0):
 

@@ -1,8 +1,10 @@
-"""A run of train_imagenet.py on two processes that writes down what each holds: ``two_processes.py OUTPUT FLAGS ...``.
+"""A run of train_imagenet.py on two processes that writes down what each holds.
 
-OUTPUT/RANK.safetensors gets each process's first random numbers, and of the first batch norm, by epoch, the statistics
-that the process has of its own at the end of the training images and those that are evaluated; how many of the
-training images it got right; and the number of images that were evaluated.
+    two_processes.py OUTPUT FLAGS ...
+
+OUTPUT/RANK.safetensors gets each process's first random numbers; by epoch, the first batch norm's
+own statistics at the end of the training images, and those that are evaluated; how many training
+images the process got right; and the number of images that were evaluated.
 """
 
 import sys
@@ -20,7 +22,9 @@ seen = {}
 
 def statistics(job):
     model = job.accelerator.unwrap_model(job.model)
-    return next(buffer.clone() for name, buffer in model.named_buffers() if name.endswith("running_var"))
+    return next(
+        buffer.clone() for name, buffer in model.named_buffers() if name.endswith("running_var")
+    )
 
 
 def train_epoch(job, progress, *others):
@@ -33,7 +37,9 @@ def train_epoch(job, progress, *others):
 
 
 def evaluate_top1(job, loader):
-    seen.setdefault(f"evaluated {sum(key.startswith('evaluated') for key in seen)}", statistics(job))
+    seen.setdefault(
+        f"evaluated {sum(key.startswith('evaluated') for key in seen)}", statistics(job)
+    )
     result = own_evaluate_top1(job, loader)
     seen["examples"] = torch.tensor(result["examples"])
     return result

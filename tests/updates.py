@@ -1,10 +1,11 @@
-"""Ten updates of a small float64 model by several methods, on however many processes; test_distributed.py runs it.
+"""Ten updates of a small float64 model by several methods, on however many processes.
 
     updates.py OUTPUT
 
-Process 0 writes the weights, and the number of collectives of one more update, into OUTPUT/ddp and OUTPUT/fsdp2,
-safetensors files. The optimizer is SGD, since AdamW's update is the same for a sum as for a mean. Each of two processes
-has two micro-batches in a loader batch; ``interleaved`` gives one process, in a micro-batch, what two have at once.
+test_distributed.py runs it. Process 0 writes the weights, and the number of collectives of one more
+update, into OUTPUT/ddp and OUTPUT/fsdp2, safetensors files. The optimizer is SGD, since AdamW's
+update is the same for a sum as for a mean. Each of two processes has two micro-batches in a loader
+batch; ``interleaved`` gives one process, in a micro-batch, what two have at once.
 """
 
 import gc
@@ -27,13 +28,19 @@ METHODS = ("base", "sam", "obf", "asam", "gsam")
 
 
 def run(accelerator, m, method, accumulation, interleaved):
-    flags = ["--method", method, "--lr", "0.2", "--opt", "sgd", "--momentum", "0.5", "--output", "nowhere"]
-    args = settings.parse(settings.parser("", ""), [*flags, *([] if method == "base" else ["--rho", "0.1"])])
+    flags = ["--method", method, *"--lr 0.2 --opt sgd --momentum 0.5 --output nowhere".split()]
+    args = settings.parse(
+        settings.parser("", ""), [*flags, *([] if method == "base" else ["--rho", "0.1"])]
+    )
     torch.manual_seed(0)
     layers = [torch.nn.Unflatten(1, (2, 3, 1)), torch.nn.Conv2d(2, 4, (2, 1)), torch.nn.Flatten()]
-    layers += [torch.nn.Linear(8, 33), torch.nn.Tanh(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 5)]
+    layers += [
+        torch.nn.Linear(8, 33), torch.nn.Tanh(), torch.nn.LayerNorm(33), torch.nn.Linear(33, 5),
+    ]  # fmt: skip
     model = torch.nn.Sequential(*layers).double()
-    model = model.to(memory_format=torch.contiguous_format if accelerator.is_fsdp2 else torch.channels_last)
+    model = model.to(
+        memory_format=torch.contiguous_format if accelerator.is_fsdp2 else torch.channels_last
+    )
     examples = (STEPS + 1) * accumulation * LOADED
     images, labels = torch.randn(examples, 6).double(), torch.randint(0, 5, (examples,))
     if interleaved:
@@ -50,17 +57,26 @@ def run(accelerator, m, method, accumulation, interleaved):
     )
     args = Namespace(clip_grad=CLIP, perturb_fraction=1.0, shrink_perturb=None)
     split = Namespace(to_input=lambda images: images, m=m, accumulation=accumulation)
-    job = build.Job(args, accelerator, model, None, criterion, objective, optimizer, schedule=None, batches=split)
+    job = build.Job(
+        args, accelerator, model, None, criterion, objective, optimizer, schedule=None,
+        batches=split,
+    )  # fmt: skip
     for _ in range(STEPS):
         loop.update(job, batches)
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+    weights = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    weights = {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()
+    }
     sharded = sum(p.numel() for p in model.parameters()) > sum(
         (p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters()
     )
     with profile() as profiler:
         loop.update(job, batches)
-    calls = sum(event.name().startswith("c10d::") for event in profiler.profiler.kineto_results.events())
+    calls = sum(
+        event.name().startswith("c10d::") for event in profiler.profiler.kineto_results.events()
+    )
     accelerator.free_memory()
     views = getattr(model, "gradient_as_bucket_view", False)
     found = {"collectives": calls, "sharded": sharded, "views": views}
@@ -82,7 +98,11 @@ if __name__ == "__main__":
     accelerator = build.build_accelerator(Namespace(log_with=None, output=None, torchcompile=None))
     ddp = every_method(accelerator, MICRO_BATCH)
     # The launcher's setting works on GPUs only.
-    shard_everything = {"auto_wrap_policy": "size_based_wrap", "min_num_params": 100, "fsdp_version": 2}
+    shard_everything = {
+        "auto_wrap_policy": "size_based_wrap",
+        "min_num_params": 100,
+        "fsdp_version": 2,
+    }
     plugin = FullyShardedDataParallelPlugin(state_dict_type="FULL_STATE_DICT", **shard_everything)
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
