@@ -134,39 +134,45 @@ def open_models(args):
 
 
 def open_model(args, name):
-    """A model and its preprocessing; as in timm's validate.py, that for tests if it has one."""
-    model = checkpoints.open_model(name).eval()
+    """A model and its preprocessing.
+
+    timm's own are judged at their size for tests, if they have one, as in timm's validate.py. A
+    trained model's folder is judged at the size at which it was trained and validated.
+    """
+    model, trained_here = checkpoints.open_model(name).eval(), folder_of(name) is not None
     wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
     wanted = {key: value for key, value in wanted.items() if value is not None}
-    trained = resolve_data_config(wanted, model=model)
-    config = resolve_data_config(wanted, model=model, use_test_size=True)
-    if config != trained:
+    config = resolve_data_config(wanted, model=model, use_test_size=not trained_here)
+    other = resolve_data_config(wanted, model=model, use_test_size=trained_here)
+    if config != other:
+        names = ("as trained", "timm's for tests")
+        used, unused = names if trained_here else names[::-1]
         PartialState().print(
-            f"{name}: images of {shown_size(config)}, the model's own for tests; it was trained "
-            f"on {shown_size(trained)}"
+            f"{name}: evaluated at {size_flags(config)}, {used} ({unused}: {size_flags(other)})"
         )
     size = config["input_size"][-1]
-    if size != model.pretrained_cfg["input_size"][-1] and is_of_one_size(model):
+    fixed = model.pretrained_cfg.get("fixed_input_size")
+    if fixed and size != model.pretrained_cfg["input_size"][-1]:
         model = checkpoints.open_model(name, img_size=size).eval()
     return model, config
 
 
-def shown_size(config):
-    """The size and crop of a data config as flags."""
+def size_flags(config):
+    """The size and crop of a data config, as flags."""
     return f"--img-size {config['input_size'][-1]} --crop-pct {config['crop_pct']:g}"
 
 
-def is_of_one_size(model) -> bool:
-    """Whether a model takes images of one size alone, and has to be made anew for another."""
-    return bool(model.pretrained_cfg.get("fixed_input_size"))
+def folder_of(name) -> Path | None:
+    """The folder that a model's name is; None if it is timm's or the Hub's."""
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    return folder if folder.is_dir() else None
 
 
 def place_of_model(name, model):
     """What tells a model from others, whatever it is called: its folder, or pretrained weights."""
-    folder = Path(name.removeprefix("local-dir:")).expanduser()
-    pretrained = [model.pretrained_cfg.get(key) for key in ("architecture", "hf_hub_id")]
-    if folder.is_dir():
+    if folder := folder_of(name):
         return folder.resolve()
+    pretrained = [model.pretrained_cfg.get(key) for key in ("architecture", "hf_hub_id")]
     return tuple(pretrained) if all(pretrained) else name
 
 
@@ -183,8 +189,7 @@ def check_names(name, model):
             f"in their order, in its config.json (timm.models.save_for_hf(..., "
             f"model_config={{'label_names': [...]}}))"
         )
-    is_folder = Path(name.removeprefix("local-dir:")).expanduser().is_dir()
-    if is_folder and not model.pretrained_cfg.get("label_names"):
+    if folder_of(name) and not model.pretrained_cfg.get("label_names"):
         PartialState().print(
             f"{name} has no label_names: its outputs are taken for ImageNet's 1000, in their order"
         )

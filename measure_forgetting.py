@@ -39,8 +39,7 @@ SATURATED = 0.95  # of the bits that there can be
 
 def parser() -> settings.Parser:
     """The flags."""
-    description = " ".join(__doc__.split())
-    p = settings.Parser(description=description, allow_abbrev=False, epilog=settings.DEFAULTS)
+    p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=settings.DEFAULTS)
     optional = argparse.BooleanOptionalAction
     known = "output folders, trained with --save-interval (required)"
     p.add_argument("--runs", nargs="+", required=True, help=known)

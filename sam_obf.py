@@ -186,7 +186,7 @@ def momentum_perturbation(optimizer) -> torch.Tensor:
                 raise ValueError(f"{name} keeps no momentum to perturb along: {other}")
             if v is None:
                 missing.append((_real(p) * 0).sum())
-            elif type(v).__module__.split(".")[0] != "torch" or v.shape != p.shape:
+            elif type(v) not in (torch.Tensor, type(p.data)) or v.shape != p.shape:
                 raise ValueError(
                     f"{name} keeps its momentum compressed, as {type(v).__name__}: use one that "
                     "keeps tensors like the weights"

@@ -1,7 +1,9 @@
 # Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
-"""Train the README's model of the digits with every method: how long it takes, and top-1 on the test images.
+"""Train the README's model of the digits with every method: how long it takes, and top-1 on the
+test images.
 
-python benchmarks/methods.py                   # all eight, one after the other: about 5 minutes on two cores
+# All eight, one after the other: about 5 minutes on two cores
+python benchmarks/methods.py
 python benchmarks/methods.py --methods sam obf
 """
 
@@ -25,20 +27,35 @@ def verdict(fine):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     print(f"{'method':<10} {'seconds':>8}  {'target':<14} {'test':>7}  target")
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
-            flags = ["--recipe", "recipes/digits.yaml", "--method", method, "--output", folder, "--overwrite"]
+            flags = [
+                "--recipe",
+                "recipes/digits.yaml",
+                "--method",
+                method,
+                "--output",
+                folder,
+                "--overwrite",
+            ]
             start = time.perf_counter()
-            subprocess.run([sys.executable, "train_imagenet.py", *flags], cwd=ROOT, check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, "train_imagenet.py", *flags],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+            )
             seconds = time.perf_counter() - start
             top1 = json.loads((Path(folder) / "results.json").read_text())["last"]["test"]
         in_time, good = verdict(seconds <= MAX_SECONDS), verdict(top1 > MIN_TOP1)
-        cells = f"{method:<10} {seconds:8.1f}  <= {MAX_SECONDS} {in_time:<7} {top1:7.2%}  > {MIN_TOP1:.0%} {good}"
-        print(cells, flush=True)
+        cells = f"{method:<10} {seconds:8.1f}  <= {MAX_SECONDS} {in_time:<7} "
+        print(cells + f"{top1:7.2%}  > {MIN_TOP1:.0%} {good}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 # Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
-"""An update with SAM and OBF on the smallest models of every family of timm's, and with every optimizer of timm's.
+"""An update with SAM and OBF on the smallest models of every family of timm's, and with every
+optimizer of timm's.
 
-Each is compared with an update without SAM: the gradient of the loss at weights moved by hand, on a copy of the model.
-It passes if the weights come back bit for bit, the gradients are finite and those of the copy, and so is the update,
-made eight times, since some optimizers only gather statistics at first.
-Optimizers of other packages are named by their place: ``torch.optim.Muon``, ``schedulefree.AdamWScheduleFree``.
+Each is compared with an update without SAM: the gradient of the loss at weights moved by hand, on a
+copy of the model. It passes if the weights come back bit for bit, the gradients are finite and
+those of the copy, and so is the update, made eight times, since some optimizers only gather
+statistics at first. Optimizers of other packages are named by their place: ``torch.optim.Muon``,
+``schedulefree.AdamWScheduleFree``.
 
-    python benchmarks/timm_coverage.py                             # all: about 30 minutes on two cores
+    # All: about 30 minutes on two cores
+    python benchmarks/timm_coverage.py
     python benchmarks/timm_coverage.py --models resnet18 --optimizers adamw torch.optim.Muon
 """
 
@@ -32,8 +35,8 @@ from sam_obf import SAM, OutputBiasForgetting
 
 PER_FAMILY = 2
 OTHER_OPTIMIZERS = [
-    "torch.optim.Muon", "muon.SingleDeviceMuon", "schedulefree.AdamWScheduleFree", "schedulefree.RAdamScheduleFree",
-    "schedulefree.SGDScheduleFree",
+    "torch.optim.Muon", "muon.SingleDeviceMuon", "schedulefree.AdamWScheduleFree",
+    "schedulefree.RAdamScheduleFree", "schedulefree.SGDScheduleFree",
 ]  # fmt: skip
 RHO = 0.05
 STEPS = 8
@@ -41,7 +44,7 @@ TOLERANCE = 1e-6  # of the largest value
 
 
 def smallest_models() -> list[str]:
-    """The names of the smallest models of each of timm's families, by their numbers of parameters."""
+    """The names of the smallest models of each of timm's families, by numbers of parameters."""
     names = []
     for family in tqdm(timm.list_modules(), desc="families", leave=False):
         sizes = {}
@@ -71,7 +74,9 @@ def create_optimizer(model, name):
         return create_optimizer_v2(model, name, **options)
     module, kind = name.rsplit(".", 1)
     matrices_only = kind.endswith("Muon")
-    params = [p for p in model.parameters() if p.requires_grad and (p.ndim == 2 or not matrices_only)]
+    params = [
+        p for p in model.parameters() if p.requires_grad and (p.ndim == 2 or not matrices_only)
+    ]
     return getattr(importlib.import_module(module), kind)(params, **options)
 
 
@@ -94,8 +99,13 @@ def gradients_by_hand(model, optimizer, x, y, forget):
 
 
 def difference(one, two):
-    """The largest difference over the largest value; infinite if that is 0, or not finite, or only one is there."""
-    if any((a is None) != (b is None) or (a is not None and not a.isfinite().all()) for a, b in zip(one, two)):
+    """The largest difference over the largest value; infinite if that is 0, or not finite, or only
+    one is there.
+    """
+    if any(
+        (a is None) != (b is None) or (a is not None and not a.isfinite().all())
+        for a, b in zip(one, two)
+    ):
         return float("inf")
     pairs = [(a, b) for a, b in zip(one, two) if a is not None]
     scale = max(b.abs().max().item() for _, b in pairs)
@@ -103,7 +113,9 @@ def difference(one, two):
 
 
 def try_update(model, optimizer_name, x, y):
-    """Make the update both ways; returns whether the weights came back, and differences in gradients and weights."""
+    """Make the update both ways; returns whether the weights came back, and differences in
+    gradients and weights.
+    """
     twin, forget = copy.deepcopy(model), OutputBiasForgetting()
     sam = SAM(create_optimizer(model, optimizer_name), model, rho=RHO)
     base = create_optimizer(twin, optimizer_name)
@@ -115,8 +127,11 @@ def try_update(model, optimizer_name, x, y):
     with sam.perturbed(lambda: forget(model(x), y)):
         F.cross_entropy(model(x), y).backward()
     restored = all(torch.equal(p, s) for p, s in zip(model.parameters(), start))
-    gradients = difference([p.grad for p in model.parameters()], gradients_by_hand(twin, base, x, y, forget))
-    # From the same gradients: the sign of one that is zero but for rounding, which some take, means nothing.
+    gradients = difference(
+        [p.grad for p in model.parameters()], gradients_by_hand(twin, base, x, y, forget)
+    )
+    # From the same gradients: the sign of one that is zero but for rounding, which some take, means
+    # nothing.
     for p, q in zip(twin.parameters(), model.parameters()):
         p.grad = None if q.grad is None else q.grad.clone()
     for optimizer in (sam, base):
@@ -153,18 +168,27 @@ def row(name, model, optimizer):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="*", help="timm names (the smallest of each family)")
-    parser.add_argument("--optimizers", nargs="*", help="timm names, or MODULE.CLASS (all of timm's, and a few)")
+    parser.add_argument(
+        "--optimizers", nargs="*", help="timm names, or MODULE.CLASS (all of timm's, and a few)"
+    )
     parser.add_argument("--report", help="Markdown file to write (the terminal only)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    resource.setrlimit(resource.RLIMIT_AS, (int(0.9 * memory), resource.RLIM_INFINITY))  # a model too large just fails
+    # A model too large just fails
+    resource.setrlimit(resource.RLIMIT_AS, (int(0.9 * memory), resource.RLIM_INFINITY))
     torch.manual_seed(0)
     models = smallest_models() if args.models is None else args.models
-    optimizers = list_optimizers() + OTHER_OPTIMIZERS if args.optimizers is None else args.optimizers
-    pairs = [(name, name, "sgd") for name in models] + [(name, "test_vit", name) for name in optimizers]
+    optimizers = (
+        list_optimizers() + OTHER_OPTIMIZERS if args.optimizers is None else args.optimizers
+    )
+    pairs = [(name, name, "sgd") for name in models] + [
+        (name, "test_vit", name) for name in optimizers
+    ]
     lines = [
         f"timm {timm.__version__}, torch {torch.__version__}\n",
         "| model or optimizer | weights | verdict | gradients | update | time |",
@@ -177,7 +201,9 @@ def main():
         passes += passed
         lines.append(line)
         print(line, flush=True)
-    lines.append(f"\n{passes} of {len(pairs)} pass: {len(models)} models, {len(optimizers)} optimizers")
+    lines.append(
+        f"\n{passes} of {len(pairs)} pass: {len(models)} models, {len(optimizers)} optimizers"
+    )
     print(lines[-1])
     if args.report:
         Path(args.report).write_text("\n".join(lines) + "\n")

@@ -34,22 +34,32 @@ def read(path):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("folder", type=Path, help="of timm's results-*.csv")
     p.add_argument("--source", required=True, help="the files' version, for the first line")
     args = p.parse_args()
     columns = {name: read(args.folder / f"results-{file}.csv") for name, file in FILES.items()}
     first = columns["imagenet"]
     for name, column in columns.items():
-        for what, keys in (("lacks", set(first) - set(column)), ("alone has", set(column) - set(first))):
+        for what, keys in (
+            ("lacks", set(first) - set(column)),
+            ("alone has", set(column) - set(first)),
+        ):
             for key in sorted(keys):  # a cell left empty; a row left out
                 print(f"results-{FILES[name]}.csv {what} {', '.join(key)}")
     with TARGET.open("w", newline="") as file:
-        file.write("# Top-1 in % by timm's validation script: results-*.csv of huggingface/pytorch-image-models ")
+        file.write(
+            "# Top-1 in % by timm's validation script: "
+            "results-*.csv of huggingface/pytorch-image-models "
+        )
         file.write(f"(Apache-2.0), {args.source}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*KEYS, *columns])
-        writer.writerows([*key, *(column.get(key) for column in columns.values())] for key in sorted(first))
+        writer.writerows(
+            [*key, *(column.get(key) for column in columns.values())] for key in sorted(first)
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import contextlib
 import glob
 import logging
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -347,13 +349,22 @@ def hub(path: str, name: str, **options):
             f"there is no folder {name!r} here, and the Hub cannot be reached to look there: "
             f"{error}"
         ) from error
-    except PermissionError as error:
-        raise InputError(
-            f"cannot load {name!r}: {error}. If that is a cache of datasets, set HF_HOME to a "
-            f"folder that can be written"
-        ) from error
     except Exception as error:  # the readers of tar, zip, JSON, ... each raise their own
-        raise InputError(f"cannot load {name!r}: {explained(error)}") from error
+        raise InputError(f"cannot load {name!r}: {explained(error)}{_about_cache()}") from error
+
+
+def _about_cache():
+    """What to do where datasets cannot write its cache, as in a container without a home."""
+    cache = datasets.config.HF_DATASETS_CACHE
+    try:
+        os.makedirs(cache, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        return (
+            f". The cache of datasets, {cache}, cannot be written ({error.strerror}): set HF_HOME "
+            f"to a folder that can"
+        )
+    return ""
 
 
 def explained(error: Exception) -> str:

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import signal
 import sys
+import traceback
 
 import torch
 from accelerate.state import PartialState
@@ -44,17 +45,27 @@ WORKER_REMEDY = (
 def lost_worker(error: Exception) -> str:
     """What to do about an error that says that a loader worker died, hangs or lacks memory."""
     text = str(error)
-    if not isinstance(error, (RuntimeError, OSError)):
+    if not isinstance(error, (RuntimeError, OSError, EOFError)):
         return ""
     if "Bus error" in text or "shared memory" in text or "</torch_" in text:
         return f"the shared memory (/dev/shm) of the loader workers is full: {WORKER_REMEDY}"
-    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpected" in text):
+    died = "killed by signal" in text or "exited unexpectedly" in text
+    if ("DataLoader worker" in text and died) or _receiving(error):
         killed = "a loader worker was killed, as the system does when memory runs out"
         return f"{killed}: lower --workers, or the batch that is loaded at once"
     if "DataLoader timed out" in text:
         stuck = f"no batch came from the loader workers ({text})"
         return f"{stuck}: see whether the disk answers, and try --workers 0"
     return ""
+
+
+def _receiving(error):
+    """Whether a loader failed to take a batch over from its worker."""
+    if not isinstance(error, (OSError, EOFError)):
+        return False
+    files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
+    loads = any(file.endswith("utils/data/dataloader.py") for file in files)
+    return loads and any("/multiprocessing/" in file for file in files)
 
 
 @contextlib.contextmanager
@@ -68,7 +79,7 @@ def clear_errors():
         saved = "what was saved is intact (training: go on with --resume auto)"
         print(f"\ninterrupted: {saved}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         anew = "What was saved is intact: the same command begins anew (training: --resume auto)"
         if remedy := lost_worker(error):
             raise SystemExit(f"error: {remedy}. {anew}") from None

@@ -43,13 +43,10 @@ def update(job: Job, batches, perturb: bool = True) -> torch.Tensor:
         The batches' mean loss in this process.
     """
     total, objective = 0.0, job.objective if perturb else None
-    late = _exchanges_late(job)
     for i in range(job.batches.accumulation):
         last = i == job.batches.accumulation - 1
-        loss = forward_backward(job, next(batches), objective, sync=last and not late)
+        loss = forward_backward(job, next(batches), objective, sync=last)
         total += loss / job.batches.accumulation
-    if late:
-        _exchange(job)
     if job.args.clip_grad:
         job.accelerator.clip_grad_norm_(job.model.parameters(), job.args.clip_grad)
     job.optimizer.step()
@@ -79,41 +76,20 @@ def forward_backward(job: Job, batch: dict, objective: Callable | None, sync: bo
 
         def ascent():
             part = ascending(job.args, len(images))
-            with _alone(job):
-                return objective(job.model, images[:part], labels[:part])
+            return objective(job.model, images[:part], labels[:part])
 
         perturbed = contextlib.nullcontext()
         if objective is not None:
             options = {"loss_weight": share, "grad_scaler": job.accelerator.scaler}
             perturbed = job.optimizer.optimizer.perturbed(ascent, **options)
-        exchanges = sync and i == len(micro_batches) - 1
-        # DDP exchanges gradients if the forward pass allowed it: hence the order of the contexts.
-        with perturbed, contextlib.nullcontext() if exchanges else _alone(job):
+        # The ascent pass exchanges no gradients, and of the descent passes only an update's last
+        # does. But FSDP2 has none before it has exchanged them.
+        exchanges = (sync and i == len(micro_batches) - 1) or job.accelerator.is_fsdp2
+        alone = contextlib.nullcontext() if exchanges else job.accelerator.no_sync(job.model)
+        with perturbed, alone:
             logits = job.model(images)
             loss = job.criterion(logits, labels)
             job.accelerator.backward(loss * share)
         total += loss.detach() / len(micro_batches)
         job.right += (logits.argmax(-1) == labels).sum()
     return total
-
-
-def _alone(job):
-    """No exchange of gradients; but FSDP2 has no gradients before it has exchanged them."""
-    if job.accelerator.is_fsdp2:
-        return contextlib.nullcontext()
-    return job.accelerator.no_sync(job.model)
-
-
-# GSAM replaces a micro-batch's gradient after its backward pass, too late for DDP's own exchange.
-
-
-def _exchanges_late(job):
-    gsam = getattr(job.optimizer.optimizer, "gsam_alpha", 0) > 0
-    return gsam and job.accelerator.num_processes > 1 and not job.accelerator.is_fsdp2
-
-
-def _exchange(job):
-    grads = [p.grad for p in job.model.parameters() if p.grad is not None]
-    mean = job.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
-    for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
-        grad.copy_(part.view_as(grad))

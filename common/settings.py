@@ -10,9 +10,7 @@ import yaml
 from accelerate.utils import LoggerType
 from timm.utils import ParseKwargs
 
-# For scripts that do not import them from there yet.
-from common.device import use_fast_kernels  # noqa: F401
-from common.errors import InputError, clear_errors, did_you_mean, lost_process  # noqa: F401
+from common.errors import InputError, did_you_mean
 from common.methods import METHODS
 
 DEFAULTS = "In parentheses: the default."

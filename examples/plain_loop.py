@@ -1,4 +1,6 @@
-"""SAM with output bias forgetting in a plain PyTorch loop, on scikit-learn's digits: ``python plain_loop.py``."""
+"""SAM with output bias forgetting in a plain PyTorch loop, on scikit-learn's digits: ``python
+plain_loop.py``.
+"""
 
 import torch
 from sklearn.datasets import load_digits
@@ -8,7 +10,10 @@ from sam_obf import SAM, OutputBiasForgetting
 
 torch.manual_seed(0)
 digits = load_digits()
-images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+images, labels = (
+    torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16,
+    torch.tensor(digits.target),
+)
 train, test = slice(0, 1200), slice(1200, None)
 
 model = nn.Sequential(

@@ -1,4 +1,6 @@
-"""SAM with output bias forgetting on timm's model, loss, optimizer and schedule: ``python timm_model.py [MODEL]``."""
+"""SAM with output bias forgetting on timm's model, loss, optimizer and schedule: ``python
+timm_model.py [MODEL]``.
+"""
 
 import sys
 
@@ -13,10 +15,15 @@ from sam_obf import SAM, OutputBiasForgetting, proportional_rho
 
 torch.manual_seed(0)
 digits = load_digits()
-images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(digits.target)
+images, labels = (
+    torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1,
+    torch.tensor(digits.target),
+)
 images = torch.nn.functional.interpolate(images, size=(32, 32), mode="bilinear")
 
-model = timm.create_model(sys.argv[1] if len(sys.argv) > 1 else "test_resnet", num_classes=10, in_chans=1)
+model = timm.create_model(
+    sys.argv[1] if len(sys.argv) > 1 else "test_resnet", num_classes=10, in_chans=1
+)
 loss_fn, forget = BinaryCrossEntropy(0.0, sum_classes=True), OutputBiasForgetting(gamma=1.0)
 optimizer = SAM(create_optimizer_v2(model, "adamw", lr=3e-3, weight_decay=0.05), model, rho=0.1)
 scheduler, epochs = create_scheduler_v2(optimizer, "cosine", num_epochs=10, min_lr=3e-5)

@@ -51,7 +51,8 @@ def average_case(params: list, loss: Callable, rho: float, draws: int, generator
 
 
 def worst_case(params: list, loss: Callable, rho: float, steps: int = 20) -> float:
-    """Adaptive worst-case sharpness: the maximum of L(w + d) - L(w) over |d| <= rho |w|, elementwise.
+    """Adaptive worst-case sharpness: the maximum of L(w + d) - L(w) over |d| <= rho |w|,
+    elementwise.
 
     It is found by projected ascent along the gradient's sign, in steps that shrink to nothing; the
     highest loss on the way counts. So it is a lower bound, as with the paper's Auto-PGD.

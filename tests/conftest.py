@@ -1,4 +1,6 @@
-"""Settings of the whole session, and of the programs that tests start; they must come before torch and datasets."""
+"""Settings of the whole session, and of the programs that tests start; they must come before torch
+and datasets.
+"""
 
 import atexit
 import os

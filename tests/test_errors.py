@@ -1,10 +1,13 @@
 """What a user reads at the end of a program that failed."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from accelerate import Accelerator
 from helpers import ROOT, in_process, recipe, run_script, small_recipe, write_folder
 
@@ -69,6 +72,26 @@ def test_killed_loader_worker_is_one_line_with_what_to_do(tmp_path, images):
     lines = [line for line in done.stderr.splitlines() if not line.startswith("epoch ")]
     assert len(lines) == 1 and lines[0].startswith("error: a loader worker was killed"), done.stderr
     assert all(word in lines[0] for word in ("memory", "--workers", "--resume auto"))
+
+
+class DiesAtTheSecond(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1:
+            time.sleep(0.5)  # the first is on its way
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(8)
+
+
+def test_a_batch_that_a_killed_worker_has_left_behind_says_the_same():
+    with pytest.raises(SystemExit, match=r"^error: a loader worker was killed"):
+        with errors.clear_errors():
+            batches = iter(torch.utils.data.DataLoader(DiesAtTheSecond(), num_workers=1))
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own word comes later, then
+            time.sleep(2)
+            next(batches)
 
 
 SHARED_MEMORY = [

@@ -1,5 +1,7 @@
 """experiments/cifar10: its tables on invented data, and whether its page is up to date."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -131,6 +133,15 @@ def test_accuracy_by_m_is_of_what_was_trained_with_several_m(data, tmp_path):
     tables.draw_m(tmp_path / "m.png")
     tables.draw_methods(tmp_path / "methods.png")
     assert (tmp_path / "m.png").exists() and (tmp_path / "methods.png").exists()
+
+
+def test_pairs_share_rho_m_and_seed(data, tmp_path):
+    rows = []
+    for method, seed, m in itertools.product(("sam", "obf"), range(3), (16, 32)):
+        test = 0.6 + m / 100 + (seed if method == "obf" else 1) / 10  # above, equal, below
+        rows.append({"method": method, "rho": 0.05, "m": m, "seed": seed, "test": test})
+    page.write(tmp_path / "m.csv", rows)
+    assert tables.pairs_table() == [{"rho": "0.05", "SAM is above OBF": "in 2 of 6 pairs"}]
 
 
 def test_runs_find_their_rows():

@@ -108,6 +108,14 @@ def test_sentences(questions):
     assert len(set(everything["text"])) == 2100 and not any(everything["wrong"])
 
 
+def test_labels_without_names(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(SystemExit, match="label must have the classes' names"):
+        run.sentences(str(tmp_path), run.SETTINGS["trec-1000"], "tune", 0)
+
+
 def test_workers_share_and_a_result_is_whole(tmp_path, monkeypatch):
     args = argparse.Namespace(output=tmp_path)
     todo, made = run.points_of(tmp_path, "trec-1000")[:2], []

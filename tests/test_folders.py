@@ -246,6 +246,14 @@ def test_a_class_with_one_image_cannot_be_divided_and_is_named(tmp_path):
         data.load(str(root), validation_share=0.25)
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_what_to_set(tmp_path, monkeypatch):
+    labels = {"train": [0, 1], "validation": [0, 1]}
+    root = write_parquet(tmp_path, labels, datasets.ClassLabel(names=["a", "b"]))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere")
+    with pytest.raises(InputError, match=r"/proc/nowhere, cannot be written .*: set HF_HOME to"):
+        data.load(str(root))
+
+
 def test_a_copy_of_a_dataset_without_a_card_is_read_without_a_word(tmp_path, caplog):
     labels = {"train": [0, 1], "validation": [0, 1]}
     root = write_parquet(tmp_path, labels, datasets.ClassLabel(names=["a", "b"]))

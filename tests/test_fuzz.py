@@ -1,4 +1,6 @@
-"""Random programs of SAM's calls, on random parameters: weights come back, gradients are kept, errors are clear."""
+"""Random programs of SAM's calls, on random parameters: weights come back, gradients are kept,
+errors are clear.
+"""
 
 import math
 
@@ -11,16 +13,24 @@ from sam_obf import SAM
 SHAPES = [(), (0,), (1,), (3,), (2, 3), (4, 1, 2)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 parameters = st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.booleans())
-closures = st.sampled_from(["square", "square", "infinite", "nan", "zero", "raise", "detached", "vector", "none"])
+closures = st.sampled_from(
+    ["square", "square", "infinite", "nan", "zero", "raise", "detached", "vector", "none"]
+)
 bodies = st.sampled_from(["square", "square", "twice", "nothing", "raise", "nested", "step"])
 actions = st.one_of(
     st.tuples(st.just("perturbed"), closures, bodies),
     st.tuples(st.just("step"), st.none(), st.none()),
     # Its closure serves the descent, too: an infinite loss there is an infinite update.
-    st.tuples(st.just("step closure"), closures.filter(lambda kind: kind not in ("infinite", "nan")), st.none()),
+    st.tuples(
+        st.just("step closure"),
+        closures.filter(lambda kind: kind not in ("infinite", "nan")),
+        st.none(),
+    ),
     st.tuples(st.just("zero_grad"), st.booleans(), st.none()),
     st.tuples(st.just("reload"), st.none(), st.none()),
-    st.tuples(st.just("rho"), st.sampled_from([0.0, 0.1, 5.0, -1.0, math.inf, math.nan]), st.none()),
+    st.tuples(
+        st.just("rho"), st.sampled_from([0.0, 0.1, 5.0, -1.0, math.inf, math.nan]), st.none()
+    ),
 )
 variants = st.sampled_from(
     [{}, {"adaptive": "before"}, {"adaptive": "after"}, {"adaptive": "both"}, {"gsam_alpha": 0.4},
@@ -64,15 +74,23 @@ def gradients(model):
 
 
 def equal(one, two):
-    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    return all(
+        (a is None and b is None) or torch.equal(a, b) for a, b in zip(one, two, strict=True)
+    )
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(parameters, min_size=1, max_size=4), st.integers(1, 2), variants, st.lists(actions, max_size=8))
+@given(
+    st.lists(parameters, min_size=1, max_size=4),
+    st.integers(1, 2),
+    variants,
+    st.lists(actions, max_size=8),
+)
 def test_no_program_leaves_weights_moved_or_gradients_lost(shapes, groups, variant, program):
     torch.manual_seed(0)
     model = torch.nn.ParameterList(
-        torch.nn.Parameter(torch.randn(shape).to(dtype), requires_grad=trained) for shape, dtype, trained in shapes
+        torch.nn.Parameter(torch.randn(shape).to(dtype), requires_grad=trained)
+        for shape, dtype, trained in shapes
     )
     held = list(model)
     options = [{"params": held[i::groups]} for i in range(groups) if held[i::groups]]

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def precision_of_its_own():
-    """The training loop is measured in bf16, which neither later tests nor the programs that they start may inherit."""
+    """The training loop is measured in bf16, which neither later tests nor the programs that they
+    start may inherit.
+    """
     with mock.patch.dict(os.environ):
         yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -33,7 +35,9 @@ def test_a_gradients_error_is_small_and_that_of_another_method_is_not(capsys, mo
     for one in exact:
         for other in exact:
             away = ((exact[one] - exact[other]).norm() / exact[other].norm()).item()
-            assert one == other or away > max(gpu.MAX_ERROR.values()), f"{one} could pass for {other}"
+            assert one == other or away > max(gpu.MAX_ERROR.values()), (
+                f"{one} could pass for {other}"
+            )
 
 
 def test_a_row_that_fails_says_so_in_a_line_and_the_others_go_on(capsys, monkeypatch):
@@ -54,12 +58,19 @@ def test_a_row_that_fails_says_so_in_a_line_and_the_others_go_on(capsys, monkeyp
 
 
 def test_rows_without_their_packages_or_without_time_are_left_out_and_say_so(capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "parts_of", lambda device: [("a", lambda device: gpu.shown("(a)", "")), ("f", None)])
+    monkeypatch.setattr(
+        gpu, "parts_of", lambda device: [("a", lambda device: gpu.shown("(a)", "")), ("f", None)]
+    )
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "datasets" else find(name)
+    )
     assert gpu.main(["--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "missing, so (d), (e) and (f) are left out: datasets; pip install -r requirements.txt"
+    assert (
+        lines[1]
+        == "missing, so (d), (e) and (f) are left out: datasets; pip install -r requirements.txt"
+    )
     assert lines[2].startswith("(a)") and len(lines) == 4
     monkeypatch.setattr(gpu, "SECONDS", 0)
     assert gpu.main(["--device", "cpu"]) == 0
@@ -68,8 +79,12 @@ def test_rows_without_their_packages_or_without_time_are_left_out_and_say_so(cap
 
 PARTS = {
     "a step by itself": gpu.no_waiting,
-    "eager": functools.partial(gpu.step_ratios, name="test_resnet", compiled=False, micro_batches=True),
-    "compiled": functools.partial(gpu.step_ratios, name="test_resnet", compiled=True, micro_batches=False),
+    "eager": functools.partial(
+        gpu.step_ratios, name="test_resnet", compiled=False, micro_batches=True
+    ),
+    "compiled": functools.partial(
+        gpu.step_ratios, name="test_resnet", compiled=True, micro_batches=False
+    ),
     "the training loop": functools.partial(gpu.training_loop, name="test_resnet"),
     "killed and resumed": functools.partial(gpu.killed_and_resumed, config="cpu"),
     "accelerate launch": gpu.one_nccl_process,
@@ -79,7 +94,9 @@ PARTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
 def test_every_row_runs(name, capsys, monkeypatch):
-    monkeypatch.setitem(gpu.SIZES, "cpu", {**gpu.SIZES["cpu"], "models": {"test_resnet": "resnet50"}, "rounds": 1})
+    monkeypatch.setitem(
+        gpu.SIZES, "cpu", {**gpu.SIZES["cpu"], "models": {"test_resnet": "resnet50"}, "rounds": 1}
+    )
     PARTS[name](CPU)
     lines = capsys.readouterr().out.splitlines()
     assert lines and all(line.startswith("(") for line in lines)

@@ -24,7 +24,11 @@ def imports(path: Path) -> set[str]:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module)
-    return {name for name in found if name.partition(".")[0] in ("common", "robustness", *COPIED, *SCRIPTS)}
+    return {
+        name
+        for name in found
+        if name.partition(".")[0] in ("common", "robustness", *COPIED, *SCRIPTS)
+    }
 
 
 def test_the_root_holds_what_people_copy_and_run():
@@ -36,24 +40,36 @@ def test_a_file_to_copy_imports_nothing_of_the_project(name):
     assert imports(ROOT / f"{name}.py") == set()
 
 
-@pytest.mark.parametrize(("folder", "allowed"), [("common", ("common",)), ("robustness", ("common", "robustness"))])
+@pytest.mark.parametrize(
+    ("folder", "allowed"), [("common", ("common",)), ("robustness", ("common", "robustness"))]
+)
 def test_what_the_scripts_share_imports_downwards(folder, allowed):
     below = {f"{folder}.{path.stem}": imports(path) for path in (ROOT / folder).glob("*.py")}
     found = set().union(*below.values())
     assert {name.partition(".")[0] for name in found} <= {*allowed, *COPIED}
-    ground = graphlib.TopologicalSorter({name: names & below.keys() for name, names in below.items()})
+    ground = graphlib.TopologicalSorter(
+        {name: names & below.keys() for name, names in below.items()}
+    )
     ground.prepare()  # raises CycleError where files import each other
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *(f"examples/{path.stem}" for path in (ROOT / "examples").glob("*.py"))])
+@pytest.mark.parametrize(
+    "name", [*SCRIPTS, *(f"examples/{path.stem}" for path in (ROOT / "examples").glob("*.py"))]
+)
 def test_nothing_imports_from_a_script(name):
     assert not imports(ROOT / f"{name}.py") & set(SCRIPTS)
 
 
 LAUNCHERS = {
     "python": [],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"],  # it has an --m
-    "accelerate": ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")],
+    # It has an --m
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"],
+    "accelerate": [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "accelerate_configs" / "cpu.yaml"),
+    ],
 }
 
 
@@ -63,6 +79,8 @@ def test_scripts_run_from_any_folder(tmp_path, launcher):
     flags = ["--recipe", str(ROOT / "recipes" / "digits.yaml"), "--m", "8", "--dry-run"]
     command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / "train_imagenet.py"), *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "nothing was written" in done.stdout and not list(tmp_path.iterdir())

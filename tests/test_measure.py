@@ -73,6 +73,18 @@ def test_largest_eigenvalue_is_that_of_the_explicit_hessian(norm, criterion, siz
     )
 
 
+def test_a_measurement_prints_no_warning_that_a_user_cannot_act_on():
+    code = (
+        "import torch; from robustness import flatness; model = torch.nn.Linear(3, 2);"
+        "batch = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]));"
+        "loss = torch.nn.functional.cross_entropy;"
+        "flatness.largest_eigenvalue(model, loss, [batch], 4)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def once(runs):
     return np.ones((1, runs))
 

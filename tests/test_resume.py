@@ -269,16 +269,16 @@ ONLY_THE_MAIN_PROCESS_FAILS = """
 import os, shutil, sys
 sys.path.insert(0, os.getcwd())
 import train_imagenet
-from common import checkpoints, settings
+from common import checkpoints, errors
 
 def fail(*_):
-    raise settings.InputError("the Hub is down")
+    raise errors.InputError("the Hub is down")
 
 full = shutil.disk_usage("/")._replace(free=1000)
 if os.environ["RANK"] == "0" and sys.argv[1] == "disk":
     shutil.disk_usage = lambda path: full
 checkpoints.check_hub = fail if os.environ["RANK"] == "0" and sys.argv[1] == "hub" else lambda repo: None
-with settings.clear_errors():
+with errors.clear_errors():
     train_imagenet.main(sys.argv[2:])
 """
 

@@ -1289,5 +1289,18 @@ def test_a_model_is_judged_at_its_size_for_tests_unless_told_otherwise(
     args = eval_robustness.parse(["--model", "right", "--benchmarks", "v2", *flags])
     ((_, config),) = eval_robustness.open_models(args).values()
     assert (config["input_size"], config["crop_pct"]) == ((3, size, size), crop)
-    line = "right: images of --img-size 24 --crop-pct 0.9, the model's own for tests; "
-    assert (line in capsys.readouterr().out) == (not flags)
+    line = "right: evaluated at --img-size 24 --crop-pct 0.9, timm's for tests (as trained: "
+    assert (line + "--img-size 16 --crop-pct 1)" in capsys.readouterr().out) is not bool(flags)
+
+
+def test_a_folder_is_judged_at_the_size_at_which_it_was_trained(tmp_path, capsys):
+    """timm's resnet50 has another one for its own tests, which stays in the config."""
+    _, folder = save_model(tmp_path / "last")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"test_input_size": [3, 48, 48], "test_crop_pct": 0.9}
+    (folder / "config.json").write_text(json.dumps(config))
+    args = eval_robustness.parse(["--model", str(folder), "--benchmarks", "v2"])
+    ((_, config),) = eval_robustness.open_models(args).values()
+    assert (config["input_size"], config["crop_pct"]) == ((3, 32, 32), 1.0)
+    line = "evaluated at --img-size 32 --crop-pct 1, as trained (timm's for tests: --img-size 48 "
+    assert line + "--crop-pct 0.9)" in capsys.readouterr().out

@@ -15,8 +15,8 @@ MODELS = [
     "xcit_nano_12_p16_224",
 ]  # fmt: skip
 OPTIMIZERS = [
-    "adafactor", "adamw", "adan", "adopt", "lamb", "lars", "lion", "madgrad", "muon", "nadamw", "rmsproptf",
-    "sgdw",
+    "adafactor", "adamw", "adan", "adopt", "lamb", "lars", "lion", "madgrad", "muon", "nadamw",
+    "rmsproptf", "sgdw",
 ]  # fmt: skip
 
 
@@ -25,7 +25,9 @@ OPTIMIZERS = [
 def test_update_of_a_model_is_that_by_hand(name):
     torch.manual_seed(0)
     model = timm_coverage.build(name)
-    restored, gradients, weights = timm_coverage.try_update(model, "sgd", *timm_coverage.batch_for(model))
+    restored, gradients, weights = timm_coverage.try_update(
+        model, "sgd", *timm_coverage.batch_for(model)
+    )
     assert restored
     assert max(gradients, weights) < timm_coverage.TOLERANCE
 
@@ -34,6 +36,8 @@ def test_update_of_a_model_is_that_by_hand(name):
 def test_update_by_an_optimizer_is_that_by_hand(name):
     torch.manual_seed(0)
     model = timm_coverage.build("test_vit")
-    restored, gradients, weights = timm_coverage.try_update(model, name, *timm_coverage.batch_for(model))
+    restored, gradients, weights = timm_coverage.try_update(
+        model, name, *timm_coverage.batch_for(model)
+    )
     assert restored
     assert max(gradients, weights) < timm_coverage.TOLERANCE

@@ -394,6 +394,16 @@ def m_table() -> list[dict]:
     return rows
 
 
+def pairs_table() -> list[dict]:
+    """In how many pairs of the same rho, m and seed SAM's model is above OBF's."""
+    runs, rows = read(DATA / "m.csv"), []
+    accuracies = runs.pivot(index=["rho", "m", "seed"], columns="method", values="test")
+    above = (accuracies["sam"] > accuracies["obf"]).groupby("rho")
+    for rho, pairs in above:
+        rows.append({"rho": rho, "SAM is above OBF": f"in {pairs.sum()} of {len(pairs)} pairs"})
+    return rows
+
+
 def draw_methods(path):
     """Test accuracy of every run, and each method's difference to SAM."""
     right, by_row = per_image("right"), runs_by_row()
@@ -458,6 +468,7 @@ TABLES = {
     "robustness": robustness_table,
     "transfer": transfer_table,
     "m": m_table,
+    "pairs": pairs_table,
 }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -153,6 +153,8 @@ def sentences(source: str, setting: dict, part: str, seed: int) -> tuple[Dataset
     """What a run trains on, with column ``wrong``, and what it is judged by: held out, or test."""
     splits = load_dataset(source)
     train = splits["train"]
+    if not isinstance(train.features["label"], ClassLabel):
+        sys.exit(f"{source}: the column label must have the classes' names (datasets.ClassLabel)")
     if "validation" in splits:
         held_out = splits["validation"]
     elif setting["examples"] < len(train):
@@ -280,8 +282,8 @@ def main(argv=None):
     )
     default = "sentence-transformers/all-MiniLM-L6-v2"
     p.add_argument("--model", default=default, help="MiniLM (%(default)s)")
-    p.add_argument("--trec", required=True, help="folder or name on the Hub: text, label of 6")
-    p.add_argument("--sst5", required=True, help="folder or name on the Hub: text, label of 5")
+    p.add_argument("--trec", required=True, help="folder or name on the Hub: columns text, label")
+    p.add_argument("--sst5", required=True, help="the same, with a validation split")
     p.add_argument("--output", type=Path, default=Path("outputs/text"), help="(%(default)s)")
     p.add_argument("--stop-after", choices=SETTINGS, default=list(SETTINGS)[-1])
     args = p.parse_args(argv)
