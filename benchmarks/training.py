@@ -4,13 +4,11 @@
 Both train the same model on the same folder of JPEG files, with the same augmentation, batch size,
 workers, precision, memory format and optimizer, and evaluate and save after each epoch. Start and
 first epoch are left out. They take turns, a run each, and a ratio compares two runs of the same
-round. On a CPU, "tuned" is train.py with the variables of glibc that do what common/allocator.py
-does. train.py is no part of timm's package:
+round. train.py is no part of timm's package:
 
-    git clone --branch v1.0.28 https://github.com/huggingface/pytorch-image-models
-    python benchmarks/training.py --timm pytorch-image-models
-    python benchmarks/training.py --timm pytorch-image-models --amp bf16 --folder imagenet \\
-        --images 1281167
+    git clone --branch v1.0.28 https://github.com/huggingface/pytorch-image-models python
+    benchmarks/training.py --timm pytorch-image-models python benchmarks/training.py --timm
+    pytorch-image-models --amp bf16 --folder imagenet --images 1281167
 """
 
 import argparse
@@ -29,17 +27,19 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE = 256  # different images, at most; an epoch has copies of them
-METHODS = {"base": 1.0, "sam": 0.5, "obf": 0.5}  # what the target of base is multiplied by
-# Targets of base, in images per second to those of timm: on a GPU, where the allocator brings
-# nothing, and on a CPU.
-TARGETS = {"test_resnet": (1.0, 1.1), "vit_small_patch32_224": (1.0, 1.2), "resnet50": (1.0, 1.35)}
+METHODS = {"base": 1.0, "sam": 0.5, "obf": 0.5}  # shares of the target of base
+# Targets of base, in images per second to those of timm: on a GPU, and on a CPU.
+TARGETS = {
+    "test_resnet": (1.0, 1.1), "vit_small_patch32_224": (1.0, 1.2), "resnet50": (1.0, 1.35)
+}  # fmt: skip
+# train.py as "tuned": the variables of glibc that do what common/allocator.py does.
+TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # Side of the input in pixels, batch size, images of an epoch to make up, channels_last, optimizer
 MODELS = {
     "test_resnet": (32, 64, 4096, True, "sgd"),
     "vit_small_patch32_224": (224, 32, 512, False, "adamw"),
     "resnet50": (224, 32, 128, True, "sgd"),
 }
-TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def make_folder(folder, images, side):
@@ -141,8 +141,13 @@ def commands(args, model, folder, output):
 def seconds_per_epoch(args, command, folder, file, variables):
     """Run to the end; the mean over all epochs but the first."""
     cpu = {"ACCELERATE_USE_CPU": "1"} if args.device == "cpu" else {}
-    environment = {**os.environ, **cpu, **variables, "PYTHONPATH": str(folder)}
-    environment["ACCELERATE_MIXED_PRECISION"] = args.amp or "no"
+    environment = {
+        **os.environ,
+        **cpu,
+        **variables,
+        "ACCELERATE_MIXED_PRECISION": args.amp or "no",
+        "PYTHONPATH": str(folder),
+    }
     file.unlink(missing_ok=True)
     ends, seen = [], 0
     with tempfile.TemporaryFile("w+") as log:
@@ -168,25 +173,23 @@ def compare(args, model, folder, images):
         for name in sorted(seconds, reverse=bool(number % 2)):
             with tempfile.TemporaryDirectory() as output:
                 runs = commands(args, model, folder, Path(output) / "out")
+                run = runs["timm" if name in peers else name]
                 variables = TUNED if name == "tuned" else {}
-                run = runs["timm" if name == "tuned" else name]
                 seconds[name].append(seconds_per_epoch(args, *run, variables))
                 tqdm.write(f"{model} {name}: {seconds[name][-1]:.2f} s for {images} images")
     side, batch_size, *_ = MODELS[model]
     kind = f"{args.amp or 'fp32'}, {args.device}, {args.rounds} rounds"
     print(f"{model}, {side} pixels, batch {batch_size}, {kind}")
-    for name in peers:
+    for name in seconds:
         print(f"{name:<5} {images / statistics.median(seconds[name]):8.1f} images/s")
     for name, share in METHODS.items():
-        shown = f"{name:<5} {images / statistics.median(seconds[name]):8.1f} images/s"
+        target = share * TARGETS[model][args.device == "cpu"]
         for peer in peers:
             ratios = sorted(other / own for other, own in zip(seconds[peer], seconds[name]))
             ratio = statistics.median(ratios)
-            shown += f"   to {peer} {ratio:.3f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-            if peer == "timm":
-                target = TARGETS[model][args.device == "cpu"] * share
-                shown += f" target >= {target:.2f} {'ok' if ratio >= target else 'MISSED'}"
-        print(shown)
+            verdict = f"   target >= {target:.2f} {'ok' if ratio >= target else 'MISSED'}"
+            spread = f"({ratios[0]:.2f}-{ratios[-1]:.2f})"
+            print(f"{name:<5} to {peer} {ratio:.3f} {spread}{verdict if peer == 'timm' else ''}")
 
 
 def main():
