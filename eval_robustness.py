@@ -223,8 +223,9 @@ def nothing_to_do(models):
     name, model = next(iter(models.items()))
     suggested = f"--benchmarks {' '.join(fitting)}" if fitting else "no --benchmarks"
     return (
-        f"nothing to evaluate on: {suggested} would fit, and --data NAME=PLACE, a folder CLASS/FILE "
-        f"with classes called as the outputs of {name}: {labels.quoted(labels.label_names(model))}"
+        f"nothing to evaluate on: {suggested} would fit, and --data NAME=PLACE, a folder "
+        f"CLASS/FILE with classes called as the outputs of {name}: "
+        f"{labels.quoted(labels.label_names(model))}"
     )
 
 

@@ -74,7 +74,7 @@ def zero():
 
 
 def buckets():
-    """Gradients that are views of DDP's buckets, to which the descent pass writes, change nothing."""
+    """Gradients that are views of DDP's buckets, which the descent pass fills, change nothing."""
     for alone in (False, True):
         for variant in ({}, {"gsam_alpha": 0.4})[: 1 + alone]:
             results = []
