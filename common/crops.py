@@ -33,13 +33,15 @@ class CropOfFile:
         """
         drawn = {}
 
-        def choose_factor(width, height, orientation):
+        def reduce(stored_size, read_orientation):
+            if self.factor(*stored_size) == self.factor(*stored_size[::-1]) == 1:
+                return 1  # the whole image is small
+            orientation = read_orientation()
+            width, height = stored_size[::-1] if orientation in (5, 6, 7, 8) else stored_size
             state = random.getstate()
             whole = torch.empty(height, width, device="meta")
             top, left, h, w = self.crop.get_params(whole, self.crop.scale, self.crop.ratio)
-            out_height, out_width = self.crop.size
-            most = min(h // (ENOUGH * out_height), w // (ENOUGH * out_width))
-            factor = next(factor for factor in FACTORS if factor <= max(most, 1))
+            factor = self.factor(w, h)
             if factor == 1:
                 random.setstate(state)  # timm's crop is to draw
             else:
@@ -47,13 +49,19 @@ class CropOfFile:
                 drawn["y"] = top, top + h, height, orientation in (3, 4, 7, 8)
             return factor
 
-        decoded = images.decode(image, self.turn, choose_factor)
+        decoded = images.decode(image, self.turn, reduce)
         if not drawn:
             return self.crop(decoded)
         left, right = smaller(*drawn["x"], decoded.width)
         top, bottom = smaller(*drawn["y"], decoded.height)
         resampling = Image.Resampling[self.crop.interpolation.name]
         return decoded.resize(self.crop.size[::-1], resampling, (left, top, right, bottom))
+
+    def factor(self, width: int, height: int) -> int:
+        """By how much smaller a part of an image may be decoded that is to become the output."""
+        out_height, out_width = self.crop.size
+        most = min(height // (ENOUGH * out_height), width // (ENOUGH * out_width))
+        return next(factor for factor in FACTORS if factor <= max(most, 1))
 
 
 def smaller(begin, end, side, reverse, decoded_side):

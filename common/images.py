@@ -34,7 +34,7 @@ def is_turned(class_names: list[str]) -> bool:
     return not (len(class_names) == 1000 and set(class_names) <= words)
 
 
-def decode(image: dict | None, turn: bool = True, choose_factor=None) -> Image.Image:
+def decode(image: dict | None, turn: bool = True, reduce=None) -> Image.Image:
     """An undecoded image of ``datasets``, in RGB; None is one that is missing.
 
     Its path may lie inside an archive or on the Hub, as streams have it ("zip://a.png::..."). As
@@ -42,8 +42,8 @@ def decode(image: dict | None, turn: bool = True, choose_factor=None) -> Image.I
 
     Args:
         turn: turn it upright, if its Exif tag says how.
-        choose_factor: says by how much smaller to decode a JPEG file, 1, 2, 4 or 8, from its width
-            and height, once upright, and the Exif tag by which it is turned.
+        reduce: says by how much smaller to decode a JPEG file, 1, 2, 4 or 8, from its width and
+            height as stored, and a function that reads the Exif tag by which it will be turned.
 
     Raises:
         InputError: it cannot be read, or has no known range of values; the message has its file
@@ -52,10 +52,8 @@ def decode(image: dict | None, turn: bool = True, choose_factor=None) -> Image.I
     path = image and image["path"]
     try:
         with Image.open(io.BytesIO(_encoded(image))) as opened:
-            if choose_factor and opened.format in ("JPEG", "MPO"):
-                orientation = _orientation(opened) if turn else 1
-                upright = opened.size[::-1] if orientation in (5, 6, 7, 8) else opened.size
-                factor = choose_factor(*upright, orientation)
+            if reduce and opened.format in ("JPEG", "MPO"):
+                factor = reduce(opened.size, lambda: _orientation(opened) if turn else 1)
                 if factor > 1:
                     opened.draft(None, (opened.width // factor, opened.height // factor))
             opened.load()
