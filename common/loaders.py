@@ -67,7 +67,7 @@ def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batch
         args.m = m
         processes = accelerator.num_processes
         accelerator.print(
-            f"m is {m}: without --m, the examples that each of {processes} loads at once"
+            f"m is {m}, what {'a' if processes > 1 else 'the'} process loads at once: set it by --m"
         )
     wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
     config = resolve_data_config(wanted, model=model)
@@ -77,6 +77,12 @@ def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batch
     if size < args.batch_size:
         raise InputError(
             f"batch_size {args.batch_size} exceeds the {size} training images: lower it"
+        )
+    streamed = isinstance(splits["train"], datasets.IterableDataset)
+    if (rest := size % args.batch_size) and not streamed:
+        accelerator.print(
+            f"an epoch leaves out {rest} of {size} training images, other ones each time: they do "
+            f"not fill an update of {args.batch_size}"
         )
     held_out = "validation" if "validation" in splits else "test"
     evaluation = {}

@@ -344,7 +344,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, acc
 def test_m_that_was_not_given_is_said_and_written_into_the_settings(tmp_path, accelerator, capsys):
     dataset = write_folder(tmp_path / "images")
     train_imagenet.main(small_recipe(tmp_path, dataset, m=None, batch_size=6, device_batch_size=3))
-    assert "m is 3: without --m" in capsys.readouterr().out
+    assert "m is 3, what the process loads at once" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["m"] == 3
 
 
