@@ -341,6 +341,16 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, acc
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.parametrize("batch_size, said", [(5, True), (4, False)])
+def test_images_that_fill_no_update_are_said(tmp_path, accelerator, capsys, batch_size, said):
+    dataset = write_folder(tmp_path / "images", images=8)
+    size = sum(path.is_file() for path in (dataset / "train").rglob("*"))
+    assert (size % batch_size > 0) == said
+    train_imagenet.main(small_recipe(tmp_path, dataset, batch_size=batch_size, m=batch_size))
+    line = f"an epoch leaves out {size % batch_size} of {size} training images"
+    assert (line in capsys.readouterr().out) == said
+
+
 def test_m_that_was_not_given_is_said_and_written_into_the_settings(tmp_path, accelerator, capsys):
     dataset = write_folder(tmp_path / "images")
     train_imagenet.main(small_recipe(tmp_path, dataset, m=None, batch_size=6, device_batch_size=3))
