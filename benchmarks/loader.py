@@ -6,7 +6,7 @@ normalised batches on the device. They take turns, an epoch each, and a ratio co
 the same round.
 
     python benchmarks/loader.py              # 1024 made-up photographs of 500 x 375 pixels
-    python benchmarks/loader.py --size 4032 3024 --images 64 --batch-size 16  # as of a phone: 3 MB
+    python benchmarks/loader.py --size 4032 3024 --images 16 --batch-size 8  # as of a phone: 3 MB
     python benchmarks/loader.py --folder imagenet/train --workers 12 --device cuda
 """
 
