@@ -15,9 +15,10 @@ import torch
 from accelerate.utils import send_to_device
 from timm.data import create_transform, resolve_data_config
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision.transforms import v2
+from torchvision.transforms import Compose, v2
 
 from common import images
+from common.crops import CropOfFile
 from common.data import explained
 from common.errors import InputError
 
@@ -259,14 +260,15 @@ def to_input(
     return normalize
 
 
-def _decoder(args, split):
-    """How training images are decoded for ``transforms``."""
+def _decoder(args, split, transform):
+    """How training images are decoded, and what is left to do of the first of ``transforms``."""
+    turn = images.is_turned(split.features["label"].names)
     if args.decoder == "pil":
-        return _pil_decoder(split)
+        crop, *others = transform.transforms
+        return CropOfFile(crop, turn), Compose(others)
     # "spawn", since workers may be spawned: those that are forked can use such a lock too.
     unsaid = multiprocessing.get_context("spawn").Lock()
-    turn = images.is_turned(split.features["label"].names)
-    return functools.partial(images.decode_to_tensor, unsaid=unsaid, turn=turn)
+    return functools.partial(images.decode_to_tensor, unsaid=unsaid, turn=turn), transform
 
 
 def _pil_decoder(split):
@@ -455,7 +457,8 @@ def train_batches(args, accelerator, split, transform, loaded):
                 f"--train-num-samples"
             )
         return size, _streamed_batches(args, accelerator, split, transform, loaded)
-    dataset = Images(split, transform, args.seed, _decoder(args, split))
+    decode, transform = _decoder(args, split, transform)
+    dataset = Images(split, transform, args.seed, decode)
     options = {"sampler": EpochSampler(len(dataset), args.batch_size, args.seed), "drop_last": True}
     options |= {"persistent_workers": args.workers > 0, "batch_size": loaded}
     loader = _loader(args, accelerator, dataset, **options)
@@ -492,7 +495,8 @@ def _copying_stream(device):
 
 def _streamed_batches(args, accelerator, split, transform, loaded):
     rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    options = {"training": True, "seed": args.seed, "decode": _decoder(args, split)}
+    decode, transform = _decoder(args, split, transform)
+    options = {"training": True, "seed": args.seed, "decode": decode}
     stream = Stream(split, transform, loaded, **rank, **options)
     workers = power_of_two(min(args.workers, stream.readers))
     if workers < args.workers:

@@ -1,5 +1,6 @@
 """Crops of large JPEG files: timm's crop, from fewer decoded pixels."""
 
+import argparse
 import io
 import random
 
@@ -9,7 +10,7 @@ from PIL import ExifTags, Image
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from common import images
+from common import data, images, loaders
 from common.crops import CropOfFile
 from common.errors import InputError
 
@@ -118,3 +119,24 @@ def test_what_cannot_be_read_is_named():
     for image in (None, {"bytes": large["bytes"][:5000], "path": "photograph.jpg"}):
         with pytest.raises(InputError, match="cannot read the image"):
             crop(image)
+
+
+def test_training_draws_the_same_crops_and_flips(tmp_path, accelerator):
+    for i, size in enumerate([(300, 200), (2016, 1512), (1200, 1601), (250, 255)]):
+        (tmp_path / f"class{i % 2}").mkdir(exist_ok=True)
+        (tmp_path / f"class{i % 2}" / f"{i}.jpg").write_bytes(photograph(*size)["bytes"])
+    split = data.image_folder(str(tmp_path))
+    config = {"input_size": (3, 64, 64), "interpolation": "bilinear", "crop_pct": 1.0}
+    config["crop_mode"] = "center"
+    transform, _ = loaders.transforms(config, scale=(0.05, 1.0), ratio=(0.75, 1.3), hflip=0.5)
+    whole = loaders.Images(split, transform, seed=7)
+    args = argparse.Namespace(batch_size=4, seed=7, decoder="pil", workers=0)
+    _, batches = loaders.train_batches(args, accelerator, split, transform, 4)
+    for epoch in range(4):
+        sampler = loaders.EpochSampler(4, 4, 7)
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        (batch,) = batches(epoch, 0)
+        for pixels, expected in zip(batch["image"], whole.__getitems__(keys)):
+            difference = (pixels.int() - expected["image"].int()).abs().float().mean()
+            assert difference < 1.5  # a flip or another place would be tens
