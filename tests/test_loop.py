@@ -380,3 +380,15 @@ def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_mic
         loop.update(job, iter([{"image": images, "label": labels}]))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[1:] == [0, 0, 0, 0]
+
+
+def test_a_run_that_stopped_with_an_epochs_last_update_goes_on_with_its_last_lr(accelerator):
+    """What comes after the loop belongs to the epoch, wherever it is resumed."""
+    model = torch.nn.Linear(3, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    scheduled = []
+    options = {"updates": 4, "schedule": scheduled.append}
+    job = make_job(accelerator, model, optimizer, **options)
+    progress = run.Progress(epoch=1, epoch_updates=4, updates=8, skipped=1)
+    loop.train_epoch(job, progress, None)
+    assert scheduled == [7] and progress.updates == 8
