@@ -277,6 +277,7 @@ def test_the_number_of_workers_does_not_change_a_stream():
         take(stream(training=True), 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_stream_goes_on_after_any_batch_as_if_never_interrupted(workers):
     noisy = {

@@ -121,6 +121,7 @@ def test_other_errors_keep_their_traceback():
             raise error
 
 
+@pytest.mark.slow
 def test_without_a_home_to_write_to_a_run_trains_and_evaluates(tmp_path, images):
     """As a container's user without one has it; nobody can make a folder in /proc."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}

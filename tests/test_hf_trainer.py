@@ -465,6 +465,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Each of four micro-batches, two a process, is perturbed for itself; their mean is clipped."""
     done = start(tmp_path, TWO, "-m", "torch.distributed.run", "--nproc_per_node", "2")
@@ -507,6 +508,7 @@ save_file({str(i): p for i, p in enumerate(weights(trainer.model))},
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     """A run that was killed and goes on ends with the weights of one that was not."""
     for name in ("killed", "whole"):

@@ -1187,7 +1187,11 @@ class Full:
     [
         (Killed, "a loader worker was killed, .*: lower --workers"),
         (Stuck, r"no batch came from the loader workers .*3 seconds.*: .* try --workers 0"),
-        (Full, r"the shared memory \(/dev/shm\) .* is full: lower --workers .*--shm-size"),
+        pytest.param(
+            Full,
+            r"the shared memory \(/dev/shm\) .* is full: lower --workers .*--shm-size",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_worker_that_dies_hangs_or_lacks_memory_is_one_line(
@@ -1204,6 +1208,7 @@ def test_a_worker_that_dies_hangs_or_lacks_memory_is_one_line(
     assert nothing_is_finished(tmp_path)
 
 
+@pytest.mark.slow
 def test_workers_put_batches_into_shared_memory_themselves(tmp_path, with_workers):
     """Else a thread of theirs does, whose failure loses the batch without a word."""
     ds = sets.open_set(Pass("v2", ("v2",)), str(write_folders(tmp_path / "v2", {"3": 3})), True)
@@ -1240,6 +1245,7 @@ def test_results_need_no_git_and_are_there_when_pictures_fail(tmp_path, monkeypa
     assert saved["results"]["right"]["v2"]["top1"] == 1.0
 
 
+@pytest.mark.slow
 def test_no_home_that_can_be_written_is_needed(tmp_path):
     write_folders(tmp_path / "v2-1", {"3": 3})
     command = [

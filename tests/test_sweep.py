@@ -603,6 +603,7 @@ def listed(capsys, flags):
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_the_listed_commands_train_the_points(tmp_path, capsys, monkeypatch):
     write_folder(tmp_path / "images", splits=("train", "validation", "test"), images=4)
     flags = write_sweep(tmp_path, {"method": ["sam", "base"]})

@@ -53,6 +53,7 @@ def write(folder, labels=("animal", "tool"), columns=("text", "label"), splits=(
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [("animal", "tool"), (0, 1), (5, 9)])
 def test_table(tmp_path, model, labels, capsys):
     data = write(tmp_path / "data", labels)
