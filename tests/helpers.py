@@ -135,7 +135,7 @@ def short_run(tmp_path, images, **changes):
 def run_script(*argv):
     """Run train_imagenet.py in a process of its own."""
     command = [sys.executable, str(ROOT / "train_imagenet.py"), *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 def start(recipe, output, *flags, processes=1):
@@ -150,14 +150,14 @@ def start(recipe, output, *flags, processes=1):
 
 def finish(process):
     """Wait for a process that succeeds; what it printed."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out
 
 
 def wait_for(path, process):
     """Wait until there is a path, or the process has ended."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
 

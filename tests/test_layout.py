@@ -80,7 +80,7 @@ def test_scripts_run_from_any_folder(tmp_path, launcher):
     command = [sys.executable, *LAUNCHERS[launcher], str(ROOT / "train_imagenet.py"), *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "nothing was written" in done.stdout and not list(tmp_path.iterdir())

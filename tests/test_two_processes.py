@@ -25,7 +25,7 @@ def test_two_processes(what):
     launch = [*"-m torch.distributed.run --standalone --nproc_per_node 2".split(), __file__, what]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
-        [sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
 
