@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import resolve_data_config
 
-from common import checkpoints, loaders, progress, settings
+from common import allocator, checkpoints, loaders, progress, settings
 from common.device import announce, use_fast_kernels
 from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import some
@@ -484,8 +484,6 @@ def evaluate_all(args, accelerator, models, opened):
     for model_name, (model, config) in models.items():
         folder, tables[model_name] = predictions.folder_of(args.output, model_name), {}
         weights = fingerprint(model) if main else None
-        layout = loaders.format_name(loaders.memory_format(args.channels_last, model))
-        accelerator.print(f"memory format of {model_name}: {layout}")
         for which, ds in opened.items():
             columns, unreadable = None, []
             if main:
@@ -703,7 +701,8 @@ def open_sets(args, accelerator, models):
             if which.name in args.data and which.name not in sets.HUB:
                 check_fit(model_name, model, which.name, ds)
                 names = labels.label_names(model)
-                accelerator.print(sets.mapping(which.name, ds, names, model_name))
+                if line := sets.mapping(which.name, ds, names, model_name):
+                    accelerator.print(line)
         if stored(ds):
             check_answers(which, ds)
         opened[which] = ds
@@ -712,6 +711,7 @@ def open_sets(args, accelerator, models):
 
 def main(argv=None):
     """Run as from the command line; the main process returns measures by model and protocol."""
+    allocator.keep_freed_memory()
     args = parse(argv)
     settings.make_output(args.output)
     accelerator = Accelerator()

@@ -23,7 +23,7 @@ from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-from common import build, checkpoints, data, loaders, progress, settings
+from common import allocator, build, checkpoints, data, loaders, progress, settings
 from common.device import announce
 from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import class_name, some
@@ -391,7 +391,7 @@ def measure_all(args, accelerator, runs, split):
         Runs, epochs and records.
     """
     tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
-    cache, said, hidden = {}, set(), not accelerator.is_main_process
+    cache, hidden = {}, not accelerator.is_main_process
     with (
         accelerator.split_between_processes(tasks) as share,
         progress.bar("measuring", total=len(share), unit="model", disable=hidden) as bar,
@@ -401,10 +401,6 @@ def measure_all(args, accelerator, runs, split):
             layout = loaders.memory_format(args.channels_last, model)
             request = request_of(args, run, epoch, loaders.format_name(layout))
             if not is_measured(record_file(args, epoch), request):
-                line = f"memory format of {run['settings'].model}: {request['memory_format']}"
-                if line not in said:
-                    accelerator.print(line)
-                    said.add(line)
                 model = model.to(accelerator.device, memory_format=layout)
                 batches = open_batches(args, accelerator, split, model, cache)
                 try:
@@ -587,6 +583,7 @@ def remarks(args, measured, summaries, labels) -> list[str]:
 
 def main(argv=None):
     """Run as from the command line; the main process returns the rank correlations."""
+    allocator.keep_freed_memory()
     args = parse(argv)
     settings.make_output(args.output)
     accelerator = Accelerator()

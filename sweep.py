@@ -413,8 +413,8 @@ def tabulate(args, choose, points):
 
 def main(argv=None):
     """Run as from the command line."""
-    args, rest = parse(argv)
     allocator.keep_freed_memory()
+    args, rest = parse(argv)
     sweep = read_sweep(Path(args.sweep))
     axes = {str(key): None for grid in sweep["grids"] for key in grid}
     points = {name_of(point): point for point in points_of(args, sweep)}

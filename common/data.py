@@ -1,24 +1,29 @@
 """What a dataset's name means: the bundled digits, a local folder, or the Hub."""
 
 import contextlib
+import difflib
 import glob
 import logging
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.state import PartialState
+from datasets.data_files import EmptyDatasetError
 
 from common import folders
 from common.digits import digits
 from common.errors import InputError
 from common.folders import LABELS, SPLIT_FOLDERS, some
 
+TIMEOUT = 10  # seconds to wait for the Hub's first answer
 # Of a dataset's own files, which datasets reads; a folder with one is no folder of images.
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".gz", ".tgz")
 
@@ -330,9 +335,17 @@ def hub(path: str, name: str, **options):
     Raises:
         InputError: it cannot be loaded, with what to do.
     """
+    place = Path(name).expanduser()
+    if not place.exists():
+        _refuse_missing_folder(name, place)
     try:
-        with _quiet(Path(name).expanduser().exists()):
+        with _quiet(place.exists()), _asking_once(name, place.exists()):
             return datasets.load_dataset(path, **options)
+    except (EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
+        raise InputError(
+            f"{name} holds no images: put them in {name}/train/CLASS/FILE and "
+            f"{name}/validation/CLASS/FILE"
+        ) from error
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             raise InputError(
@@ -351,6 +364,37 @@ def hub(path: str, name: str, **options):
         ) from error
     except Exception as error:  # the readers of tar, zip, JSON, ... each raise their own
         raise InputError(f"cannot load {name!r}: {explained(error)}{_about_cache()}") from error
+
+
+def _refuse_missing_folder(name, place):
+    """Refuse what is not here and cannot be on the Hub, or is nearly called like a folder here."""
+    beside = os.listdir(place.parent) if place.parent.is_dir() else []
+    nearest = difflib.get_close_matches(place.name, beside, 1)
+    on_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)
+    if on_hub and not (nearest and "/" in name):
+        return
+    hint = f": did you mean {place.parent / nearest[0]}?" if nearest else ""
+    raise InputError(f"there is no folder {name}{hint or ', and it is no name of a Hub dataset'}")
+
+
+@contextlib.contextmanager
+def _asking_once(name, local):
+    """Where the Hub cannot be reached, look into the cache alone.
+
+    Otherwise ``datasets`` would try to reach it for half a minute.
+    """
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        if not (local or offline):
+            huggingface_hub.HfApi().dataset_info(name, timeout=TIMEOUT)
+    except huggingface_hub.errors.HfHubHTTPError:
+        pass  # it answers, and datasets says what
+    except Exception:  # those of the HTTP client, whichever it is
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = offline
 
 
 def _about_cache():
