@@ -36,6 +36,7 @@ CONFIG = {
 }  # fmt: skip
 AUGMENTATION = {"scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
 TARGETS = {"pil": 1.0, "torchcodec": 1.3}  # of timm's
+COPIES = 4  # of each large photograph, as one takes seconds to make
 LARGE = {"pil": 3.0, "torchcodec": 1.0}  # the same for photographs of 12 megapixels
 
 
@@ -105,6 +106,9 @@ def main():
     with tempfile.TemporaryDirectory() as made_up:
         if args.folder is None:
             write_photographs(made_up, args.images, size=args.size)
+            for path in list(Path(made_up).rglob("*.jpg")) if args.size[0] >= 4000 else ():
+                for copy in range(1, COPIES):
+                    path.with_stem(f"{path.stem}-{copy}").hardlink_to(path)
             args.folder = made_up
         contestants = {name: ours(args, accelerator, name) for name in decoders} | {
             "timm": timms(args, accelerator)
