@@ -36,8 +36,8 @@ CONFIG = {
 }  # fmt: skip
 AUGMENTATION = {"scale": (0.05, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
 TARGETS = {"pil": 1.0, "torchcodec": 1.3}  # of timm's
-COPIES = 4  # of each large photograph, as one takes seconds to make
 LARGE = {"pil": 3.0, "torchcodec": 1.0}  # the same for photographs of 12 megapixels
+COPIES = 4  # of each large photograph, as one takes seconds to make
 
 
 def write_photographs(folder, number, seed=0, size=(500, 375)):
