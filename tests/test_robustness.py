@@ -435,6 +435,7 @@ def test_killed_run_goes_on_after_the_last_finished_benchmark(tmp_path, monkeypa
     assert begun[5:] == ["r", "r"]
 
 
+@pytest.mark.pictures
 def test_results_table_picture_and_predictions(tmp_path, capsys):
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
     models = ("right", "wrong about 3 6 9")
@@ -455,6 +456,7 @@ def test_results_table_picture_and_predictions(tmp_path, capsys):
     assert sum(not right for right in table["top1"]) == 3
 
 
+@pytest.mark.pictures
 def test_effective_robustness_is_that_of_both_sets_in_table_record_and_picture(tmp_path, capsys):
     v2 = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
     val = write_folders(tmp_path / "val", {name: i for i, name in enumerate(WORDNET)})

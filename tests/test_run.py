@@ -48,6 +48,7 @@ def processes(tmp_path_factory):
     return [load_file(folder / f"{rank}.safetensors") for rank in range(2)], folder / "run"
 
 
+@pytest.mark.slow
 def test_each_process_draws_noise_of_its_own(processes):
     (one, two), _ = processes
     assert not torch.isclose(one["noise"], two["noise"]).any()
@@ -62,6 +63,7 @@ def test_batch_norm_is_the_mean_over_processes_before_it_is_evaluated(processes,
         torch.testing.assert_close(process[f"evaluated {epoch}"], (own[0] + own[1]) / 2)
 
 
+@pytest.mark.slow
 def test_training_accuracy_is_that_of_all_processes_images(processes):
     (one, two), run = processes
     lines = logged_epochs(run)
@@ -70,6 +72,7 @@ def test_training_accuracy_is_that_of_all_processes_images(processes):
     assert [12 * line["train"] for line in lines] == [sum(both) for both in right]
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_every_image_once(processes):
     assert [process["examples"].item() for process in processes[0]] == [14, 14]
 
