@@ -72,7 +72,7 @@ def make_job(accelerator, model, optimizer, **changes):
     batches |= {"train": None, "updates": 1}
     batches |= {key: changes.pop(key) for key in batches if key in changes}
     settings = {"clip_grad": None, "perturb_fraction": 1.0, "perturb_interval": 1}
-    settings |= {"shrink_perturb": None, "lr": 0.1, "checkpoint_interval": None}
+    settings |= {"shrink_perturb": None, "lr": 0.1, "checkpoint_interval": None, "freeze": 0}
     args = argparse.Namespace(**settings | changes.pop("args", {}))
     parts = {"objective": None, "criterion": F.cross_entropy, "schedule": None}
     parts |= {"timm_config": None, **changes, "model": model, "optimizer": optimizer}
