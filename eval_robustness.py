@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import resolve_data_config
 
-from common import checkpoints, data, loaders, progress, settings
+from common import allocator, checkpoints, data, loaders, progress, settings
 from common.device import announce, use_fast_kernels
 from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import some
@@ -755,6 +755,7 @@ def open_sets(args, accelerator, models):
 
 def main(argv=None):
     """Run as from the command line; the main process returns measures by model and protocol."""
+    allocator.keep_freed_memory()
     args = parse(argv)
     settings.make_output(args.output)
     accelerator = Accelerator()

@@ -5,7 +5,7 @@ On CIFAR-10, CIFAR-100, another dataset of the Hub, a folder of images, or the b
 
 from accelerate import PartialState
 
-from common import checkpoints, loop, run, settings
+from common import allocator, checkpoints, loop, run, settings
 from common.build import build_job
 from common.dry_run import dry_run
 from common.errors import InputError, clear_errors
@@ -49,6 +49,7 @@ def say_tag(name, model):
 
 def main(argv=None):
     """Run as from the command line; returns top-1, in [0, 1], of the last epoch by split."""
+    allocator.keep_freed_memory()
     args = settings.parse(parser(), argv)
     job = build_job(args, create_model)
     if args.dry_run:

@@ -23,7 +23,7 @@ from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-from common import build, checkpoints, data, loaders, progress, settings
+from common import allocator, build, checkpoints, data, loaders, progress, settings
 from common.device import announce
 from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import class_name, some
@@ -591,6 +591,7 @@ def remarks(args, measured, summaries, labels) -> list[str]:
 
 def main(argv=None):
     """Run as from the command line; the main process returns the rank correlations."""
+    allocator.keep_freed_memory()
     args = parse(argv)
     settings.make_output(args.output)
     accelerator = Accelerator()

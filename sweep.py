@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common import allocator, data, loaders, report, settings
 from common.errors import InputError, clear_errors, lost_process
@@ -413,8 +413,8 @@ def tabulate(args, choose, points):
 
 def main(argv=None):
     """Run as from the command line."""
-    args, rest = parse(argv)
     allocator.keep_freed_memory()
+    args, rest = parse(argv)
     sweep = read_sweep(Path(args.sweep))
     axes = {str(key): None for grid in sweep["grids"] for key in grid}
     points = {name_of(point): point for point in points_of(args, sweep)}

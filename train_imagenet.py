@@ -7,7 +7,7 @@ from pathlib import Path
 
 import timm
 
-from common import checkpoints, loop, run, settings
+from common import allocator, checkpoints, loop, run, settings
 from common.build import build_job
 from common.dry_run import dry_run
 from common.errors import InputError, clear_errors, the_nearest
@@ -58,6 +58,7 @@ def refuse_trained(name: str) -> None:
 
 def main(argv=None):
     """Run as from the command line; returns top-1, in [0, 1], of the last epoch by split."""
+    allocator.keep_freed_memory()
     args = settings.parse(parser(), argv)
     job = build_job(args, create_model)
     if args.dry_run:

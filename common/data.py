@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.state import PartialState
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from common import folders
 from common.digits import digits
@@ -402,10 +404,16 @@ def hub(path: str, name: str, config: str | None = None, **options):
     """``datasets.load_dataset(path, config, **options)``, called ``name`` in errors.
 
     Raises:
-        InputError: it cannot be loaded, with what to do.
+        InputError: it is not there or cannot be loaded, with what to do.
     """
+    there = Path(name).expanduser().exists()
+    if not there:
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:  # at once: the Hub would be asked again and again
+            raise InputError(f"there is no folder {name!r}: check the path") from error
     try:
-        with _quiet(Path(name).expanduser().exists()):
+        with _quiet(there):
             return datasets.load_dataset(path, **options | ({"name": config} if config else {}))
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):

@@ -19,7 +19,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import Compose, Normalize, v2
 
-from common import images
+from common import allocator, images
 from common.crops import CropOfFile
 from common.data import explained, noisy_labels
 from common.errors import InputError
@@ -639,14 +639,16 @@ def worker_options(accelerator, workers: int) -> dict:
         "num_workers": workers,
         "pin_memory": accelerator.device.type == "cuda",
         "multiprocessing_context": "spawn" if risky else None,
-        "worker_init_fn": _outlive_sigterm,
+        "worker_init_fn": _start_worker,
     }
 
 
-def _outlive_sigterm(_):
-    """A scheduler's SIGTERM reaches workers too, and the main process needs them for a minute.
+def _start_worker(_):
+    """Keep freed memory, and outlive signals.
 
-    So does Ctrl-C, after which the main process ends them.
+    A scheduler's SIGTERM reaches workers too, and the main process needs them for a minute. So does
+    Ctrl-C, after which the main process ends them.
     """
+    allocator.keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

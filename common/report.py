@@ -112,34 +112,50 @@ def draw_curves(groups, path):
     colors = plt.get_cmap("tab10" if len(best) <= 10 else "tab20")
     panels = {"loss": "training loss", held_out: f"top-1 on {held_out}, %"}
     panels |= {"train": "top-1 in training, %", "lr": "learning rate", "rho": "rho"}
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    curves = {key: {name: series(groups[name], "epoch", key) for name in shown} for key in panels}
+    panels = {key: title for key, title in panels.items() if not needless(key, curves[key])}
+    cells = len(panels) + (len(groups) > 1)  # the legend has a cell of its own
+    columns = min(cells, 3)
+    size = {"figsize": (4 * columns, 3.25 * -(-cells // columns)), "layout": "constrained"}
+    figure, axes = plt.subplots(-(-cells // columns), columns, squeeze=False, **size)
+    caption = [
+        "Loss and accuracy in training are those of augmented images, with SAM at perturbed "
+        "weights."
+    ]
     for axis, (key, title) in zip(axes.flat, panels.items()):
-        curves = {name: series(groups[name], "epoch", key) for name in shown}
-        values = [v for curve in curves.values() for several in curve.values() for v in several]
+        values = [
+            v for curve in curves[key].values() for several in curve.values() for v in several
+        ]
         accuracy = key in (held_out, "train")
-        if accuracy and values:
+        if accuracy and max(values) > 0.9:
             logit_axis(axis, "y", values)
-        for i, (name, curve) in enumerate(curves.items()):
+            caption += [f"The {key} accuracies are on the logit scale."]
+        for i, (name, curve) in enumerate(curves[key].items()):
             label = f"{name} ({runs[name]} runs)" if runs[name] > 1 else name
             if accuracy:
                 curve = {epoch: np.clip(several, *EDGES) for epoch, several in curve.items()}
             band(axis, curve, color=colors(i), label=label, marker=".")
-        axis.set(xlabel="epoch", title=title, visible=bool(values))
+        if accuracy and max(values) <= 0.9:
+            axis.yaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}")
+        axis.set(xlabel="epoch", title=title)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
-    legend = axes[1, 2]
-    legend.set_axis_off()
-    title = f"the {len(best)} best of {len(groups)} settings" if len(best) < len(groups) else None
-    handles = axes[0, 0].get_legend_handles_labels()
-    legend.legend(*handles, loc="center", frameon=False, fontsize=8, title=title)
-    caption = (
-        "Loss and accuracy in training are those of augmented images, with SAM at perturbed "
-        "weights; accuracies are on the logit scale; learning rate and rho are those at the end of "
-        "an epoch."
-    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    if len(groups) > 1:
+        few = f"the {len(best)} best of {len(groups)} settings"
+        options = {"title": few if len(best) < len(groups) else None, "fontsize": 8}
+        handles = axes.flat[0].get_legend_handles_labels()
+        axes.flat[-1].legend(*handles, loc="center", frameon=False, **options)
     if max(runs.values()) > 1:
-        caption += " Lines are means over seeds, bands go from the least to the greatest."
-    save(figure, path, caption)
+        caption += ["Lines are means over seeds, bands go from the least to the greatest."]
+    save(figure, path, " ".join(caption))
+
+
+def needless(key, curves):
+    """Whether a panel would show nothing: no value, or one rho all the time."""
+    values = {v for curve in curves.values() for several in curve.values() for v in several}
+    return not values or (key == "rho" and len(values) == 1)
 
 
 def pairs(point: dict) -> str:

@@ -99,6 +99,10 @@ def start(job: Job) -> Progress:
     if checkpoint:
         checkpoints.restore(accelerator, job.ema, checkpoint)
         reached = f"after epoch {progress.epoch}, update {progress.epoch_updates}"
+        if progress.epoch >= args.epochs:
+            reached = (
+                f"a run that has finished: its models are evaluated again (--epochs {args.epochs})"
+            )
         accelerator.print(f"resuming from {checkpoint}, {reached}")
     if checkpoint and not continues:
         begin = f"metrics.jsonl, best/ and epochs/ of {output} begin here"
@@ -352,6 +356,8 @@ def finish(job: Job) -> dict[str, float]:
     results = evaluate_saved(job)
     print_results(job, results)
     write_results(job, results)
+    files = f"{job.args.output}/results.json, metrics.jsonl, curves.png, curves.svg"
+    job.accelerator.print(f"written: {files}")
     return {split: result["top1"] for split, result in results["last"].items()}
 
 

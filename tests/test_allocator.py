@@ -3,13 +3,19 @@
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT
 
-from common import allocator
+import eval_robustness
+import finetune_cifar
+import measure_forgetting
+import sweep
+import train_imagenet
+from common import allocator, loaders
 
 # How often the system gave the process a page for ten tensors of 64 MiB, one after the other.
 COUNT = """
@@ -99,3 +105,23 @@ def test_a_c_library_that_is_not_glibc_is_left_alone(monkeypatch):
     for library in (missing, lambda name: object()):
         monkeypatch.setattr(ctypes, "CDLL", library)
         assert not allocator.keep_freed_memory()
+
+
+class Asked(Exception):
+    """keep_freed_memory() was called."""
+
+
+SCRIPTS = (train_imagenet, finetune_cifar, eval_robustness, measure_forgetting, sweep)
+STARTS = {script.__name__: lambda script=script: script.main([]) for script in SCRIPTS}
+STARTS["a loader worker"] = lambda: loaders._start_worker(0)
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_each_script_and_each_loader_worker_begins_by_asking_for_it(monkeypatch, start):
+    def asked():
+        raise Asked
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process
+    monkeypatch.setattr(allocator, "keep_freed_memory", asked)
+    with pytest.raises(Asked):
+        start()

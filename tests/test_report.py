@@ -172,7 +172,10 @@ def test_curves_are_means_over_seeds_with_bands(drawn, tmp_path):
         tmp_path / "curves.png",
     )
     figure, caption = drawn["curves"]
-    _, accuracy, train, _, rho, legend = figure.axes
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    # no accuracy in training; rho and the learning rate stay the same
+    assert list(panels) == ["training loss", "top-1 on validation, %", "learning rate", ""]
+    accuracy, legend = panels["top-1 on validation, %"], panels[""]
     assert line_of(accuracy, "sam").get_xydata() == pytest.approx(
         np.array([[1, 0.6], [2, 0.7], [3, 0.9]])
     )
@@ -181,12 +184,28 @@ def test_curves_are_means_over_seeds_with_bands(drawn, tmp_path):
     assert {tuple(np.round(point, 6)) for point in band.get_paths()[0].vertices} >= {
         (1, 0.5), (1, 0.7), (2, 0.6), (2, 0.8),
     }  # fmt: skip
-    assert (
-        not train.get_visible() and rho.get_visible()
-    )  # runs of an older version had no training accuracy
-    assert len(line_of(rho, "base").get_xdata()) == 0
     assert ["sam (2 runs)", "base"] == [text.get_text() for text in legend.get_legend().get_texts()]
     assert "bands" in caption
+
+
+def test_curves_of_one_run_have_no_legend_and_a_rho_that_changes_has_a_panel(drawn, tmp_path):
+    lines = [{**line, "rho": line["epoch"] / 10} for line in rows("1", [0.2, 0.4, 0.5])]
+    runs_report.draw_curves({"sam": lines}, tmp_path / "curves.png")
+    figure, caption = drawn["curves"]
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    assert list(panels) == ["training loss", "top-1 on validation, %", "rho"]
+    accuracy = panels["top-1 on validation, %"]
+    assert accuracy.get_yscale() == "linear" and "logit" not in caption
+    assert accuracy.yaxis.get_major_formatter()(0.25) == "25"
+    assert not any(axis.get_legend() for axis in figure.axes)
+    assert all(float(tick).is_integer() for tick in accuracy.xaxis.get_major_locator()())
+
+
+def test_accuracies_above_90_percent_are_on_the_logit_scale(drawn, tmp_path):
+    runs_report.draw_curves({"sam": rows("1", [0.2, 0.95])}, tmp_path / "curves.png")
+    figure, caption = drawn["curves"]
+    scales = {axis.get_title(): axis.get_yscale() for axis in figure.axes}
+    assert scales["top-1 on validation, %"] == "logit" and "logit" in caption
 
 
 def test_of_many_curves_the_best_are_drawn_and_it_is_said(drawn, tmp_path):
