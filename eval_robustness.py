@@ -23,6 +23,7 @@ from common.device import announce, use_fast_kernels
 from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import some
 from robustness import corruptions, labels, predictions, published, report, sets, statistics
+from robustness.intervals import over_images
 from robustness.sets import Protocol
 
 BENCHMARKS = ("imagenet", "real", "a-clean", "r-clean", "v2", "r", "a", "sketch", "digits")
@@ -678,7 +679,7 @@ def summarise(args, tables):
         if model == first:
             continue
         differences[model] = {
-            name: statistics.paired(*matched(clean[first][name], c)) for name, c in columns.items()
+            name: over_images(*matched(clean[first][name], c)) for name, c in columns.items()
         }
         for name, mean_by_image in means.get(model, {}).items():
             ours, theirs = matched(means[first][name], mean_by_image)

@@ -41,6 +41,11 @@ def interval(middle: float, low: float, high: float) -> str:
     return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
+def p_value(p: float) -> str:
+    """A p value as text."""
+    return f"p {p:.2f}" if p >= 0.01 else "p < 0.01"
+
+
 def markdown(rows: list[dict]) -> str:
     """A table with a column for each key; a row may lack some."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -784,7 +784,9 @@ def test_class_folders_inside_an_archive_are_to_be_unpacked(tmp_path, streaming)
         next(iter(loaders.Stream(splits["train"], None, 2)))
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./photos", "~/no-such-photos", "path/to/photos"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./photos", "~/no-such-photos", "path/to/photos"]
+)
 def test_a_path_that_is_not_there_is_said_at_once_and_not_looked_for_on_the_hub(name, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(InputError, match=f"there is no folder '{name}': check the path"):

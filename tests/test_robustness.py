@@ -337,25 +337,6 @@ def test_r_protocol_of_200_classes_agrees_with_masking():
     assert columns["r-1000"]["top1"] == (logits.argmax(-1) == torch.tensor(labels)).tolist()
 
 
-def test_paired_difference_equals_resampling_images_and_mcnemars_sum():
-    rng = np.random.default_rng(0)
-    first = rng.random(400) < 0.8
-    other = np.where(rng.random(400) < 0.1, ~first, first)
-    result = statistics.paired(first, other)
-    rows = rng.integers(0, 400, (10_000, 400))
-    means = (other[rows].astype(int) - first[rows]).mean(1)
-    assert result["difference"] == pytest.approx(other.mean() - first.mean())
-    assert (result["low"], result["high"]) == pytest.approx(
-        np.percentile(means, [2.5, 97.5]), abs=0.004
-    )
-    gained, lost = (other & ~first).sum(), (first & ~other).sum()
-    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (
-        gained + lost
-    )
-    assert result["p_value"] == pytest.approx(min(1, 2 * tail))
-    assert statistics.paired(first, first) == {"difference": 0, "low": 0, "high": 0, "p_value": 1}
-
-
 # --------------------------------------------------------------------------------------------------
 # Runs
 
