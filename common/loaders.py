@@ -77,7 +77,8 @@ def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batch
     keys = ("scale", "ratio", "hflip", "vflip", "aa", "color_jitter", "reprob", "decoder")
     augmentation = {key: getattr(args, key) for key in keys}
     train_transform, eval_transform = transforms(config, **augmentation)
-    size, train = train_batches(args, accelerator, splits["train"], train_transform, loaded)
+    labels = labels_of(args, accelerator, splits["train"])
+    size, train = train_batches(args, accelerator, splits["train"], train_transform, loaded, labels)
     if args.mixup or args.cutmix:
         train = mixed(args, accelerator, train, len(splits["train"].features["label"].names))
     if size < args.batch_size:
@@ -180,7 +181,9 @@ def transforms(
     evaluation = evaluation_transform(config)
     shared = {key: config[key] for key in ("input_size", "interpolation")} | {"normalize": False}
     augmentation = {"scale": scale, "ratio": ratio, "hflip": hflip, "vflip": vflip}
-    augmentation |= {"auto_augment": aa, "color_jitter": color_jitter, "mean": config["mean"]}
+    augmentation |= {"auto_augment": aa, "color_jitter": color_jitter}
+    if aa:
+        augmentation["mean"] = config["mean"]  # fills what a rotation leaves empty
     try:
         train = create_transform(**shared, is_training=True, **augmentation)
     except (AssertionError, KeyError, ValueError) as error:  # timm's parser of policies
@@ -528,10 +531,11 @@ def mixed(args, accelerator, batches: Callable, num_classes: int) -> Callable:
     return mixed_batches
 
 
-def train_batches(args, accelerator, split, transform, loaded):
+def train_batches(args, accelerator, split, transform, loaded, labels=None):
     """The number of training images, and a function of ``epoch`` and ``first``.
 
-    It returns the batches of an epoch after the first ones of this process.
+    It returns the batches of an epoch after the first ones of this process. ``labels`` take the
+    place of the split's own, unless that is a stream.
     """
     if isinstance(split, datasets.IterableDataset):
         known = (split.info.splits or {}).get("train")
@@ -543,7 +547,7 @@ def train_batches(args, accelerator, split, transform, loaded):
             )
         return size, _streamed_batches(args, accelerator, split, transform, loaded)
     decode, transform = _decoder(args, split, transform)
-    dataset = Images(split, transform, args.seed, decode, labels_of(args, accelerator, split))
+    dataset = Images(split, transform, args.seed, decode, labels)
     options = {"sampler": EpochSampler(len(dataset), args.batch_size, args.seed), "drop_last": True}
     options |= {"persistent_workers": args.workers > 0, "batch_size": loaded}
     loader = _loader(args, accelerator, dataset, **options)

@@ -156,8 +156,9 @@ def test_its_decay_is_timms_and_is_written_down(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_have_one_average(tmp_path, images):
-    """Batch norm's statistics, which each has of its own, averaged too."""
+    """Also of images that are mixed: each micro-batch as in one process."""
     changes = {"model": "test_resnet", "model_kwargs": {}, "img_size": 32, "method": "obf"}
+    changes |= {"mixup": 0.5, "cutmix": 0.5}
     path = recipe(tmp_path, images, **EMA, **changes, checkpoint_interval=None)
     command = [*TORCHRUN, "2", "train_imagenet.py", "--recipe", str(path)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}

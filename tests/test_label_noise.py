@@ -6,6 +6,7 @@ import torch
 from helpers import fresh_process, in_process, logged_epochs, recipe, small_recipe, write_folder
 from scipy.stats import chisquare
 
+import measure_forgetting
 import train_imagenet
 from common import data, loaders, settings
 from common.errors import InputError
@@ -74,6 +75,20 @@ def test_a_resumed_run_must_have_the_same_noise(tmp_path, images):
     assert len(logged_epochs(tmp_path / "run")) == 2
     with pytest.raises(InputError, match=r"of a run with label_noise 0\.5, and this one has 0\.25"):
         in_process(path, tmp_path / "run", "--resume", "auto", "--label-noise", "0.25")
+
+
+def test_measuring_a_noisy_run_of_mixed_images_takes_the_datasets_own_labels(
+    tmp_path, images, capsys
+):
+    changes = {"label_noise": 0.5, "mixup": 0.2, "smoothing": 0.1, "save_interval": 1}
+    fresh_process()
+    train_imagenet.main(small_recipe(tmp_path, images, **changes))
+    fresh_process()
+    flags = ["--runs", str(tmp_path / "run"), "--workers", "0", "--m", "4", "--micro-batches", "2"]
+    measure_forgetting.main([*flags, "--output", str(tmp_path / "measured")])
+    assert "the labels are those of the dataset, without the runs' label_noise" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

@@ -369,7 +369,7 @@ def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_mic
 ):
     AcceleratorState._reset_state(True)
     accelerator = build.build_accelerator(
-        Namespace(log_with=None, output=None, torchcompile="eager")
+        Namespace(log_with=None, output=None, torchcompile="eager", freeze=0)
     )
     job = prepared(accelerator, "--method sam --perturb-fraction 0.5", m=8, accumulation=1)
     torch._dynamo.reset()
