@@ -526,8 +526,6 @@ def evaluate_all(args, accelerator, models, opened):
     for model_name, (model, config) in models.items():
         folder, tables[model_name] = predictions.folder_of(args.output, model_name), {}
         weights = fingerprint(model) if main else None
-        layout = loaders.format_name(loaders.memory_format(args.channels_last, model))
-        accelerator.print(f"memory format of {model_name}: {layout}")
         for which, ds in opened.items():
             columns, unreadable = None, []
             if main:
@@ -747,7 +745,8 @@ def open_sets(args, accelerator, models):
             if which.name in args.data and which.name not in sets.HUB:
                 check_fit(model_name, model, which.name, ds)
                 names = labels.label_names(model)
-                accelerator.print(sets.mapping(which.name, ds, names, model_name))
+                if line := sets.mapping(which.name, ds, names, model_name):
+                    accelerator.print(line)
         if stored(ds):
             check_answers(which, ds)
         opened[which] = ds

@@ -392,7 +392,7 @@ def measure_all(args, accelerator, runs, split):
         Runs, epochs and records.
     """
     tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
-    cache, said, hidden = {}, set(), not accelerator.is_main_process
+    cache, hidden = {}, not accelerator.is_main_process
     with (
         accelerator.split_between_processes(tasks) as share,
         progress.bar("measuring", total=len(share), unit="model", disable=hidden) as bar,
@@ -402,10 +402,6 @@ def measure_all(args, accelerator, runs, split):
             layout = loaders.memory_format(args.channels_last, model)
             request = request_of(args, run, epoch, loaders.format_name(layout))
             if not is_measured(record_file(args, epoch), request):
-                line = f"memory format of {run['settings'].model}: {request['memory_format']}"
-                if line not in said:
-                    accelerator.print(line)
-                    said.add(line)
                 model = model.to(accelerator.device, memory_format=layout)
                 batches = open_batches(args, accelerator, split, model, cache)
                 try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import glob
 import logging
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.state import PartialState
+from datasets.data_files import EmptyDatasetError
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -406,15 +408,17 @@ def hub(path: str, name: str, config: str | None = None, **options):
     Raises:
         InputError: it is not there or cannot be loaded, with what to do.
     """
-    there = Path(name).expanduser().exists()
-    if not there:
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:  # at once: the Hub would be asked again and again
-            raise InputError(f"there is no folder {name!r}: check the path") from error
+    place = Path(name).expanduser()
+    if not place.exists():
+        _refuse_missing_folder(name, place)
     try:
-        with _quiet(there):
+        with _quiet(place.exists()):
             return datasets.load_dataset(path, **options | ({"name": config} if config else {}))
+    except (EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
+        raise InputError(
+            f"{name} holds no images: put them in {name}/train/CLASS/FILE and "
+            f"{name}/validation/CLASS/FILE"
+        ) from error
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             raise InputError(
@@ -433,6 +437,18 @@ def hub(path: str, name: str, config: str | None = None, **options):
         ) from error
     except Exception as error:  # the readers of tar, zip, JSON, ... each raise their own
         raise InputError(f"cannot load {name!r}: {explained(error)}{_about_cache()}") from error
+
+
+def _refuse_missing_folder(name, place):
+    """Refuse at once what cannot be on the Hub, or is nearly called like a folder here."""
+    beside = os.listdir(place.parent) if "/" in name and place.parent.is_dir() else []
+    nearest = difflib.get_close_matches(place.name, beside, 1)
+    if nearest:
+        raise InputError(f"there is no folder {name}: did you mean {place.parent / nearest[0]}?")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"there is no folder {name}, and it is no name of a dataset") from error
 
 
 def _about_cache():

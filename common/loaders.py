@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 
 import datasets
@@ -63,15 +64,14 @@ def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batch
     """
     layout = memory_format(args.channels_last, model, accelerator.is_fsdp2)
     args.channels_last = layout is torch.channels_last
-    why = ", as FSDP2 needs" if accelerator.is_fsdp2 else ""
-    accelerator.print(f"memory format: {format_name(layout)}{why}")
+    if accelerator.is_fsdp2 and layout is not memory_format(None, model):
+        accelerator.print("memory format: contiguous, as FSDP2 needs")
     loaded, accumulation, m = split_batch(args, accelerator.num_processes)
     if args.m is None:
         args.m = m
-        processes = accelerator.num_processes
-        accelerator.print(
-            f"m is {m}, what {'a' if processes > 1 else 'the'} process loads at once: set it by --m"
-        )
+        if m < args.batch_size:
+            process = "a process" if accelerator.num_processes > 1 else "the process"
+            accelerator.print(f"m is {m}, what {process} loads at once: set it by --m")
     wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
     config = resolve_data_config(wanted, model=model)
     keys = ("scale", "ratio", "hflip", "vflip", "aa", "color_jitter", "reprob", "decoder")
@@ -635,6 +635,8 @@ def _loader(args, accelerator, dataset, workers=None, **options):
 
 def worker_options(accelerator, workers: int) -> dict:
     """How a ``DataLoader`` of this project runs its workers."""
+    # They are as many as were asked for.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     # Before 3.12, CPython's child can deadlock if it forks while a thread of torch.distributed
     # enters or leaves Python.
     risky = workers > 0 and accelerator.num_processes > 1 and sys.version_info < (3, 12)
@@ -643,12 +645,12 @@ def worker_options(accelerator, workers: int) -> dict:
         "num_workers": workers,
         "pin_memory": accelerator.device.type == "cuda",
         "multiprocessing_context": "spawn" if risky else None,
-        "worker_init_fn": _start_worker,
+        "worker_init_fn": _begin_worker,
     }
 
 
-def _start_worker(_):
-    """Keep freed memory, and outlive signals.
+def _begin_worker(_):
+    """Keep freed memory, and outlive a SIGTERM or Ctrl-C.
 
     A scheduler's SIGTERM reaches workers too, and the main process needs them for a minute. So does
     Ctrl-C, after which the main process ends them.

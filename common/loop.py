@@ -14,7 +14,6 @@ def train_epoch(job: Job, progress, after_update: Callable) -> None:
     ``progress`` says how far the run has come, and is kept up to date. ``after_update`` gets each
     update's loss; it may end the program.
     """
-    job.schedule(progress.updates - progress.skipped)
     if progress.epoch_updates == job.batches.updates:  # resumed between training and evaluation
         return
     job.train_mode(progress.epoch)
@@ -23,6 +22,7 @@ def train_epoch(job: Job, progress, after_update: Callable) -> None:
     loaded = progress.epoch_updates * job.batches.accumulation
     batches = job.batches.train(progress.epoch, loaded)
     while progress.epoch_updates < job.batches.updates:
+        job.schedule(progress.updates - progress.skipped)
         perturb = progress.updates % (job.args.perturb_interval or 1) == 0
         loss = update(job, batches, perturb)
         job.loss_sum += loss
@@ -31,8 +31,7 @@ def train_epoch(job: Job, progress, after_update: Callable) -> None:
         progress.skipped += job.optimizer.step_was_skipped
         if job.ema and not job.optimizer.step_was_skipped:
             job.ema.update(job.model, step=progress.updates - progress.skipped)
-        after_update(loss)  # lr and rho are still those of the update
-        job.schedule(progress.updates - progress.skipped)
+        after_update(loss)
     next(batches, None)  # lets the loader know of the end
 
 

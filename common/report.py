@@ -1,5 +1,6 @@
 """Tables and pictures of training runs, and what all pictures share."""
 
+import itertools
 import json
 import textwrap
 from pathlib import Path
@@ -18,6 +19,7 @@ EDGES = (
 )  # where accuracies of 0 and 1 are drawn: on the logit scale they are infinite
 PERCENT = (0.1, 0.2, 0.5, 1, 2, 5, *range(10, 100, 10), 95, 98, 99, 99.5, 99.8, 99.9)  # ticks
 MAX_CURVES = 20  # that a picture can tell apart
+HIGH = 0.9  # accuracies above it are crowded on a linear axis
 
 
 def table(lines, markdown):
@@ -86,14 +88,14 @@ def band(axis, values, **style):
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's ``metrics.jsonl``; epochs count from 1, ``run`` is the folder."""
+    """The rows of a run's ``metrics.jsonl``; in each, ``run`` is the folder."""
     file = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [{**row, "run": str(folder), "epoch": row["epoch"] + 1} for row in rows]
+    return [{**row, "run": str(folder)} for row in rows]
 
 
 def draw_curves(groups, path):
-    """Loss, accuracy, lr and rho over epochs.
+    """Loss, accuracy, lr and a rho that changes, over epochs; what no run has is left out.
 
     Args:
         groups: by name, ``read_metrics`` of a run, or of all runs that differ in the seed alone.
@@ -107,55 +109,68 @@ def draw_curves(groups, path):
         return np.mean(accuracies[max(accuracies)])
 
     best = sorted(groups, key=final, reverse=True)[:MAX_CURVES]
-    shown = [name for name in groups if name in best]
-    runs = {name: len({row["run"] for row in rows}) for name, rows in groups.items()}
-    colors = plt.get_cmap("tab10" if len(best) <= 10 else "tab20")
-    panels = {"loss": "training loss", held_out: f"top-1 on {held_out}, %"}
-    panels |= {"train": "top-1 in training, %", "lr": "learning rate", "rho": "rho"}
-    curves = {key: {name: series(groups[name], "epoch", key) for name in shown} for key in panels}
-    panels = {key: title for key, title in panels.items() if not needless(key, curves[key])}
-    cells = len(panels) + (len(groups) > 1)  # the legend has a cell of its own
-    columns = min(cells, 3)
-    size = {"figsize": (4 * columns, 3.25 * -(-cells // columns)), "layout": "constrained"}
-    figure, axes = plt.subplots(-(-cells // columns), columns, squeeze=False, **size)
-    caption = [
-        "Loss and accuracy in training are those of augmented images, with SAM at perturbed "
-        "weights."
-    ]
-    for axis, (key, title) in zip(axes.flat, panels.items()):
-        values = [
-            v for curve in curves[key].values() for several in curve.values() for v in several
-        ]
-        accuracy = key in (held_out, "train")
-        if accuracy and max(values) > 0.9:
-            logit_axis(axis, "y", values)
-            caption += [f"The {key} accuracies are on the logit scale."]
-        for i, (name, curve) in enumerate(curves[key].items()):
-            label = f"{name} ({runs[name]} runs)" if runs[name] > 1 else name
-            if accuracy:
-                curve = {epoch: np.clip(several, *EDGES) for epoch, several in curve.items()}
-            band(axis, curve, color=colors(i), label=label, marker=".")
-        if accuracy and max(values) <= 0.9:
-            axis.yaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}")
-        axis.set(xlabel="epoch", title=title)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    if len(groups) > 1:
-        few = f"the {len(best)} best of {len(groups)} settings"
-        options = {"title": few if len(best) < len(groups) else None, "fontsize": 8}
-        handles = axes.flat[0].get_legend_handles_labels()
-        axes.flat[-1].legend(*handles, loc="center", frameon=False, **options)
-    if max(runs.values()) > 1:
-        caption += ["Lines are means over seeds, bands go from the least to the greatest."]
-    save(figure, path, " ".join(caption))
+    shown = {name: rows for name, rows in groups.items() if name in best}
+    runs = {name: len({row["run"] for row in rows}) for name, rows in shown.items()}
+    labels = {name: f"{name} ({runs[name]} runs)" if runs[name] > 1 else name for name in shown}
+    titles = {"loss": "training loss", held_out: f"top-1 on {held_out}, %"}
+    titles |= {"train": "top-1 in training, %", "lr": "learning rate", "rho": "rho"}
+    curves = {key: {n: series(rows, "epoch", key) for n, rows in shown.items()} for key in titles}
+    panels = [key for key in titles if any(curves[key].values())]
+    if "rho" in panels and not any(map(_changes, curves["rho"].values())):
+        panels.remove("rho")
+    top1 = [v for key in (held_out, "train") for v in _values(curves[key])]
+    logits = max(top1) > HIGH
+    grid = {"layout": "constrained", "squeeze": False}
+    columns = min(len(panels), 3 if len(panels) > 4 else 2)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), **grid)
+    for axis, key in itertools.zip_longest(axes.flat, panels):
+        axis.set_visible(key is not None)
+        if key is not None:
+            accuracy = key in (held_out, "train")
+            _draw_panel(axis, curves[key], labels, titles[key], accuracy, logits)
+    if len(shown) > 1:
+        several = f"the {len(shown)} best of {len(groups)} settings"
+        title = several if len(shown) < len(groups) else None
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right", frameon=False, fontsize=8, title=title)
+    save(figure, path, _about_curves(panels, logits, max(runs.values()) > 1))
 
 
-def needless(key, curves):
-    """Whether a panel would show nothing: no value, or one rho all the time."""
-    values = {v for curve in curves.values() for several in curve.values() for v in several}
-    return not values or (key == "rho" and len(values) == 1)
+def _values(curves):
+    return [v for curve in curves.values() for several in curve.values() for v in several]
+
+
+def _changes(curve):
+    return len({value for several in curve.values() for value in several}) > 1
+
+
+def _draw_panel(axis, curves, labels, title, accuracy, logits):
+    """One quantity over epochs, a line for each group of runs."""
+    if accuracy and logits:
+        logit_axis(axis, "y", _values(curves))
+        for name, curve in curves.items():
+            curves[name] = {epoch: np.clip(several, *EDGES) for epoch, several in curve.items()}
+    elif accuracy:
+        axis.yaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}")
+    colors = plt.get_cmap("tab10" if len(curves) <= 10 else "tab20")
+    for i, (name, curve) in enumerate(curves.items()):
+        band(axis, curve, color=colors(i), label=labels[name], marker=".")
+    axis.set(xlabel="epoch", title=title)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _about_curves(panels, logits, several):
+    """What the marks of the picture mean."""
+    parts = ["Loss and accuracy in training are those of augmented images, with SAM at perturbed "]
+    parts.append("weights")
+    parts.append("; accuracies are on the logit scale" if logits else "")
+    rates = "learning rate and rho are" if "rho" in panels else "the learning rate is"
+    parts.append(f"; {rates} that of an epoch's last update.")
+    if several:
+        parts.append(" Lines are means over seeds, bands go from the least to the greatest.")
+    return "".join(parts)
 
 
 def pairs(point: dict) -> str:

@@ -98,12 +98,7 @@ def start(job: Job) -> Progress:
             prepare_folder(output, resolved(args), progress.epoch if continues else None)
     if checkpoint:
         checkpoints.restore(accelerator, job.ema, checkpoint)
-        reached = f"after epoch {progress.epoch}, update {progress.epoch_updates}"
-        if progress.epoch >= args.epochs:
-            reached = (
-                f"a run that has finished: its models are evaluated again (--epochs {args.epochs})"
-            )
-        accelerator.print(f"resuming from {checkpoint}, {reached}")
+        accelerator.print(f"resuming from {checkpoint}: {reached(job, progress, output)}")
     if checkpoint and not continues:
         begin = f"metrics.jsonl, best/ and epochs/ of {output} begin here"
         accelerator.print(f"{begin}: earlier epochs' stay in that run")
@@ -112,6 +107,17 @@ def start(job: Job) -> Progress:
     config = {k: v if isinstance(v, plain) else str(v) for k, v in resolved(args).items()}
     accelerator.init_trackers("sam-obf", config)
     return progress
+
+
+def reached(job: Job, progress: Progress, output: Path) -> str:
+    """How far a resumed run has come, in words."""
+    updates, epochs = job.batches.updates, job.args.epochs
+    trained = progress.epoch + (progress.epoch_updates == updates)  # evaluated or not
+    if trained == epochs:
+        left = "only evaluated again" if (output / "results.json").exists() else "now evaluated"
+        return f"all {epochs} epochs are trained, so the models are {left}"
+    part = "" if trained > progress.epoch else f" and {progress.epoch_updates} of {updates} updates"
+    return f"{trained} of {epochs} epochs{part} are trained"
 
 
 def find_checkpoint(args) -> Path | None:
@@ -134,7 +140,7 @@ def find_checkpoint(args) -> Path | None:
 
 
 def prepare_folder(output: Path, settings: dict, epoch: int | None) -> None:
-    """Keep of an earlier run what it wrote before ``epoch``, or nothing if that is None."""
+    """Keep of an earlier run what it wrote in its first ``epoch`` ones, or nothing if None."""
     if epoch is None:
         for name in ("checkpoints", *MODELS):
             shutil.rmtree(output / name, ignore_errors=True)
@@ -143,7 +149,7 @@ def prepare_folder(output: Path, settings: dict, epoch: int | None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     metrics = output / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
+    kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
     metrics.write_text("".join(f"{line}\n" for line in kept))
     (output / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
@@ -270,10 +276,10 @@ def is_best(job: Job, progress: Progress, top1: float | None) -> bool:
 def log_epoch(
     job: Job, progress: Progress, top1: float | None, ema_top1: float | None = None
 ) -> None:
-    """Write an epoch's line of metrics.jsonl; lr and rho are those at its end."""
+    """Write an epoch's line of metrics.jsonl; lr and rho are those of its last update."""
     updates = job.batches.updates
     loss = progress.loss / updates
-    line = {"epoch": progress.epoch, "loss": loss if math.isfinite(loss) else None}
+    line = {"epoch": progress.epoch + 1, "loss": loss if math.isfinite(loss) else None}
     mixed = job.args.mixup or job.args.cutmix
     line["train"] = None if mixed else progress.right / (updates * job.args.batch_size)
     line[job.batches.held_out] = top1
@@ -356,8 +362,7 @@ def finish(job: Job) -> dict[str, float]:
     results = evaluate_saved(job)
     print_results(job, results)
     write_results(job, results)
-    files = f"{job.args.output}/results.json, metrics.jsonl, curves.png, curves.svg"
-    job.accelerator.print(f"written: {files}")
+    job.accelerator.print(f"written: {job.args.output}/, with results.json and curves.png")
     return {split: result["top1"] for split, result in results["last"].items()}
 
 

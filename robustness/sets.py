@@ -129,17 +129,17 @@ def _is_text(feature):
 
 
 def mapping(name: str, ds, label_names: list[str], model: str) -> str:
-    """A line that says how the classes of a set that fits were taken, for the reader to check."""
+    """What the reader should check of how a set's classes were taken; "" if nothing is unusual.
+
+    Classes that are spelt as the model's outputs are not.
+    """
     classes = classes_of(name, ds, label_names)
-    shown = [
-        f"{label} is output {output}, {label_names[output]}"
-        for label, output in zip(classes[:3], outputs(classes, label_names))
-    ]
-    line = f"{name} for {model}: {'; '.join(shown)}{'; ...' if len(classes) > 3 else ''}"
+    taken = [(label, label_names[i]) for label, i in zip(classes, outputs(classes, label_names))]
+    renamed = [f"{label} is {output}" for label, output in taken if label != output]
+    parts = ["; ".join(renamed[:3] + ["..."] * (len(renamed) > 3))] if renamed else []
     if others := len(label_names) - len(classes):
-        line += f"; the {others} other outputs have no images here, "
-        line += "and are wrong wherever predicted"
-    return line
+        parts.append(f"{others} outputs have no images here, and are wrong wherever predicted")
+    return f"{name} for {model}: {'; '.join(parts)}" if parts else ""
 
 
 def output_order(name: str, ds, label_names: list[str]) -> list[int] | None:

@@ -3,41 +3,66 @@
 import ctypes
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from helpers import ROOT
 
-import eval_robustness
-import finetune_cifar
-import measure_forgetting
-import sweep
-import train_imagenet
-from common import allocator, loaders
+from common import allocator
 
 # How often the system gave the process a page for ten tensors of 64 MiB, one after the other.
-COUNT = """
-import resource, sys
-import numpy
-from common import allocator
-kept = allocator.keep_freed_memory() if sys.argv[1] == "keep" else False
+FAULTS = """
 numpy.ones(2**26, numpy.uint8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     numpy.ones(2**26, numpy.uint8)
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+COUNT = f"""
+import resource, sys
+import numpy
+from common import allocator
+kept = allocator.keep_freed_memory() if sys.argv[1] == "keep" else False
+{FAULTS}"""
+# The same after a script's main() has read its flags, or a loader worker has begun: a child each.
+COUNT_IN_EACH = f"""
+import contextlib, importlib, io, os, resource, sys
+import numpy
+from accelerate import Accelerator
+from common import loaders
+options = loaders.worker_options(Accelerator(cpu=True), 1)
+scripts = {{name: importlib.import_module(name) for name in sys.argv[1].split()}}
+for name in [*scripts, "worker"]:
+    if os.fork():
+        os.wait()
+        continue
+    if name == "worker":
+        options["worker_init_fn"](0)
+    else:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            scripts[name].main(["--help"])
+    kept = name
+{textwrap.indent(FAULTS, "    ")}
+    sys.stdout.flush()
+    os._exit(0)
+"""
+SCRIPTS = "train_imagenet finetune_cifar eval_robustness measure_forgetting sweep"
 PAGES = 10 * 2**26 // os.sysconf("SC_PAGE_SIZE")
+
+
+def output_of(program, *flags, **environment):
+    """What a process of its own prints."""
+    command = [sys.executable, "-c", program, *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def count(what, **environment):
     """Whether memory is kept, and the page faults, in a process of its own."""
-    command = [sys.executable, "-c", COUNT, what]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    kept, faults = done.stdout.split()
+    kept, faults = output_of(COUNT, what, **environment).split()
     return kept == "True", int(faults)
 
 
@@ -56,6 +81,16 @@ def test_a_tensor_gets_the_memory_of_the_one_before_it():
     huge = {"NUMPY_MADVISE_HUGEPAGE": "0"}  # else a fault may bring 512 pages at once
     assert count("keep", **huge) == (True, pytest.approx(0, abs=PAGES // 100))
     assert count("leave", **huge)[1] > PAGES // 2
+
+
+@needs_glibc
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}])
+def test_each_script_and_its_loader_workers_keep_freed_memory_unless_told_otherwise(chosen):
+    lines = output_of(COUNT_IN_EACH, SCRIPTS, NUMPY_MADVISE_HUGEPAGE="0", **chosen).splitlines()
+    faults = {name: int(number) for name, number in map(str.split, lines)}
+    assert list(faults) == [*SCRIPTS.split(), "worker"]
+    kept = [name for name, number in faults.items() if number < PAGES // 100]
+    assert kept == ([] if chosen else list(faults))
 
 
 @needs_glibc
@@ -105,23 +140,3 @@ def test_a_c_library_that_is_not_glibc_is_left_alone(monkeypatch):
     for library in (missing, lambda name: object()):
         monkeypatch.setattr(ctypes, "CDLL", library)
         assert not allocator.keep_freed_memory()
-
-
-class Asked(Exception):
-    """keep_freed_memory() was called."""
-
-
-SCRIPTS = (train_imagenet, finetune_cifar, eval_robustness, measure_forgetting, sweep)
-STARTS = {script.__name__: lambda script=script: script.main([]) for script in SCRIPTS}
-STARTS["a loader worker"] = lambda: loaders._start_worker(0)
-
-
-@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
-def test_each_script_and_each_loader_worker_begins_by_asking_for_it(monkeypatch, start):
-    def asked():
-        raise Asked
-
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process
-    monkeypatch.setattr(allocator, "keep_freed_memory", asked)
-    with pytest.raises(Asked):
-        start()

@@ -16,7 +16,7 @@ from timm.data import ImageNetInfo
 import eval_robustness
 from common import checkpoints
 from common.errors import InputError
-from robustness import corruptions
+from robustness import corruptions, sets
 from robustness.labels import SUBSETS, outputs
 
 INFO = ImageNetInfo("imagenet-1k")
@@ -195,7 +195,21 @@ def test_all_outputs_compete_and_those_without_images_are_said(tmp_path, evaluat
     found = evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")
     assert found["mine"]["top1"] == 0.5
     printed = capsys.readouterr().out
-    assert "mine for reader: cat is output 3, cat; dog is output 5, dog; the 8 other" in printed
+    assert "mine for reader: 8 outputs have no images here, and are wrong wherever" in printed
+
+
+@pytest.mark.parametrize(
+    "classes, words",
+    [
+        (["ant", "bee"], ""),
+        (["Ant", "bee"], "mine for m: Ant is ant"),
+        (["bee"], "mine for m: 1 outputs have no images here, and are wrong wherever predicted"),
+    ],
+)
+def test_only_what_is_unusual_of_how_classes_were_taken_is_said(classes, words):
+    features = datasets.Features({"label": datasets.ClassLabel(names=classes)})
+    ds = datasets.Dataset.from_dict({"label": [0]}, features=features)
+    assert sets.mapping("mine", ds, ["ant", "bee"], "m") == words
 
 
 # --------------------------------------------------------------------------------------------------

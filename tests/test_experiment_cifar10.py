@@ -1,7 +1,5 @@
 """experiments/cifar10: its tables on invented data, and whether its page is up to date."""
 
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest

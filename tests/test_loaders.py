@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -474,3 +475,11 @@ def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, s
 def test_batch_that_does_not_split_names_what_does(values, processes, words):
     with pytest.raises(InputError, match=words):
         loaders.split_batch(batch_settings(**values), processes)
+
+
+def test_torch_does_not_warn_of_as_many_workers_as_were_asked_for(accelerator):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = loaders.worker_options(accelerator, 512)
+        torch.utils.data.DataLoader([1], **options)
+    assert caught == []

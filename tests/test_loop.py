@@ -382,8 +382,10 @@ def test_a_compiled_model_is_not_compiled_at_every_update_for_a_share_of_the_mic
     assert graphs[0] > 0 and graphs[1:] == [0, 0, 0, 0]
 
 
-def test_a_run_that_stopped_with_an_epochs_last_update_goes_on_with_its_last_lr(accelerator):
-    """What comes after the loop belongs to the epoch, wherever it is resumed."""
+def test_a_run_that_stopped_with_an_epochs_last_update_keeps_its_lr_for_what_comes_after(
+    accelerator,
+):
+    """The optimizer's own, from the checkpoint, is that of the last update."""
     model = torch.nn.Linear(3, 2)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     scheduled = []
@@ -391,4 +393,4 @@ def test_a_run_that_stopped_with_an_epochs_last_update_goes_on_with_its_last_lr(
     job = make_job(accelerator, model, optimizer, **options)
     progress = run.Progress(epoch=1, epoch_updates=4, updates=8, skipped=1)
     loop.train_epoch(job, progress, None)
-    assert scheduled == [7] and progress.updates == 8
+    assert scheduled == [] and progress.updates == 8

@@ -107,7 +107,6 @@ def test_small_accuracies_and_small_differences_are_visible(drawn, tmp_path):
     assert {"98.00", "99.00", "0.10", "0.20"} <= set(texts(figure))
 
 
-@pytest.mark.pictures
 def test_pictures_are_png_and_svg(tmp_path):
     report.draw({"a": {"test": measured(0.5, 0.4, 0.6, 10)}}, tmp_path / "accuracy.png")
     for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
@@ -162,20 +161,23 @@ def line_of(axis, label):
     return line
 
 
+def panels_of(figure):
+    """The panels that are shown, by title."""
+    return {axis.get_title(): axis for axis in figure.axes if axis.get_visible()}
+
+
 def test_curves_are_means_over_seeds_with_bands(drawn, tmp_path):
     several = [
         *rows("1", [0.5, 0.8, 0.9], lr=0.1, rho=0.2),
-        *rows("2", [0.7, 0.6], lr=0.1, rho=0.2),
+        *rows("2", [0.7, 0.6], lr=0.1, rho=0.3),
     ]
     runs_report.draw_curves(
         {"sam": several, "base": rows("3", [0.1, 0.2, 1.0], lr=0.1, rho=None)},
         tmp_path / "curves.png",
     )
     figure, caption = drawn["curves"]
-    panels = {axis.get_title(): axis for axis in figure.axes}
-    # no accuracy in training; rho and the learning rate stay the same
-    assert list(panels) == ["training loss", "top-1 on validation, %", "learning rate", ""]
-    accuracy, legend = panels["top-1 on validation, %"], panels[""]
+    panels = panels_of(figure)
+    accuracy, rho = panels["top-1 on validation, %"], panels["rho"]
     assert line_of(accuracy, "sam").get_xydata() == pytest.approx(
         np.array([[1, 0.6], [2, 0.7], [3, 0.9]])
     )
@@ -184,35 +186,40 @@ def test_curves_are_means_over_seeds_with_bands(drawn, tmp_path):
     assert {tuple(np.round(point, 6)) for point in band.get_paths()[0].vertices} >= {
         (1, 0.5), (1, 0.7), (2, 0.6), (2, 0.8),
     }  # fmt: skip
-    assert ["sam (2 runs)", "base"] == [text.get_text() for text in legend.get_legend().get_texts()]
+    assert "top-1 in training, %" not in panels  # runs of an older version had none
+    assert len(line_of(rho, "base").get_xdata()) == 0
+    (legend,) = figure.legends
+    assert ["sam (2 runs)", "base"] == [text.get_text() for text in legend.get_texts()]
     assert "bands" in caption
 
 
-def test_curves_of_one_run_have_no_legend_and_a_rho_that_changes_has_a_panel(drawn, tmp_path):
-    lines = [{**line, "rho": line["epoch"] / 10} for line in rows("1", [0.2, 0.4, 0.5])]
-    runs_report.draw_curves({"sam": lines}, tmp_path / "curves.png")
+def test_one_run_has_no_legend_a_constant_rho_no_panel_and_epochs_are_whole(drawn, tmp_path):
+    runs_report.draw_curves({"run": rows("1", [0.5], lr=0.1, rho=0.05)}, tmp_path / "curves.png")
     figure, caption = drawn["curves"]
-    panels = {axis.get_title(): axis for axis in figure.axes}
-    assert list(panels) == ["training loss", "top-1 on validation, %", "rho"]
-    accuracy = panels["top-1 on validation, %"]
-    assert accuracy.get_yscale() == "linear" and "logit" not in caption
-    assert accuracy.yaxis.get_major_formatter()(0.25) == "25"
-    assert not any(axis.get_legend() for axis in figure.axes)
-    assert all(float(tick).is_integer() for tick in accuracy.xaxis.get_major_locator()())
+    panels = panels_of(figure)
+    assert set(panels) == {"training loss", "top-1 on validation, %", "learning rate"}
+    assert not figure.legends and "rho" not in caption and "bands" not in caption
+    for axis in panels.values():
+        low, high = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
 
 
-def test_accuracies_above_90_percent_are_on_the_logit_scale(drawn, tmp_path):
-    runs_report.draw_curves({"sam": rows("1", [0.2, 0.95])}, tmp_path / "curves.png")
+@pytest.mark.parametrize("highest, scale", [(0.9, "linear"), (0.91, "logit")])
+def test_only_accuracies_above_90_percent_are_on_the_logit_scale(drawn, tmp_path, highest, scale):
+    groups = {"a": rows("1", [0.1, highest]), "b": rows("2", [0.1, 0.2])}
+    runs_report.draw_curves(groups, tmp_path / "curves.png")
     figure, caption = drawn["curves"]
-    scales = {axis.get_title(): axis.get_yscale() for axis in figure.axes}
-    assert scales["top-1 on validation, %"] == "logit" and "logit" in caption
+    axis = panels_of(figure)["top-1 on validation, %"]
+    assert axis.get_yscale() == scale and ("logit" in caption) == (scale == "logit")
+    assert axis.yaxis.get_major_formatter()(0.2) == "20"
+    assert line_of(axis, "b").get_ydata() == pytest.approx([0.1, 0.2])
 
 
 def test_of_many_curves_the_best_are_drawn_and_it_is_said(drawn, tmp_path):
     runs_report.draw_curves(
         {f"lr={i}": rows(str(i), [0.9, i / 50]) for i in range(30)}, tmp_path / "curves.png"
     )
-    legend = drawn["curves"][0].axes[-1].get_legend()
+    (legend,) = drawn["curves"][0].legends
     assert [text.get_text() for text in legend.get_texts()] == [f"lr={i}" for i in range(10, 30)]
     assert legend.get_title().get_text() == "the 20 best of 30 settings"
 
@@ -220,7 +227,7 @@ def test_of_many_curves_the_best_are_drawn_and_it_is_said(drawn, tmp_path):
 def test_metrics_of_an_older_run_without_a_loss_are_read(tmp_path):
     assert runs_report.read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text(
-        json.dumps({"epoch": 0, "loss": None, "test": 0.5}) + "\n"
+        json.dumps({"epoch": 1, "loss": None, "test": 0.5}) + "\n"
     )
     assert runs_report.read_metrics(tmp_path) == [
         {"epoch": 1, "loss": None, "test": 0.5, "run": str(tmp_path)}

@@ -232,12 +232,23 @@ def test_oldest_checkpoints_are_removed_and_the_best_model_kept(tmp_path, images
     ]
 
 
-def test_resuming_a_finished_run_trains_no_more(tmp_path, images):
+def test_resuming_a_finished_run_trains_no_more_and_says_so(tmp_path, images, capsys):
     path = recipe(tmp_path, images, workers=0)
     first = in_process(path, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
     assert in_process(path, tmp_path / "run", "--resume", str(tmp_path / "run")) == first
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    said = "all 3 epochs are trained, so the models are only evaluated again"
+    assert said in capsys.readouterr().out
+
+
+def test_a_resumed_run_says_how_far_it_is(tmp_path, images, capsys):
+    path, first = short_run(tmp_path, images)
+    for step, words in ((7, "1 of 2 epochs and 3 of 4 updates are trained"), (8, "all 2 epochs")):
+        checkpoint = first / "checkpoints" / f"step-{step:08d}"
+        in_process(path, tmp_path / str(step), "--resume", str(checkpoint))
+        assert words in capsys.readouterr().out
 
 
 def test_another_run_s_checkpoint_brings_its_training_but_not_its_models_and_metrics(

@@ -132,7 +132,7 @@ def test_the_final_evaluation_is_of_the_models_that_were_saved(scripted):
 def test_metrics_have_one_line_for_each_epoch_with_its_accuracy(scripted):
     run, _ = scripted
     lines = logged_epochs(run)
-    assert [(line["epoch"], line["validation"]) for line in lines] == list(enumerate(SCRIPTED))
+    assert [(line["epoch"], line["validation"]) for line in lines] == list(enumerate(SCRIPTED, 1))
 
 
 def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeypatch):
@@ -142,7 +142,8 @@ def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeyp
     def recorded(job, batches, perturb):
         before = job.right.item()
         loss = update(job, batches, perturb)
-        seen.append((loss.item(), job.right.item() - before))
+        lr = job.optimizer.param_groups[0]["lr"]
+        seen.append((loss.item(), job.right.item() - before, lr))
         return loss
 
     monkeypatch.setattr(loop, "update", recorded)
@@ -155,12 +156,12 @@ def test_metrics_have_what_the_epoch_trained_with_and_how_well(tmp_path, monkeyp
     updates = len(seen) // 3
     assert updates > 1
     for i, line in enumerate(lines):
-        losses, right = zip(*seen[i * updates : (i + 1) * updates])
+        losses, right, lrs = zip(*seen[i * updates : (i + 1) * updates])
         assert line["loss"] == pytest.approx(sum(losses) / updates)
         assert line["train"] == sum(right) / (4 * updates)
         assert line["rho"] == pytest.approx(0.1 + 0.2 * (line["lr"] - 0.001) / 0.009)
-        assert line["seconds"] > 0
-    assert [line["lr"] for line in lines] == pytest.approx([0.01, 0.0055, 0.001])
+        assert line["epoch"] == i + 1 and line["lr"] == lrs[-1] and line["seconds"] > 0
+    assert lines[1]["lr"] > lines[2]["lr"] > 0.001
     for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         assert (tmp_path / "run" / f"curves.{ending}").read_bytes().startswith(start)
 
@@ -303,7 +304,7 @@ def test_digits_run_leaves_a_checkpoint_that_another_process_opens_with_the_same
         )
     assert results["test"] > 0.5  # four epochs, ten classes
     epochs = logged_epochs(tmp_path / "run")
-    assert [line["epoch"] for line in epochs] == [0, 1, 2, 3]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3, 4]
     assert all(f"loss {line['loss']:.3f}, " in done.stderr for line in epochs)  # an epoch's mean
     assert results["validation"] == max(line["validation"] for line in epochs)
     assert saved["last"]["validation"] == epochs[-1]["validation"]
@@ -359,6 +360,16 @@ def test_m_that_was_not_given_is_said_and_written_into_the_settings(tmp_path, ac
     train_imagenet.main(small_recipe(tmp_path, dataset, m=None, batch_size=6, device_batch_size=3))
     assert "m is 3, what the process loads at once" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())["m"] == 3
+
+
+def test_what_is_as_usual_is_not_said_and_the_last_line_names_the_folder(
+    tmp_path, accelerator, capsys
+):
+    dataset = write_folder(tmp_path / "images", images=4)
+    train_imagenet.main(small_recipe(tmp_path, dataset, m=None, batch_size=4))
+    printed = capsys.readouterr().out
+    assert "m is" not in printed and "memory format" not in printed
+    assert printed.splitlines()[-1].startswith(f"written: {tmp_path / 'run'}/")
 
 
 def test_streamed_folder_trains_and_evaluates_every_validation_image(tmp_path, images):
