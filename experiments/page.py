@@ -1,5 +1,6 @@
 """What the experiments' scripts share: data files, numbers as text, tables on pages."""
 
+import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -77,3 +78,14 @@ def fill(page: Path, script: str, tables: dict[str, Callable[[], list[dict]]]):
     page.write_text(
         place.sub(lambda found: f"{found[1]}\n{markdown(tables[found[2]]())}\n\n", text)
     )
+
+
+def remake(module_doc: str, page: Path, script: str, tables: dict, collect: Callable, argv=None):
+    """Run a page's script as from the command line: ``fill``, after ``--collect`` if asked to."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=module_doc, formatter_class=raw)
+    p.add_argument("--collect", type=Path, metavar="OUTPUTS", help="make data/ from the runs there")
+    args = p.parse_args(argv)
+    if args.collect:
+        collect(args.collect)
+    fill(page, script, tables)
