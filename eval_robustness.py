@@ -22,7 +22,16 @@ from common import allocator, checkpoints, data, loaders, progress, settings
 from common.device import announce, use_fast_kernels
 from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import some
-from robustness import corruptions, labels, predictions, published, report, sets, statistics
+from robustness import (
+    corruptions,
+    labels,
+    mistakes,
+    predictions,
+    published,
+    report,
+    sets,
+    statistics,
+)  # fmt: skip
 from robustness.intervals import over_images
 from robustness.sets import Protocol
 
@@ -318,7 +327,8 @@ def predict(accelerator, model, config, which, ds, args):
     """One pass over a set's images.
 
     Returns:
-        ``statistics.score``'s columns by protocol, and the names of unreadable images.
+        ``add_batch``'s columns by protocol, the surest mistakes by protocol, and the names of
+        unreadable images.
 
     Raises:
         InputError: images were lost on their way, or have no right answer.
@@ -329,7 +339,8 @@ def predict(accelerator, model, config, which, ds, args):
     model = accelerator.prepare_model(model, evaluation_mode=True)
     layout = loaders.memory_format(args.channels_last, model)
     to_input = loaders.to_input(config, torch.float32, layout)
-    columns, unreadable, sent, received = {}, [], 0, 0
+    names = output_names(which.name, ds, model)
+    columns, wrong, unreadable, sent, received = {}, mistakes.Mistakes(), [], 0, 0
     total = variants(args) * len(ds) if stored(ds) else None
     hidden = not accelerator.is_main_process
     with progress.bar(str(which), total=total, unit="image", disable=hidden) as bar:
@@ -340,10 +351,11 @@ def predict(accelerator, model, config, which, ds, args):
             if batch["key"]:
                 logits = finite_logits(accelerator, model, to_input, batch)
                 logits = logits if order is None else logits[:, order]
-                add_batch(columns, which, batch, logits)
+                add_batch(columns, wrong, which, batch, logits, names)
                 bar.update(len(batch["key"]) * accelerator.num_processes)
     check_none_lost(which, args, total, sent, received, len(unreadable))
-    return merge_processes(which, columns), sorted(gather_object(unreadable))
+    tables = merge_processes(which, columns)
+    return tables, merge_mistakes(wrong), sorted(gather_object(unreadable))
 
 
 def picture_loader(accelerator, model, config, which, ds, args):
@@ -384,8 +396,18 @@ def finite_logits(accelerator, model, to_input, batch):
     return logits
 
 
-def add_batch(columns, which, batch, logits):
-    """Append the scores of a batch by protocol."""
+def output_names(name, ds, model) -> list[str]:
+    """The names of a model's outputs as a pass counts them."""
+    names = labels.label_names(model)
+    order = sets.output_order(name, ds, names)
+    return [labels.readable(names[i]) for i in order or range(len(names))]
+
+
+def add_batch(columns, wrong, which, batch, logits, names):
+    """Append the scores of a batch by protocol, and for images as they are what can be read.
+
+    That are ``file``, ``true`` and ``predicted``, names of classes.
+    """
     if max(batch["label"]) >= logits.shape[-1]:
         raise InputError(
             f"{which}: the label {max(batch['label'])} is none of the {logits.shape[-1]} outputs"
@@ -396,7 +418,11 @@ def add_batch(columns, which, batch, logits):
         for name, outputs, answers in labels.right_answers(benchmark, batch):
             protocol = Protocol(name, corruption, severity)
             scores = columns.setdefault(protocol, {})
-            add_scores(scores, logits, outputs, answers, batch["key"])
+            kept = add_scores(scores, logits, outputs, answers, batch["key"])
+            if not batch["corruption"]:
+                own_names = names if outputs is None else [names[i] for i in outputs]
+                add_names(scores, kept, batch["path"], answers, own_names)
+                wrong.add(protocol, batch["image"], kept, scores)
 
 
 def check_none_lost(which, args, total, sent, received, unreadable):
@@ -420,19 +446,34 @@ def check_none_lost(which, args, total, sent, received, unreadable):
         )
 
 
-def add_scores(columns, logits, outputs, answers, keys):
-    """Append the scores of the images that have a right answer."""
+def add_scores(columns, logits, outputs, answers, keys) -> list[int]:
+    """Append the scores of the images that have a right answer; their places in the batch.
+
+    ``label`` is the right answer, or -1 if there are several.
+    """
     kept = [i for i, right in enumerate(answers) if right]
     if not kept:
-        return
+        return kept
     logits = logits[kept] if outputs is None else logits[kept][:, outputs]
     right = torch.zeros(logits.shape, dtype=torch.bool)
     for row, i in enumerate(kept):
         right[row, answers[i]] = True
     scores = statistics.score(logits, right.to(logits.device))
     columns.setdefault("key", []).extend(keys[i] for i in kept)
+    only = [answers[i][0] if len(answers[i]) == 1 else -1 for i in kept]
+    columns.setdefault("label", []).extend(only)
     for name, values in scores.items():
         columns.setdefault(name, []).extend(values.tolist())
+    return kept
+
+
+def add_names(columns, kept, files, answers, names):
+    """Append for the same images their files, and true and predicted classes by name."""
+    true = [" | ".join(names[answer] for answer in answers[i]) for i in kept]
+    predictions = columns["prediction"][-len(kept) :] if kept else []
+    columns.setdefault("file", []).extend(files[i] for i in kept)
+    columns.setdefault("true", []).extend(true)
+    columns.setdefault("predicted", []).extend(names[i] for i in predictions)
 
 
 def merge_processes(which, columns):
@@ -450,6 +491,15 @@ def merge_processes(which, columns):
     if empty := [protocol for protocol, table in tables.items() if not table]:
         raise InputError(f"{which}: no image has a right answer in {empty[0]}: leave it out")
     return tables
+
+
+def merge_mistakes(wrong):
+    """The surest mistakes of all processes by protocol."""
+    by_protocol = {}
+    for part in gather_object([wrong.by_protocol]):
+        for protocol, found in part.items():
+            by_protocol[protocol] = mistakes.surest(by_protocol.get(protocol, []) + found)
+    return by_protocol
 
 
 def merge(parts):
@@ -509,25 +559,30 @@ def request_of(args, accelerator, model_name, weights, config, which, ds, revisi
 
 
 def evaluate_all(args, accelerator, models, opened):
-    """Every model on every pass: columns by model and protocol, and what to say about each pass.
+    """Every model on every pass.
 
-    What was finished before is known to the main process alone, and so are columns and notes.
+    What was finished before is known to the main process alone, and so is what this returns.
 
     Args:
         opened: the sets by pass.
 
+    Returns:
+        Columns by model and protocol; the classes' names by model and protocol's name; and what to
+        say about each pass.
+
     Raises:
         InputError: images cannot be read, have no right answer, or have logits that are not finite.
     """
-    tables, notes, main = {}, {}, accelerator.is_main_process
+    tables, classes, notes, main = {}, {}, {}, accelerator.is_main_process
     revisions = {}
     for which, ds in opened.items() if main else ():
         revisions[which] = sets.revision(which, ds, which.place(args.data))
     for model_name, (model, config) in models.items():
         folder, tables[model_name] = predictions.folder_of(args.output, model_name), {}
+        classes[model_name] = {}
         weights = fingerprint(model) if main else None
         for which, ds in opened.items():
-            columns, unreadable = None, []
+            columns, request = None, None
             if main:
                 request = request_of(
                     args, accelerator, model_name, weights, config, which, ds, revisions[which]
@@ -538,20 +593,56 @@ def evaluate_all(args, accelerator, models, opened):
                 print(f"{model_name} on {which}{done}")
             (missing,) = broadcast_object_list([columns is None])
             if missing:
-                try:
-                    columns, unreadable = predict(accelerator, model, config, which, ds, args)
-                except FloatingPointError as error:
-                    raise InputError(
-                        f"{model_name} on {which}: {error}: leave the model out"
-                    ) from error
-                check_unreadable(which, columns, unreadable)
-                if main:
-                    record = predictions.save(folder, which, request, columns, unreadable)
+                opened_model = (model_name, model, config)
+                columns, record = run_pass(args, accelerator, opened_model, which, ds, request)
             if main:
                 tables[model_name] |= columns
+                classes[model_name] |= record["classes"]
                 note = {**record["request"], "unreadable": record["unreadable"]}
                 notes[f"{model_name} on {which}"] = note
-    return tables, notes
+    return tables, classes, notes
+
+
+def run_pass(args, accelerator, opened_model, which, ds, request):
+    """Evaluate a model on a pass; the main process saves, and draws the surest mistakes.
+
+    Args:
+        opened_model: name, model and data config.
+
+    Returns:
+        ``predictions.COLUMNS`` by protocol, and what was saved of the pass beside them.
+
+    Raises:
+        InputError: as ``evaluate_all`` does.
+    """
+    model_name, model, config = opened_model
+    try:
+        columns, wrong, unreadable = predict(accelerator, model, config, which, ds, args)
+    except FloatingPointError as error:
+        raise InputError(f"{model_name} on {which}: {error}: leave the model out") from error
+    check_unreadable(which, columns, unreadable)
+    if not accelerator.is_main_process:
+        return None, None
+    folder, root = predictions.folder_of(args.output, model_name), which.place(args.data)
+    names = class_names(which, ds, model)
+    record = predictions.save(folder, which, request, columns, unreadable, names, root)
+    for protocol, found in wrong.items():
+        wrong_ones = (~columns[protocol]["top1"]).sum()
+        title = f"{model_name} on {protocol}: the {len(found)} surest of {wrong_ones} mistakes"
+        path = folder / f"mistakes-{protocol}.png"
+        path.unlink(missing_ok=True)
+        if found:
+            mistakes.draw_mistakes(found, title, path)
+    return predictions.without_names(columns), record
+
+
+def class_names(which, ds, model) -> dict[str, list[str]]:
+    """What the columns of a pass number as classes, by the protocol's name."""
+    names, by_protocol = output_names(which.name, ds, model), {}
+    for benchmark in which.serves:
+        for name, outputs, _ in labels.right_answers(benchmark, {"label": [], "path": []}):
+            by_protocol[name] = names if outputs is None else [names[i] for i in outputs]
+    return by_protocol
 
 
 def earlier_passes(output):
@@ -611,8 +702,9 @@ def write_csv(folder, models, results):
             measures, setting = results[name][protocol], published.timm_setting(config)
             row = {"model": name, "img_size": setting["img_size"]}
             for key in ("top1", "top5"):
-                row[key] = f"{100 * measures[key]:.3f}"
-                row[f"{key}_err"] = f"{100 - 100 * measures[key]:.3f}"
+                known = key in measures  # there is no top-5 of five classes
+                row[key] = f"{100 * measures[key]:.3f}" if known else ""
+                row[f"{key}_err"] = f"{100 - 100 * measures[key]:.3f}" if known else ""
             row["param_count"] = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
             rows.append(row | {key: setting[key] for key in ("crop_pct", "interpolation")})
         with (folder / f"results-{protocol}.csv").open("w", newline="") as file:
@@ -662,7 +754,15 @@ def effective_robustness(tables, pairs) -> dict:
     return by_model
 
 
-def summarise(args, tables):
+def measures(table, names) -> dict:
+    """``statistics.classification`` of a table, without a top-5 that is always right."""
+    found = statistics.classification(table)
+    if len(names) <= 5:
+        del found["top5"]
+    return found
+
+
+def summarise(args, tables, classes):
     """What results.json says of all models' columns, by model and protocol."""
     clean = {}
     for model, columns in tables.items():
@@ -670,7 +770,7 @@ def summarise(args, tables):
     results, differences, means, on_corrupted = {}, {}, {}, {}
     first = args.model[0]
     for model, columns in clean.items():
-        results[model] = {name: statistics.classification(c) for name, c in columns.items()}
+        results[model] = {name: measures(c, classes[model][name]) for name, c in columns.items()}
         if args.corrupt or "c" in args.data:
             means[model] = by_image(tables[model])
             on_corrupted[model] = corrupted(tables[model], means[model])
@@ -699,8 +799,9 @@ def write_results(output, summary, notes):
     draft = output / "results.json.draft"
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(output / "results.json")
-    for old in output.glob("effective_robustness.*"):  # pictures of other results
-        old.unlink()
+    for pattern in ("effective_robustness.*", "corrupted-*"):  # pictures of other results
+        for old in output.glob(pattern):
+            old.unlink()
 
 
 def show(args, models, summary, words, notes):
@@ -718,6 +819,14 @@ def show(args, models, summary, words, notes):
             print(f"{name}: left out {len(unreadable)} images that cannot be read: {shown}")
 
 
+def draw_confusions(output, tables, classes):
+    """Draw which class was taken for which, for each model and set of few classes."""
+    for model, protocol, table in mistakes.one_answer_each(tables):
+        path = predictions.folder_of(output, model) / f"confusion-{protocol}.png"
+        title = f"{model} on {protocol}: {table['top1'].mean():.1%} of {len(table['key'])} right"
+        mistakes.draw_confusions(table, classes[model][protocol.name], title, path)
+
+
 def draw(output, summary) -> list[str]:
     """Draw the pictures that there is something for; returns their names."""
     names = []
@@ -727,6 +836,10 @@ def draw(output, summary) -> list[str]:
     if summary["effective_robustness"]:
         report.draw_effective(summary["effective_robustness"], output / "effective_robustness.png")
         names.append("effective_robustness")
+    corrupted_sets = {name for by_set in summary.get("corrupted", {}).values() for name in by_set}
+    for name in sorted(corrupted_sets):
+        report.draw_corrupted(summary["corrupted"], name, output / f"corrupted-{name}.png")
+        names.append(f"corrupted-{name}")
     return names
 
 
@@ -768,16 +881,19 @@ def main(argv=None):
         passes = [f"{model} on {which}" for model in models for which in opened]
         files = f"{output}/results.json and accuracy.png"
         settings.announce_replacement(files, earlier_passes(output), passes)
-    tables, notes = evaluate_all(args, accelerator, models, opened)
+    tables, classes, notes = evaluate_all(args, accelerator, models, opened)
     if not accelerator.is_main_process:
         return None
-    summary, words = summarise(args, tables)
+    summary, words = summarise(args, tables, classes)
     write_results(output, summary, notes)
     if args.csv:
         write_csv(output, models, summary["results"])
+    mistakes.write_per_class(output / "per_class.csv", tables, classes)
     show(args, models, summary, words, notes)
     drawn = "".join(f", {name}.png, {name}.svg" for name in draw(output, summary))
-    print(f"\nwritten: {output}/results.json{drawn}, predictions/")
+    draw_confusions(output, tables, classes)
+    print(f"\nwritten: {output}/results.json, per_class.csv{drawn}")
+    print(f"written: {output}/predictions/, with pictures of confused classes and of mistakes")
     return summary["results"]
 
 

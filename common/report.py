@@ -33,14 +33,14 @@ def table(lines, markdown):
             print("|" + "|".join(" --- " for _ in line) + "|")
 
 
-def save(figure, path, caption):
+def save(figure, path, caption, suffixes=(".png", ".svg"), dpi=150):
     """Write a picture as PNG and as SVG, below it what its marks mean."""
     caption = caption.replace(" %", "\N{NO-BREAK SPACE}%")
     figure.supxlabel(textwrap.fill(caption, int(13 * figure.get_figwidth())), fontsize=9)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # once is enough
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150)
+    for suffix in suffixes:
+        figure.savefig(path.with_suffix(suffix), dpi=dpi)
     plt.close(figure)
 
 

@@ -18,6 +18,7 @@ CLASSES = {
 
 _INFO = ImageNetInfo("imagenet-1k")
 WORDNET = _INFO.label_names()  # the ids of ImageNet's 1000 classes, in their order
+_IDS = frozenset(WORDNET)
 
 
 def _plain(name):
@@ -182,6 +183,11 @@ def label_names(model) -> list[str]:
     if isinstance(names, dict):  # by output, as timm allows
         names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
     return [str(name) for name in names]
+
+
+def readable(name: str) -> str:
+    """A label name, a WordNet id of ImageNet's with its words: "n01440764 tench, Tinca tinca"."""
+    return f"{name} {_INFO.index_to_description(WORDNET.index(name))}" if name in _IDS else name
 
 
 def right_answers(benchmark, batch):

@@ -13,6 +13,9 @@ from robustness import corruptions
 from robustness.labels import right_answers
 from robustness.sets import Pass, Protocol
 
+# What a pass knows of each image, beside names; "file", "true" and "predicted" are on the disk.
+COLUMNS = ("key", "label", "prediction", "top1", "top5", "nll", "confidence")
+
 
 def folder_of(output: str, model_name: str) -> Path:
     """Where a model's predictions are kept."""
@@ -35,8 +38,10 @@ def finished(folder: Path, which: Pass, request: dict):
         tables = {}
         for protocol in protocols(which, corrupted=bool(request["corrupt"])):
             if str(protocol) in record["protocols"]:
-                table = pq.read_table(folder / f"{protocol}.parquet").to_pydict()
+                file = folder / f"{protocol}.parquet"
+                table = pq.read_table(file, columns=list(COLUMNS)).to_pydict()
                 tables[protocol] = {key: np.asarray(values) for key, values in table.items()}
+                record["classes"][protocol.name]  # older passes have none
     except (OSError, ValueError, KeyError, TypeError):
         return None, None, None
     return tables, record, []
@@ -52,14 +57,43 @@ def protocols(which: Pass, corrupted: bool) -> list[Protocol]:
     return [Protocol(name, *kind) for name in rows for kind in kinds]
 
 
-def save(folder: Path, which: Pass, request: dict, tables: dict, unreadable: list[str]) -> dict:
-    """Write each protocol's columns as Parquet, and last the record that the pass is finished."""
+def without_names(tables: dict) -> dict:
+    """A pass's tables with ``COLUMNS`` alone, since names of many images are long."""
+    return {
+        protocol: {key: table[key] for key in COLUMNS if key in table}
+        for protocol, table in tables.items()
+    }
+
+
+def as_arrow(table: dict, root: str | None) -> pa.Table:
+    """A protocol's columns for Parquet: files below ``root``, each class's name stored once."""
+    columns = dict(table)
+    if "file" in table:
+        below = f"{Path(root).expanduser()}/" if root else ""
+        files = [file and str(file).removeprefix(below) for file in table["file"].tolist()]
+        columns["file"] = pa.array(files, pa.string())
+    for name in {"true", "predicted"} & set(table):
+        columns[name] = pa.array(table[name].tolist(), pa.string()).dictionary_encode()
+    return pa.table(columns)
+
+
+def save(
+    folder: Path, which: Pass, request: dict, tables: dict, unreadable: list[str],
+    classes: dict[str, list[str]], root: str | None = None,
+) -> dict:  # fmt: skip
+    """Write each protocol's columns as Parquet, and last the record that the pass is finished.
+
+    Args:
+        classes: their names by the protocol's.
+        root: the folder that holds the images; files are named below it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record_file = folder / f"{which}.json"
     record_file.unlink(missing_ok=True)  # it speaks for the tables, which are about to change
     for protocol, table in tables.items():
-        pq.write_table(pa.table(table), folder / f"{protocol}.parquet")
+        pq.write_table(as_arrow(table, root), folder / f"{protocol}.parquet")
     names = [str(protocol) for protocol in tables]
     record = {"request": request, "protocols": names, "unreadable": unreadable}
+    record["classes"] = classes
     record_file.write_text(json.dumps(record, indent=2) + "\n")
     return record

@@ -31,12 +31,14 @@ def points(value):
 
 def show(results, differences, markdown):
     """Print every model's measures by benchmark, and the differences to the first model."""
-    lines = [["model", "benchmark", "images", "top-1 %", "95 %", "top-5 %", "NLL", "ECE %"]]
-    for model, benchmarks in results.items():
-        for benchmark, r in benchmarks.items():
-            interval = f"{percent(r['top1_low'])} to {percent(r['top1_high'])}"
-            measures = [percent(r["top1"]), interval, percent(r["top5"]), f"{r['nll']:.3f}"]
-            lines.append([model, benchmark, str(r["examples"]), *measures, percent(r["ece"])])
+    rows = [(m, b, r) for m, benchmarks in results.items() for b, r in benchmarks.items()]
+    top5 = ["top-5 %"] if any("top5" in r for *_, r in rows) else []
+    lines = [["model", "benchmark", "images", "top-1 %", "95 %", *top5, "NLL", "ECE %"]]
+    for model, benchmark, r in rows:
+        cells = [model, benchmark, str(r["examples"]), percent(r["top1"])]
+        cells.append(f"{percent(r['top1_low'])} to {percent(r['top1_high'])}")
+        cells += [percent(r["top5"]) if "top5" in r else "-"] if top5 else []
+        lines.append([*cells, f"{r['nll']:.3f}", percent(r["ece"])])
     print()
     report.table(lines, markdown)
     lines = [["model", "benchmark", "top-1 points", "95 %", "p"]]
@@ -54,22 +56,22 @@ def show(results, differences, markdown):
 
 
 def show_corrupted(corrupted, markdown):
-    """Print top-1 by model, set, corruption and severity; means and their differences.
+    """Print top-1 by set and corruption, mean over severities, a column for each model.
 
-    The means are over corruptions.
+    Then the differences of the means over corruptions.
     """
-    summaries = []
-    for model, by_set in corrupted.items():
-        summaries += [(model, name, summary) for name, summary in by_set.items()]
-    if not summaries:
+    if not any(corrupted.values()):
         return
-    tops = [top1 for *_, summary in summaries for top1 in summary["corruptions"].values()]
-    severities = sorted({severity for top1 in tops for severity in top1})
-    print("\nTop-1 on corrupted images, %, by severity (normal intervals over images):\n")
-    lines = [["model", "benchmark", "corruption", *severities, "mean %", "95 %"]]
-    for model, name, summary in summaries:
-        lines += _corruption_lines(model, name, summary, severities)
+    print(
+        "\nTop-1 on corrupted images, %, mean over severities; the last rows are the mean over"
+        "\ncorruptions and its normal 95 % interval over images:\n"
+    )
+    names = short_names(corrupted)
+    lines = [["benchmark", "corruption", *names.values()]]
+    for name in dict.fromkeys(name for by_set in corrupted.values() for name in by_set):
+        lines += _corruption_lines(name, [by_set.get(name) for by_set in corrupted.values()])
     report.table(lines, markdown)
+    summaries = [(m, name, s) for m, by_set in corrupted.items() for name, s in by_set.items()]
     lines = [["model", "benchmark", "top-1 points", "95 %"]]
     for model, name, summary in summaries:
         if d := summary.get("difference_to_first"):
@@ -86,15 +88,65 @@ def show_corrupted(corrupted, markdown):
             print(f"{model} on {name}: mean error {percent(1 - summary['mean'])} %; mCE {mce}")
 
 
-def _corruption_lines(model, name, summary, severities):
-    lines, empty = [], [""] * len(severities)
-    if summary["clean"] is not None:
-        lines.append([model, name, "none: clean", *empty, percent(summary["clean"]), ""])
-    for corruption, top1 in summary["corruptions"].items():
-        cells = [percent(top1[severity]) if severity in top1 else "-" for severity in severities]
-        lines.append([model, name, corruption, *cells, percent(np.mean(list(top1.values()))), ""])
-    interval = f"{percent(summary['low'])} to {percent(summary['high'])}"
-    return [*lines, [model, name, "mean", *empty, percent(summary["mean"]), interval]]
+def _corruption_lines(name, summaries):
+    """A set's lines, a cell for each model's summary; None where it has not seen the set."""
+
+    def line(what, cell):
+        return [name, what, *("-" if summary is None else cell(summary) for summary in summaries)]
+
+    def mean_top1(corruption):
+        def cell(summary):
+            top1 = summary["corruptions"].get(corruption)
+            return percent(np.mean(list(top1.values()))) if top1 else "-"
+
+        return cell
+
+    seen = [summary for summary in summaries if summary is not None]
+    lines = []
+    if any(summary["clean"] is not None for summary in seen):
+        lines.append(
+            line("none: clean", lambda s: "-" if s["clean"] is None else percent(s["clean"]))
+        )
+    kinds = dict.fromkeys(kind for summary in seen for kind in summary["corruptions"])
+    lines += [line(kind, mean_top1(kind)) for kind in kinds]
+    lines.append(line("mean", lambda s: percent(s["mean"])))
+    return [*lines, line("95 %", lambda s: f"{percent(s['low'])} to {percent(s['high'])}")]
+
+
+def draw_corrupted(corrupted, name, path):
+    """Top-1 on a set by severity, a panel for each corruption and a line for each model.
+
+    Args:
+        corrupted: the models' summaries by set.
+        name: of the set.
+    """
+    names = short_names(corrupted)
+    summaries = {names[m]: by_set[name] for m, by_set in corrupted.items() if name in by_set}
+    kinds = list(dict.fromkeys(kind for s in summaries.values() for kind in s["corruptions"]))
+    columns = min(len(kinds), 5 if len(kinds) > 9 else 3)
+    rows = -(-len(kinds) // columns)
+    grid = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    size = (2.4 * columns + 1.5, 1 + 1.9 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, **grid)
+    for axis, kind in itertools.zip_longest(axes.flat, kinds):
+        axis.set_visible(kind is not None)
+        for i, (model, summary) in enumerate(summaries.items()):
+            top1 = {int(key): value for key, value in summary["corruptions"].get(kind, {}).items()}
+            if summary["clean"] is not None:
+                top1[0] = summary["clean"]
+            severities = sorted(top1)
+            values = [100 * top1[severity] for severity in severities]
+            axis.plot(severities, values, color=f"C{i}", marker=".", label=model)
+        axis.set_title(kind, fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("top-1, %", fontsize=10)
+    if len(summaries) > 1:
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", frameon=False, fontsize=8)
+    caption = f"Top-1 on {name} by severity of each corruption"
+    clean = any(summary["clean"] is not None for summary in summaries.values())
+    report.save(figure, path, f"{caption}{'; 0: as the images are' if clean else ''}.")
 
 
 def show_published(published_by_model, markdown):

@@ -357,3 +357,50 @@ def test_correlations_stand_in_their_columns(capsys):
     assert line.split()[-2:] == ["-", "+0.75"]  # of the second interval, one end is not a number
     assert other.endswith("-0.40 to -0.05  -")  # nothing fixed
     assert " -0.50 " in of_gap
+
+
+def test_a_top5_that_is_always_right_is_not_shown(capsys):
+    few = {key: value for key, value in measures(0.5).items() if key != "top5"}
+    report.show({"m": {"few": few}}, {}, markdown=True)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert "top-5 %" not in cells(lines[0]) and len(cells(lines[2])) == 7
+    report.show({"m": {"few": few, "many": measures(0.5)}}, {}, markdown=True)
+    lines = capsys.readouterr().out.strip().splitlines()
+    place = cells(lines[0]).index("top-5 %")
+    assert [cells(line)[place] for line in lines[2:]] == ["-", "60.00"]
+
+
+def corrupted_summary(blur, noise):
+    return {
+        "clean": 0.9, "corruptions": {"blur": dict(zip("123", blur)), "noise": {"1": noise}},
+        "mean": 0.5, "low": 0.4, "high": 0.6,
+    }  # fmt: skip
+
+
+CORRUPTED = {
+    "out/a/last": {"mine": corrupted_summary([0.8, 0.6, 0.4], 0.3)},
+    "out/b/last": {"mine": corrupted_summary([0.7, 0.5, 0.3], 0.2)},
+}
+
+
+def test_corruptions_go_down_and_models_across(capsys):
+    report.show_corrupted(CORRUPTED, markdown=True)
+    lines = [cells(x) for x in capsys.readouterr().out.splitlines() if x.startswith("|")]
+    assert lines[0] == ["benchmark", "corruption", "a", "b"]
+    assert lines[2:] == [
+        ["mine", "none: clean", "90.00", "90.00"], ["mine", "blur", "60.00", "50.00"],
+        ["mine", "noise", "30.00", "20.00"], ["mine", "mean", "50.00", "50.00"],
+        ["mine", "95 %", *["40.00 to 60.00"] * 2],
+    ]  # fmt: skip
+
+
+def test_the_picture_of_corruptions_has_a_line_a_model_from_clean_to_the_worst(drawn, tmp_path):
+    report.draw_corrupted(CORRUPTED, "mine", tmp_path / "corrupted.png")
+    figure, caption = drawn["corrupted"]
+    blur, noise = figure.axes
+    assert (blur.get_title(), noise.get_title()) == ("blur", "noise") and "mine" in caption
+    assert line_of(blur, "b").get_xydata() == pytest.approx(
+        np.array([[0, 90], [1, 70], [2, 50], [3, 30]])
+    )
+    assert line_of(noise, "a").get_ydata() == pytest.approx([90, 30])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
