@@ -54,6 +54,7 @@ def test_each_process_draws_noise_of_its_own(processes):
     assert not torch.isclose(one["noise"], two["noise"]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_batch_norm_is_the_mean_over_processes_before_it_is_evaluated(processes, epoch):
     (one, two), _ = processes
