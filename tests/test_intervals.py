@@ -152,7 +152,7 @@ def test_kendall_over_settings_has_the_exact_permutation_p_value():
 
 def test_what_the_method_alone_explains_is_not_found_within_methods():
     rng, found = np.random.default_rng(1), {"method": 0, "all": 0}
-    for _ in range(150):
+    for _ in range(60):
         method = np.repeat([0, 1], 10)
         runs = made(
             3 * method + rng.normal(size=20), 3 * method + rng.normal(size=20), method, seeds=2
@@ -160,7 +160,7 @@ def test_what_the_method_alone_explains_is_not_found_within_methods():
         for within in found:
             test = intervals.kendall_test(runs.assign(all=0), "x", "y", within, resamples=199)
             found[within] += test["p_value"] <= 0.05
-    assert found["method"] < 0.1 * 150 and found["all"] > 0.5 * 150
+    assert found["method"] <= 6 and found["all"] > 30
 
 
 def test_variance_explained_and_the_ceiling_of_tau_are_those_of_simulated_settings():
