@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every target of this project that is a time, a memory or an accuracy: each figure beside its target. Nothing else should run
-# on the machine meanwhile. About an hour on two cores; PYTHON names the interpreter, TIMM a checkout of timm's repository.
+# on the machine meanwhile. About an hour and a half on two cores; PYTHON names the interpreter, TIMM a checkout of timm's repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -17,19 +17,17 @@ fi
 "$python" benchmarks/step.py --device cpu --models vit_small_patch32_224 resnet50 --rounds 9
 "$python" benchmarks/step.py --device cpu --models mlp --rounds 31
 
-title "Training runs, beside timm's train.py"
+title "A CPU beside timm: training, evaluation, and training input"
 if [ -n "${TIMM:-}" ]; then
-    "$python" benchmarks/training.py --timm "$TIMM"
+    PYTHON=$python bash benchmarks/cpu.sh
 else
-    echo "left out: TIMM must name a checkout of huggingface/pytorch-image-models"
+    echo "training and evaluation are left out: TIMM must name a checkout of huggingface/pytorch-image-models"
+    "$python" benchmarks/loader.py
+    "$python" benchmarks/loader.py --size 4032 3024 --images 16 --batch-size 8
 fi
-
-title "Training input, beside timm's loader"
-"$python" benchmarks/loader.py
 
 title "Keeping freed memory"
 "$python" benchmarks/allocator.py
-if [ -n "${TIMM:-}" ]; then "$python" benchmarks/allocator.py --timm "$TIMM"; fi
 
 title "Evaluation, beside timm's validation"
 "$python" benchmarks/evaluation.py --rounds 9

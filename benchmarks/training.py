@@ -6,9 +6,9 @@ workers, precision, memory format and optimizer, and evaluate and save after eac
 first epoch are left out. They take turns, a run each, and a ratio compares two runs of the same
 round. train.py is no part of timm's package:
 
-    git clone --branch v1.0.28 https://github.com/huggingface/pytorch-image-models python
-    benchmarks/training.py --timm pytorch-image-models python benchmarks/training.py --timm
-    pytorch-image-models --amp bf16 --folder imagenet --images 1281167
+    git clone --branch v1.0.28 https://github.com/huggingface/pytorch-image-models
+    python benchmarks/training.py --timm pytorch-image-models
+    python benchmarks/training.py --timm CHECKOUT --amp bf16 --folder imagenet --images 1281167
 """
 
 import argparse

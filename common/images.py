@@ -69,6 +69,8 @@ def decode(image: dict | None, turn: bool = True, reduce=None) -> Image.Image:
 
 def _orientation(opened):
     """The Exif tag; 1, upright, where the tags are damaged, as viewers have it."""
+    if opened.format == "JPEG" and not {"exif", "xmp"} & opened.info.keys():
+        return 1
     try:
         return opened.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # PIL's reader of tags has no class of its own

@@ -21,7 +21,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import Compose, Normalize, v2
 
 from common import allocator, images
-from common.crops import CropOfFile
+from common.crops import CropOfFile, lighter
 from common.data import explained, noisy_labels
 from common.errors import InputError
 
@@ -299,7 +299,7 @@ def _decoder(args, split, transform):
     turn = images.is_turned(split.features["label"].names)
     if args.decoder == "pil":
         crop, *others = transform.transforms
-        return CropOfFile(crop, turn), Compose(others)
+        return CropOfFile(crop, turn), Compose([lighter(step) for step in others])
     # "spawn", since workers may be spawned: those that are forked can use such a lock too.
     unsaid = multiprocessing.get_context("spawn").Lock()
     return functools.partial(images.decode_to_tensor, unsaid=unsaid, turn=turn), transform

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -140,3 +141,28 @@ def test_training_draws_the_same_crops_and_flips(tmp_path, accelerator):
         for pixels, expected in zip(batch["image"], whole.__getitems__(keys)):
             difference = (pixels.int() - expected["image"].int()).abs().float().mean()
             assert difference < 1.5  # a flip or another place would be tens
+
+
+@pytest.mark.parametrize("hflip", [0.0, 0.3, 1.0])
+def test_small_images_are_bit_for_bit_those_of_timms_own_transforms(tmp_path, hflip):
+    kinds = [("JPEG", "RGB", None), ("JPEG", "L", 6), ("PNG", "RGB", None), ("JPEG", "RGB", 3)]
+    for i, (format, mode, orientation) in enumerate(kinds):
+        (tmp_path / f"class{i % 2}").mkdir(exist_ok=True)
+        file = photograph(42 + i, 32, format, mode, orientation)["bytes"]
+        (tmp_path / f"class{i % 2}" / f"{i}.{format.lower()}").write_bytes(file)
+    split = data.image_folder(str(tmp_path))
+    config = {"input_size": (3, 32, 32), "interpolation": "bicubic", "crop_pct": 1.0}
+    config["crop_mode"] = "center"
+    transform, _ = loaders.transforms(config, scale=(0.05, 1.0), ratio=(0.75, 1.3), hflip=hflip)
+    decode, rest = loaders._decoder(argparse.Namespace(decoder="pil"), split, transform)
+    keys = [(epoch, index) for epoch in range(20) for index in range(4)]
+    own = loaders.Images(split, rest, 7, decode).__getitems__(keys)
+    for example, expected in zip(own, loaders.Images(split, transform, 7).__getitems__(keys)):
+        assert example["image"].dtype is torch.uint8
+        assert torch.equal(example["image"], expected["image"])
+
+
+def test_a_jpeg_whose_orientation_is_in_its_xmp_alone_is_turned():
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(file, "JPEG", xmp=b'<x tiff:Orientation="6"/>')
+    assert images.decode({"bytes": file.getvalue(), "path": None}).size == (20, 30)
