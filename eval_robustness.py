@@ -419,7 +419,7 @@ def add_batch(columns, wrong, which, batch, logits, names):
             protocol = Protocol(name, corruption, severity)
             scores = columns.setdefault(protocol, {})
             kept = add_scores(scores, logits, outputs, answers, batch["key"])
-            if not batch["corruption"]:
+            if kept and not batch["corruption"]:
                 own_names = names if outputs is None else [names[i] for i in outputs]
                 add_names(scores, kept, batch["path"], answers, own_names)
                 wrong.add(protocol, batch["image"], kept, scores)
@@ -470,7 +470,7 @@ def add_scores(columns, logits, outputs, answers, keys) -> list[int]:
 def add_names(columns, kept, files, answers, names):
     """Append for the same images their files, and true and predicted classes by name."""
     true = [" | ".join(names[answer] for answer in answers[i]) for i in kept]
-    predictions = columns["prediction"][-len(kept) :] if kept else []
+    predictions = columns["prediction"][-len(kept) :]
     columns.setdefault("file", []).extend(files[i] for i in kept)
     columns.setdefault("true", []).extend(true)
     columns.setdefault("predicted", []).extend(names[i] for i in predictions)

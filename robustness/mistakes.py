@@ -28,12 +28,12 @@ class Mistakes:
 
         Args:
             images: uint8 (batch, 3, height, width).
-            kept: the places in the batch of the images that have a right answer.
+            kept: the places in the batch of the images that have a right answer, one at least.
             columns: the protocol's so far, lists that end with these images.
         """
         found = self.by_protocol.setdefault(protocol, [])
         names = ("top1", "confidence", "file", "true", "predicted", "key")
-        rows = zip(*(columns[name][-len(kept) :] for name in names)) if kept else ()
+        rows = zip(*(columns[name][-len(kept) :] for name in names))
         for place, (right, confidence, file, true, predicted, key) in zip(kept, rows):
             if not right and (len(found) < MOST or confidence > found[-1][0]):
                 text = (file or f"image {key}", true, predicted)
