@@ -485,7 +485,7 @@ def merge_processes(which, columns):
     parts = gather_object([columns])
     protocols = sorted({protocol for part in parts for protocol in part}, key=str)
     tables = {
-        protocol: merge([part[protocol] for part in parts if part.get(protocol, {}).get("key")])
+        protocol: merge([part[protocol] for part in parts if part.get(protocol)])
         for protocol in protocols
     }
     if empty := [protocol for protocol, table in tables.items() if not table]:
