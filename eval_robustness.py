@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from timm.data import resolve_data_config
 
-from common import allocator, checkpoints, loaders, progress, settings
+from common import allocator, checkpoints, data, loaders, progress, settings
 from common.device import announce, use_fast_kernels
 from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import some
@@ -32,6 +32,7 @@ from robustness import (
     sets,
     statistics,
 )  # fmt: skip
+from robustness.intervals import over_images
 from robustness.sets import Protocol
 
 BENCHMARKS = ("imagenet", "real", "a-clean", "r-clean", "v2", "r", "a", "sketch", "digits")
@@ -43,6 +44,7 @@ def parser() -> settings.Parser:
     p = settings.Parser(description=__doc__, allow_abbrev=False, epilog=settings.DEFAULTS)
     text = "folders of trained models (OUTPUT/best) or timm names (required)"
     p.add_argument("--model", nargs="+", required=True, help=text)
+    settings.add_checkpoint_flags(p.add_argument, nargs="+")
     text = "sets to evaluate on (those of --data; without either, says which fit the models)"
     p.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=[], help=text)
     text = (
@@ -50,6 +52,7 @@ def parser() -> settings.Parser:
         "or where a benchmark, or ImageNet-C as c, lies (on the Hub)"
     )
     p.add_argument("--data", nargs="+", metavar="NAME=PLACE", default=[], help=text)
+    settings.add_hub_flags(p.add_argument, None, "(validation, else test)")
     text = "evaluate sets that lack classes (no)"
     p.add_argument("--allow-partial", action="store_true", help=text)
     kinds = f"{', '.join(corruptions.CORRUPTIONS)}; each in 3 severities"
@@ -81,6 +84,7 @@ def parse(argv=None):
         InputError: a flag or its value is wrong.
     """
     args = parser().parse_args(argv)
+    name_files(args)
     places = [item.partition("=")[::2] for item in args.data]
     taken = sets.taken_names(args.benchmarks)
     for name, place in places:
@@ -98,6 +102,9 @@ def parse(argv=None):
     args.data = dict(places)
     read = {sets.images_of(benchmark) for benchmark in args.benchmarks}
     args.benchmarks += [name for name in args.data if name not in read]
+    if not args.data and (names := data.Names.of(args).given()):
+        flag = f"--{next(iter(names)).replace('_', '-')}"
+        raise InputError(f"{flag} is about the sets of --data, and there are none: drop it")
     if args.corrupt and "c" in args.data:
         raise InputError(
             "--corrupt does not go with --data c=..., images that are corrupted: make two runs of "
@@ -106,6 +113,25 @@ def parse(argv=None):
     checked = ("batch_size", "img_size", "crop_pct", "workers")
     settings.check_ranges(args, {key: settings.RANGES[key] for key in checked})
     return args
+
+
+def name_files(args):
+    """Call models in files by these: ``args.model`` becomes the files, and ``args.architectures``
+    says what each is. Without files that is empty.
+
+    Raises:
+        InputError: architectures and files are not as many, or ``--use-ema`` is about no file.
+    """
+    files, names = args.checkpoint or [], args.model
+    if args.use_ema and not files:
+        raise InputError("--use-ema has no effect without --checkpoint: drop it")
+    if files and len(names) not in (1, len(files)):
+        raise InputError(
+            f"--checkpoint has {len(files)} files for {len(names)} architectures of --model: give "
+            f"one for all of them, or one for each"
+        )
+    args.architectures = dict(zip(files, names * len(files) if len(names) == 1 else names))
+    args.model = files or names
 
 
 def open_models(args):
@@ -146,9 +172,10 @@ def open_model(args, name):
     """A model and its preprocessing.
 
     timm's own are judged at their size for tests, if they have one, as in timm's validate.py. A
-    trained model's folder is judged at the size at which it was trained and validated.
+    trained model's folder or file is judged at the size at which it was trained and validated.
     """
-    model, trained_here = checkpoints.open_model(name).eval(), folder_of(name) is not None
+    model = open_weights(args, name)
+    trained_here = name in args.architectures or folder_of(name) is not None
     wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
     wanted = {key: value for key, value in wanted.items() if value is not None}
     config = resolve_data_config(wanted, model=model, use_test_size=not trained_here)
@@ -162,8 +189,16 @@ def open_model(args, name):
     size = config["input_size"][-1]
     fixed = model.pretrained_cfg.get("fixed_input_size")
     if fixed and size != model.pretrained_cfg["input_size"][-1]:
-        model = checkpoints.open_model(name, img_size=size).eval()
+        model = open_weights(args, name, size)
     return model, config
+
+
+def open_weights(args, name, img_size=None):
+    """The model of that name, of a file or not, to be evaluated."""
+    if name not in args.architectures:
+        return checkpoints.open_model(name, img_size=img_size).eval()
+    options = {"use_ema": bool(args.use_ema)}
+    return checkpoints.open_file(name, args.architectures[name], img_size, **options).eval()
 
 
 def size_flags(config):
@@ -178,9 +213,13 @@ def folder_of(name) -> Path | None:
 
 
 def place_of_model(name, model):
-    """What tells a model from others, whatever it is called: its folder, or pretrained weights."""
-    if folder := folder_of(name):
-        return folder.resolve()
+    """What tells a model from others, whatever it is called: its folder, or pretrained weights.
+
+    Of a file it is the path.
+    """
+    place = Path(name.removeprefix("local-dir:")).expanduser()
+    if place.exists():
+        return place.resolve()
     pretrained = [model.pretrained_cfg.get(key) for key in ("architecture", "hf_hub_id")]
     return tuple(pretrained) if all(pretrained) else name
 
@@ -198,7 +237,8 @@ def check_names(name, model):
             f"in their order, in its config.json (timm.models.save_for_hf(..., "
             f"model_config={{'label_names': [...]}}))"
         )
-    if folder_of(name) and not model.pretrained_cfg.get("label_names"):
+    local = folder_of(name) or Path(name).is_file()
+    if local and not model.pretrained_cfg.get("label_names"):
         PartialState().print(
             f"{name} has no label_names: its outputs are taken for ImageNet's 1000, in their order"
         )
@@ -511,6 +551,8 @@ def request_of(args, accelerator, model_name, weights, config, which, ds, revisi
         # A streamed image is known by the loader worker that reads it.
         "stream": None if stored(ds) else [accelerator.num_processes, args.workers],
     }
+    if which.name in args.data and (names := data.Names.of(args).given()):
+        request["names"] = names
     if which.name not in (*sets.HUB, "digits"):
         request["turned"] = True  # as photographs' Exif tags say
     return json.loads(json.dumps(request))
@@ -735,7 +777,7 @@ def summarise(args, tables, classes):
         if model == first:
             continue
         differences[model] = {
-            name: statistics.paired(*matched(clean[first][name], c)) for name, c in columns.items()
+            name: over_images(*matched(clean[first][name], c)) for name, c in columns.items()
         }
         for name, mean_by_image in means.get(model, {}).items():
             ours, theirs = matched(means[first][name], mean_by_image)
@@ -809,7 +851,9 @@ def open_sets(args, accelerator, models):
     """
     opened = {}
     for which in sets.passes(args.benchmarks, args.data):
-        ds = sets.open_set(which, which.place(args.data), args.allow_partial)
+        own = which.name in args.data  # the flags are about sets that the user names
+        names = data.Names.of(args) if own else data.NO_NAMES
+        ds = sets.open_set(which, which.place(args.data), args.allow_partial, names)
         for model_name, (model, _) in models.items():
             if which.name in args.data and which.name not in sets.HUB:
                 check_fit(model_name, model, which.name, ds)

@@ -161,8 +161,9 @@ def check_alike(runs):
     Raises:
         InputError: they differ in their training images or classes.
     """
+    names = vars(data.NO_NAMES)
     for run in runs[1:]:
-        for key in ("dataset", "validation_share", "train_share"):
+        for key in ("dataset", "validation_share", "train_share", *names):
             first, other = (vars(r["settings"]).get(key) for r in (runs[0], run))
             if first != other:
                 raise _differ(key, runs[0], first, run, other)
@@ -508,11 +509,14 @@ def open_images(args, accelerator, runs):
     """
     shared = runs[0]["settings"]
     shares = {"validation_share": shared.validation_share, "train_share": shared.train_share}
-    splits = data.load(shared.dataset, **shares)
+    splits = data.load(shared.dataset, **shares, names=data.Names.of(shared))
     if args.split not in splits:
         raise InputError(
             f"{shared.dataset!r} has no split {args.split!r}: choose --split {' or '.join(splits)}"
         )
+    noisy = {getattr(run["settings"], "label_noise", 0) for run in runs} != {0}
+    if noisy and args.split == "train":
+        accelerator.print("the labels are those of the dataset, without the runs' label_noise")
     split = choose_images(args, splits[args.split])
     for run in runs:
         check_classes(run, split)

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common import allocator, data, loaders, report, settings
 from common.errors import InputError, clear_errors, lost_process
@@ -150,7 +150,7 @@ def name_of(point: dict) -> str:
 
 def flags_of(args, sweep, rest, point) -> list[str]:
     """The command line of a run."""
-    p = settings.parser("", "")
+    p = importlib.import_module(args.script).parser()
     recipe = ["--recipe", str(Path(args.sweep).parent / sweep["recipe"])] if sweep["recipe"] else []
     own = settings.as_flags(p, sweep["settings"] | point, f"the sweep {args.sweep}")
     output = str(args.output / "runs" / name_of(point))
@@ -183,8 +183,8 @@ def check_points(sweep, script, commands, processes) -> dict[str, argparse.Names
     checked = {name: settings.parse(script.parser(), flags) for name, flags in commands.items()}
     for point in checked.values():
         _, _, point.m = loaders.split_batch(point, processes)
-    shares = point.validation_share, point.train_share
-    if sweep["choose"] and "validation" not in data.load(point.dataset, point.streaming, *shares):
+    shares = point.streaming, point.validation_share, point.train_share, data.Names.of(point)
+    if sweep["choose"] and "validation" not in data.load(point.dataset, *shares):
         what = f"{point.dataset!r} has no validation images to choose on"
         raise InputError(f"{what}: give --validation-share")
     return checked

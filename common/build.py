@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch.distributed.fsdp import StateDictType
 
 from common import checkpoints, data, loaders
@@ -35,6 +36,8 @@ class Job:
     optimizer: torch.optim.Optimizer
     schedule: Callable  # from build_schedule
     batches: loaders.Batches
+    ema: ModelEmaV3 | None = None  # the average of the model's weights, if asked for
+    backbone: tuple = ()  # all modules but the classifier, if that is to train alone at first
 
     def __post_init__(self):
         # The first weights, for shrink-and-perturb.
@@ -45,6 +48,24 @@ class Job:
         device = self.accelerator.device
         self.loss_sum, self.right = torch.zeros((), device=device), torch.zeros((), device=device)
 
+    def train_mode(self, epoch: int) -> None:
+        """Let the model train, or in the first ``args.freeze`` epochs its classifier alone.
+
+        Meanwhile nothing else moves, batch norm's statistics included.
+        """
+        frozen = epoch < self.args.freeze
+        self.model.train()
+        for module in self.backbone:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(not frozen)
+            if frozen and isinstance(module, torch.nn.modules.batchnorm._NormBase):
+                module.eval()
+
+    def rates(self) -> dict[str, float]:
+        """lr and rho, where the method has one, of the classifier: with layer decay the highest."""
+        group = max(self.optimizer.param_groups, key=lambda group: group["lr"])
+        return {key: group[key] for key in ("lr", "rho") if key in group}
+
 
 def build_job(args, create_model: Callable) -> Job:
     """Build a run from its settings; ``create_model(args, num_classes)`` is the script's own.
@@ -54,7 +75,8 @@ def build_job(args, create_model: Callable) -> Job:
     """
     accelerator = build_accelerator(args)
     # Its cache is locked, so one process downloads. A barrier would time out if that takes long.
-    splits = data.load(args.dataset, args.streaming, args.validation_share, args.train_share)
+    shares = (args.streaming, args.validation_share, args.train_share)
+    splits = data.load(args.dataset, *shares, data.Names.of(args))
     set_seed(args.seed)
     model = create_model(args, splits["train"].features["label"].num_classes)
     batches = loaders.open_splits(args, accelerator, splits, model)
@@ -64,11 +86,13 @@ def build_job(args, create_model: Callable) -> Job:
     model = model.to(memory_format=batches.memory_format)
     criterion = build_criterion(args)
     optimizer = build_optimizer(args, model)
+    backbone = modules_to_freeze(args, accelerator, model)
     objective = build_objective(args, criterion, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     schedule = build_schedule(args, optimizer, batches.updates)
-    parts = (model, timm_config, criterion, objective, optimizer, schedule, batches)
-    return Job(args, accelerator, *parts)
+    ema = build_ema(args, accelerator, model)
+    parts = (model, timm_config, criterion, objective, optimizer, schedule, batches, ema)
+    return Job(args, accelerator, *parts, backbone)
 
 
 def build_accelerator(args) -> Accelerator:
@@ -89,7 +113,10 @@ def build_accelerator(args) -> Accelerator:
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     # Each process keeps batch norm statistics of its own; they are averaged before they are used or
     # saved. Exchanged gradients live in the buckets of the exchange, not in a copy.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True,
+        find_unused_parameters=args.freeze > 0,  # those that are frozen
+    )  # fmt: skip
     accelerator = Accelerator(
         log_with=args.log_with,
         project_dir=args.output,
@@ -144,11 +171,38 @@ def set_head_bias(args, model) -> None:
     torch.nn.init.constant_(bias, args.head_bias)
 
 
+def modules_to_freeze(args, accelerator, model) -> tuple:
+    """All modules of a model but its classifier, if that is to train alone at first.
+
+    Raises:
+        InputError: the model has no classifier, or with FSDP2, which decides at the start what is
+            trained.
+    """
+    if not args.freeze:
+        return ()
+    if accelerator.is_fsdp2:
+        raise InputError("--freeze does not go with FSDP2, which cannot unfreeze later: drop it")
+    classifiers = model.get_classifier()  # several, of some distilled models
+    classifiers = classifiers if isinstance(classifiers, (tuple, list)) else [classifiers]
+    head = {module for classifier in classifiers for module in classifier.modules()}
+    if not any(list(module.parameters(recurse=False)) for module in head):
+        raise InputError(f"--freeze {args.freeze} needs a classifier: {args.model} has none")
+    return tuple(module for module in model.modules() if module not in head)
+
+
 def build_criterion(args):
-    """The training loss, a function of logits and labels."""
+    """The training loss, a function of logits and labels.
+
+    Labels are class indices, which are smoothed here, or probabilities, which timm's Mixup did.
+    """
     if args.loss == "bce":
         return BinaryCrossEntropy(args.smoothing, sum_classes=True)
-    return LabelSmoothingCrossEntropy(args.smoothing)
+    of_classes, of_soft = LabelSmoothingCrossEntropy(args.smoothing), SoftTargetCrossEntropy()
+
+    def cross_entropy(logits, labels):
+        return (of_soft if labels.is_floating_point() else of_classes)(logits, labels)
+
+    return cross_entropy
 
 
 def ascending(args, examples: int) -> int:
@@ -173,6 +227,7 @@ def build_optimizer(args, model):
         InputError: timm or torch does not take the settings.
     """
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum}
+    options["layer_decay"] = args.layer_decay
     ascent, _ = METHODS[args.method]
     variant = {key: value for key in ASAM | GSAM if (value := getattr(args, key)) is not None}
     try:
@@ -185,6 +240,20 @@ def build_optimizer(args, model):
         if args.opt.lower().removeprefix("lookahead_") not in known:
             message = f"timm has no optimizer {args.opt!r}{did_you_mean(args.opt, known)}"
         raise InputError(message) from error
+
+
+def build_ema(args, accelerator, model) -> ModelEmaV3 | None:
+    """timm's average of the weights of a prepared model, if asked for; alike in all processes.
+
+    Raises:
+        InputError: with FSDP2, where each process has a part of the weights only.
+    """
+    if not args.model_ema:
+        return None
+    if accelerator.is_fsdp2:
+        raise InputError("--model-ema does not go with FSDP2, which shards the weights: drop it")
+    plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+    return ModelEmaV3(plain, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
 
 def build_schedule(args, optimizer, updates_per_epoch: int):

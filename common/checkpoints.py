@@ -1,6 +1,8 @@
 """What a run keeps on disk: checkpoints to resume from, and models in timm's layout."""
 
+import argparse
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -10,14 +12,23 @@ from pathlib import Path
 import huggingface_hub
 import timm
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object, load
 from safetensors import SafetensorError
+from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_file
-from timm.models import is_model_pretrained, push_to_hf_hub, resolve_model_input_args
+from safetensors.torch import save_model as save_weights
+from timm.models import (
+    is_model_pretrained,
+    load_state_dict,
+    push_to_hf_hub,
+    resolve_model_input_args,
+)
 from timm.models._hub import save_config_for_hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from common.errors import InputError, lost_process, lost_worker
+from common.errors import InputError, lost_process, lost_worker, the_nearest
+from common.folders import some
 
 FORMAT = 2  # of progress.json
 PAPER = (
@@ -25,7 +36,7 @@ PAPER = (
 )  # fmt: skip
 
 
-def save(accelerator, model, optimizer, folder: Path, record: dict, keep: int) -> None:
+def save(accelerator, model, optimizer, ema, folder: Path, record: dict, keep: int) -> None:
     """Write the checkpoint ``folder/step-N`` whole or not at all; keep the newest ``keep``.
 
     ``record`` has "progress", numbers, N among them under "updates", and "settings", which a
@@ -37,7 +48,8 @@ def save(accelerator, model, optimizer, folder: Path, record: dict, keep: int) -
     final, draft = folder / f"step-{record['progress']['updates']:08d}", folder / "draft"
     if final.exists():
         return
-    needed = _bytes([model.state_dict(), optimizer.state_dict()])
+    averages = [ema.state_dict()] if ema else []
+    needed = _bytes([model.state_dict(), optimizer.state_dict(), *averages])
     with fail_together(accelerator), writing(folder, needed):
         if accelerator.is_main_process:
             make_room(folder, needed)
@@ -46,6 +58,8 @@ def save(accelerator, model, optimizer, folder: Path, record: dict, keep: int) -
         accelerator.save_state(str(draft))
     with fail_together(accelerator), writing(folder, needed):
         if accelerator.is_main_process:
+            if ema:  # not through Accelerate, which would unpickle whatever is in the file
+                save_weights(ema, str(draft / "ema.safetensors"))
             files = [file for file in draft.rglob("*") if file.is_file()]
             sizes = {str(file.relative_to(draft)): file.stat().st_size for file in files}
             record = {"format": FORMAT, **record, "files": sizes}
@@ -187,14 +201,18 @@ def _different_class(before: list[str], now: list[str]) -> tuple:
     return f"class {number}", before[number], now[number]
 
 
-def restore(accelerator, path: Path) -> None:
+def restore(accelerator, ema, path: Path) -> None:
     """Load weights, optimizer, loss scale and random states of a checkpoint that ``read`` took.
+
+    ``ema`` is None, or gets its averaged weights.
 
     Raises:
         InputError: its contents are damaged.
     """
     try:
         accelerator.load_state(str(path))
+        if ema:
+            load_weights(ema, path / "ema.safetensors")
         # Accelerate goes on without a random state that it cannot load.
         state = path / f"random_states_{accelerator.process_index}.pkl"
         if state.exists():
@@ -266,11 +284,121 @@ def open_model(name: str, img_size: int | None = None, **model_kwargs) -> torch.
         source = f"local-dir:{folder}"
     elif ":" not in name and not is_model_pretrained(name):
         unknown = "and timm has no pretrained model of that name"
-        raise InputError(f"there is no folder {name!r}, {unknown}")
+        raise InputError(f"there is no folder {name!r}, {unknown}{_remedy_for(name)}")
     try:
         return create_model(source, img_size, pretrained=True, **model_kwargs)
     except Exception as error:  # safetensors, json, the Hub and timm each raise their own
         raise InputError(f"cannot load the model {name!r}: {error}") from error
+
+
+def _remedy_for(name):
+    """What to do about a name that is no pretrained model's."""
+    if timm.is_model(name) and "." not in name:
+        return ": it has the architecture alone, so give weights by --checkpoint PATH"
+    if "." in name:
+        return the_nearest(name, timm.list_pretrained())
+    return the_nearest(name, [known for known in timm.list_models() if is_model_pretrained(known)])
+
+
+def open_file(
+    path: str, name: str, img_size: int | None = None, *,
+    use_ema: bool = False, new_head: bool = False, **model_kwargs,
+) -> torch.nn.Module:  # fmt: skip
+    """timm's architecture ``name`` with the weights in a file.
+
+    The file is safetensors, or what ``torch.save`` wrote: weights, or a checkpoint of training with
+    weights in it.
+
+    Args:
+        use_ema: take the checkpoint's averaged weights.
+        new_head: the caller will replace the classifier, so it need not fit. Otherwise the model
+            gets as many outputs as the file's classifier has.
+
+    Raises:
+        InputError: there is no such architecture or file, it cannot be loaded as weights alone, or
+            they do not fit the architecture; what does not is named.
+    """
+    if not timm.is_model(name):
+        hint = the_nearest(name, timm.list_models())
+        raise InputError(f"--checkpoint needs an architecture, and timm has no {name!r}{hint}")
+    weights = read_weights(path, use_ema)
+    try:
+        model = create_model(name, img_size, **model_kwargs)
+        # timm's own rewriting of older layouts, and of position embeddings of another size
+        rewrite = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
+        weights = rewrite(weights, model) if rewrite else weights
+    except Exception as error:  # timm's models each raise their own
+        raise InputError(f"cannot load {path} into {name}: {error}") from error
+    head = head_names(model)
+    outputs = next((len(weights[key]) for key in head if key in weights), None)
+    if new_head:
+        weights = {key: value for key, value in weights.items() if key not in head}
+        PartialState().print(f"{path}: a new classifier takes the place of its {outputs} outputs")
+    elif outputs not in (None, model.num_classes):
+        model.reset_classifier(outputs)
+    load_fitting(model, weights, f"{path} does not fit {name}", head if new_head else [])
+    return model
+
+
+def head_names(model) -> list[str]:
+    """The names of the classifier's weights in a timm model's ``state_dict``."""
+    prefixes = model.pretrained_cfg.get("classifier") or ()
+    prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
+    return [key for key in model.state_dict() if key.startswith(tuple(f"{p}." for p in prefixes))]
+
+
+def load_fitting(model, weights: dict, refusal: str, optional: list[str]) -> None:
+    """Load weights by name; those that are ``optional`` may be missing.
+
+    Raises:
+        InputError: begins with ``refusal``, and names what is missing, too much, or of another
+            shape.
+    """
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    other = [key for key in weights if shapes.get(key, weights[key].shape) != weights[key].shape]
+    fitting = {key: value for key, value in weights.items() if key not in other}
+    keys = model.load_state_dict(fitting, strict=False)  # which names no shapes, but raises
+    missing = [key for key in keys.missing_keys if key not in (*other, *optional)]
+    reasons = [f"it lacks {some(missing)}"] * bool(missing)
+    reasons += [f"the model has no {some(keys.unexpected_keys)}"] * bool(keys.unexpected_keys)
+    for key in other[:1]:
+        reasons.append(f"{key} is {tuple(weights[key].shape)}, and in the model {shapes[key]}")
+    if reasons:
+        raise InputError(f"{refusal}: {'; '.join(reasons)}: name the architecture of the weights")
+
+
+def read_weights(path: str, use_ema: bool) -> dict[str, torch.Tensor]:
+    """The weights in a file by name, without the prefixes of DDP and torch.compile.
+
+    Raises:
+        InputError: there is no such file, it cannot be loaded as weights alone, or has no averaged
+            ones.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        folder = "a folder, which goes to --model" if file.is_dir() else "no file"
+        raise InputError(f"--checkpoint {path} is {folder}")
+    try:
+        weights = load_state_dict(str(file), use_ema, weights_only=True)
+        averaged = not use_ema or _has_ema(file)
+    except Exception as error:  # safetensors and torch each raise their own
+        reason = str(error).partition(" No automatic")[0]  # timm advises what is no option here
+        remedy = "save its state_dict alone, by torch.save or as safetensors"
+        raise InputError(f"cannot load {path} as weights alone ({reason}): {remedy}") from error
+    if not averaged:
+        raise InputError(f"--use-ema: {path} has no averaged weights: drop the flag")
+    if others := [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]:
+        raise InputError(f"{path} holds no weights by name, but {some(list(map(str, others)))}")
+    return weights
+
+
+def _has_ema(file):
+    """Whether a training checkpoint of timm's layout has averaged weights."""
+    if file.suffix == ".safetensors":
+        return False
+    with torch.serialization.safe_globals([argparse.Namespace]):  # as timm's checkpoints have
+        content = torch.load(file, map_location="meta", weights_only=True)
+    return any(content.get(key) is not None for key in ("state_dict_ema", "model_ema"))
 
 
 def check_hub(repo: str) -> None:

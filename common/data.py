@@ -1,31 +1,61 @@
 """What a dataset's name means: the bundled digits, a local folder, or the Hub."""
 
 import contextlib
+import dataclasses
 import difflib
 import glob
 import logging
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.state import PartialState
 from datasets.data_files import EmptyDatasetError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from common import folders
 from common.digits import digits
 from common.errors import InputError
 from common.folders import LABELS, SPLIT_FOLDERS, some
 
-TIMEOUT = 10  # seconds to wait for the Hub's first answer
 # Of a dataset's own files, which datasets reads; a folder with one is no folder of images.
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".gz", ".tgz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What a dataset of the Hub calls its parts, where that is not to be guessed."""
+
+    train_split: str | None = None
+    val_split: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    dataset_config: str | None = None
+
+    @classmethod
+    def of(cls, args) -> "Names":
+        """Those of a script's or a run's settings; of runs before there were such, none."""
+        keys = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(getattr(args, key, None) for key in keys))
+
+    def given(self) -> dict[str, str]:
+        """Those that are, by setting."""
+        return {key: name for key, name in dataclasses.asdict(self).items() if name is not None}
+
+    def refuse(self, name: str, kind: str) -> None:
+        """Raise ``InputError`` if there are any, as a dataset of that kind has none to choose."""
+        for key, value in self.given().items():
+            flag = f"--{key.replace('_', '-')} {value}"
+            raise InputError(f"{flag} is for datasets of the Hub, and {name} is {kind}: drop it")
+
+
+NO_NAMES = Names()
 
 
 def load(
@@ -33,6 +63,7 @@ def load(
     streaming: bool = False,
     validation_share: float | None = None,
     train_share: float | None = None,
+    names: Names = NO_NAMES,
 ) -> datasets.DatasetDict:
     """Return every labelled split of a dataset, with the columns ``image`` and ``label``.
 
@@ -50,12 +81,13 @@ def load(
             that is an error.
         train_share: of the training images that are left, in (0, 1), the same in every class, to
             keep.
+        names: of a Hub dataset's splits, columns and configuration.
 
     Raises:
         InputError: it cannot be loaded, lacks a split or a column, or has classes or labels that
             do not fit.
     """
-    splits = _read(name, streaming, validation_share)
+    splits = _read(name, streaming, validation_share, names)
     if streaming:  # what else there is cannot be told from an unlabelled split without reading it
         splits = {split: splits[split] for split in ("train", "validation") if split in splits}
     else:  # ImageNet's test split has no labels: -1 throughout
@@ -87,13 +119,27 @@ def load(
     return datasets.DatasetDict(splits)
 
 
-def _read(name, streaming, validation_share):
+def noisy_labels(split: datasets.Dataset, share: float, seed: int) -> np.ndarray:
+    """The labels of all images, where a share of them, drawn, has another class.
+
+    Each of the other classes is as likely: symmetric noise. The split itself stays as it is.
+    """
+    labels, classes = _labels(split).to_numpy().copy(), split.features["label"].num_classes
+    generator = np.random.default_rng([seed, len(labels), classes])
+    chosen = generator.permutation(len(labels))[: round(share * len(labels))]
+    labels[chosen] = (labels[chosen] + generator.integers(1, classes, len(chosen))) % classes
+    return labels
+
+
+def _read(name, streaming, validation_share, names):
     folder = Path(name).expanduser()
     if name == "digits":
+        names.refuse(name, "the bundled digits")
         splits = digits()
         if streaming:
             splits = {split: ds.to_iterable_dataset(num_shards=8) for split, ds in splits.items()}
     elif trees := _trees(folder):
+        names.refuse(name, "a folder of images")
         splits = _image_folders(trees, folder, validation_share)
         if streaming:  # shards of many classes each
             for split, ds in splits.items():
@@ -102,8 +148,35 @@ def _read(name, streaming, validation_share):
     else:
         place = str(folder) if folder.is_dir() else name
         files = _split_files(folder) if folder.is_dir() else None
-        splits = hub(place, name, streaming=streaming, data_files=files or None)
-    return {split: standard_columns(ds, name) for split, ds in splits.items()}
+        options = {"streaming": streaming, "data_files": files or None}
+        splits = hub(place, name, config=names.dataset_config, **options)
+        splits = _standard_splits(splits, name, names)
+    return {split: standard_columns(ds, name, names) for split, ds in splits.items()}
+
+
+def _standard_splits(splits, name, names):
+    """The splits with the named ones called train and validation."""
+    wanted = {"train": names.train_split, "validation": names.val_split}
+    wanted = {usual: split for usual, split in wanted.items() if split is not None}
+    for usual, split in wanted.items():
+        known_split(splits, name, f"--{'train' if usual == 'train' else 'val'}-split", split)
+    if len(set(wanted.values())) < len(wanted):
+        raise InputError(f"{name!r}: --train-split and --val-split are both {names.val_split!r}")
+    others = {s: ds for s, ds in splits.items() if s not in wanted.values()}
+    if left_out := [split for split in others if split in wanted]:
+        _say(f"{name}: not read, as another split takes the place: {some(left_out)}")
+    kept = {usual: splits[split] for usual, split in wanted.items()}
+    return kept | {split: ds for split, ds in others.items() if split not in wanted}
+
+
+def known_split(splits, name: str, flag: str, split: str) -> None:
+    """Check that a dataset has a split.
+
+    Raises:
+        InputError: it has not, with those that it has.
+    """
+    if split not in splits:
+        raise InputError(f"{name!r} has no split {split!r} ({flag}), only {', '.join(splits)}")
 
 
 def image_folder(folder: str | Path) -> datasets.Dataset:
@@ -329,18 +402,18 @@ def _divide(ds, name, setting, share, streaming):
     return [ds.select(np.sort(part), keep_in_memory=True) for part in parts]
 
 
-def hub(path: str, name: str, **options):
-    """``datasets.load_dataset(path, **options)``, called ``name`` in errors.
+def hub(path: str, name: str, config: str | None = None, **options):
+    """``datasets.load_dataset(path, config, **options)``, called ``name`` in errors.
 
     Raises:
-        InputError: it cannot be loaded, with what to do.
+        InputError: it is not there or cannot be loaded, with what to do.
     """
     place = Path(name).expanduser()
     if not place.exists():
         _refuse_missing_folder(name, place)
     try:
-        with _quiet(place.exists()), _asking_once(name, place.exists()):
-            return datasets.load_dataset(path, **options)
+        with _quiet(place.exists()):
+            return datasets.load_dataset(path, **options | ({"name": config} if config else {}))
     except (EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
         raise InputError(
             f"{name} holds no images: put them in {name}/train/CLASS/FILE and "
@@ -367,34 +440,15 @@ def hub(path: str, name: str, **options):
 
 
 def _refuse_missing_folder(name, place):
-    """Refuse what is not here and cannot be on the Hub, or is nearly called like a folder here."""
-    beside = os.listdir(place.parent) if place.parent.is_dir() else []
+    """Refuse at once what cannot be on the Hub, or is nearly called like a folder here."""
+    beside = os.listdir(place.parent) if "/" in name and place.parent.is_dir() else []
     nearest = difflib.get_close_matches(place.name, beside, 1)
-    on_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name)
-    if on_hub and not (nearest and "/" in name):
-        return
-    hint = f": did you mean {place.parent / nearest[0]}?" if nearest else ""
-    raise InputError(f"there is no folder {name}{hint or ', and it is no name of a Hub dataset'}")
-
-
-@contextlib.contextmanager
-def _asking_once(name, local):
-    """Where the Hub cannot be reached, look into the cache alone.
-
-    Otherwise ``datasets`` would try to reach it for half a minute.
-    """
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    if nearest:
+        raise InputError(f"there is no folder {name}: did you mean {place.parent / nearest[0]}?")
     try:
-        if not (local or offline):
-            huggingface_hub.HfApi().dataset_info(name, timeout=TIMEOUT)
-    except huggingface_hub.errors.HfHubHTTPError:
-        pass  # it answers, and datasets says what
-    except Exception:  # those of the HTTP client, whichever it is
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = offline
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"there is no folder {name}, and it is no name of a dataset") from error
 
 
 def _about_cache():
@@ -436,29 +490,43 @@ def _quiet(local):
             datasets.enable_progress_bars()
 
 
-def standard_columns(ds, name: str):
+def standard_columns(ds, name: str, names: Names = NO_NAMES):
     """The image column, undecoded, as ``image``, and the label column as ``label``.
 
     Labels are numbers of class names, or strings or numbers without names.
 
     Raises:
-        InputError: there is not one image column, or no label column.
+        InputError: there is not one image column, or no label column, or none of the given name.
     """
     features = ds.features or {}
     images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
     label = _label_column(features)
+    if names.image_key is not None:
+        images = [_given(names.image_key, images, features, name, "--image-key")]
+    if names.label_key is not None:
+        kinds = datasets.ClassLabel
+        usable = [c for c, kind in features.items() if isinstance(kind, kinds) or _is_plain(kind)]
+        label = _given(names.label_key, usable, features, name, "--label-key")
     if len(images) != 1 or label is None:
         kinds = [f"{column} ({type(kind).__name__})" for column, kind in features.items()]
         raise InputError(
             f"{name!r} must have one image column, and one of class labels or called "
-            f"{', '.join(LABELS)}; its columns are {', '.join(kinds) or 'unknown'} (a folder of "
-            f"images needs them as CLASS/FILE, and a tar of class folders is to be unpacked)"
+            f"{', '.join(LABELS)}; its columns are {', '.join(kinds) or 'unknown'}: choose by "
+            f"--image-key and --label-key (a folder of images needs them as CLASS/FILE, and a tar "
+            f"of class folders is to be unpacked)"
         )
     ds = ds.select_columns([images[0], label])
     for column, usual in ((images[0], "image"), (label, "label")):
         ds = ds if column == usual else ds.rename_column(column, usual)
     # Decoding is left to loaders.decode, which can then name an unreadable file.
     return ds.cast_column("image", datasets.Image(decode=False))
+
+
+def _given(column, usable, features, name, flag):
+    if column not in usable:
+        why = "cannot be used" if column in features else "is not there"
+        raise InputError(f"{name!r}: {flag} {column} {why}: choose one of {', '.join(usable)}")
+    return column
 
 
 def _label_column(features):

@@ -26,6 +26,12 @@ def did_you_mean(word, known) -> str:
     return f": did you mean {nearest[0]!r}?" if nearest else ""
 
 
+def the_nearest(word: str, known: list[str]) -> str:
+    """The end of an error about an unknown name of many: the nearest few, or nothing if none is."""
+    nearest = difflib.get_close_matches(word, known, 3)
+    return f"; the nearest are {', '.join(nearest)}" if nearest else ""
+
+
 def lost_process(error: Exception) -> bool:
     """Whether an error says that another process of the run cannot be reached.
 

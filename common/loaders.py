@@ -1,5 +1,6 @@
 """From images to batches: transforms, order, streams, and the loaders of a run."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -14,13 +15,14 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from timm.data import create_transform, resolve_data_config
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision.transforms import Compose, v2
+from torchvision.transforms import Compose, Normalize, v2
 
 from common import allocator, images
 from common.crops import CropOfFile, lighter
-from common.data import explained
+from common.data import explained, noisy_labels
 from common.errors import InputError
 
 IMAGES_PER_WORKER = 1000  # to evaluate: reading fewer takes less time than starting a worker
@@ -72,9 +74,13 @@ def open_splits(args, accelerator, splits: datasets.DatasetDict, model) -> Batch
             accelerator.print(f"m is {m}, what {process} loads at once: set it by --m")
     wanted = {key: getattr(args, key) for key in ("img_size", "crop_pct", "interpolation")}
     config = resolve_data_config(wanted, model=model)
-    augmentation = {key: getattr(args, key) for key in ("scale", "ratio", "hflip", "decoder")}
+    keys = ("scale", "ratio", "hflip", "vflip", "aa", "color_jitter", "reprob", "decoder")
+    augmentation = {key: getattr(args, key) for key in keys}
     train_transform, eval_transform = transforms(config, **augmentation)
-    size, train = train_batches(args, accelerator, splits["train"], train_transform, loaded)
+    labels = labels_of(args, accelerator, splits["train"])
+    size, train = train_batches(args, accelerator, splits["train"], train_transform, loaded, labels)
+    if args.mixup or args.cutmix:
+        train = mixed(args, accelerator, train, len(splits["train"].features["label"].names))
     if size < args.batch_size:
         raise InputError(
             f"batch_size {args.batch_size} exceeds the {size} training images: lower it"
@@ -157,7 +163,10 @@ def _divisors(number):
     return f"choose one of {', '.join(divisors)}"
 
 
-def transforms(config: dict, *, scale, ratio, hflip: float, decoder: str = "pil"):
+def transforms(
+    config: dict, *, scale, ratio, hflip: float, vflip: float = 0.0, aa: str | None = None,
+    color_jitter: float | None = None, reprob: float = 0.0, decoder: str = "pil",
+):  # fmt: skip
     """timm's training and evaluation transforms for a model's data config.
 
     That is the result of ``timm.data.resolve_data_config``.
@@ -166,13 +175,21 @@ def transforms(config: dict, *, scale, ratio, hflip: float, decoder: str = "pil"
     the decoder "torchcodec", that of training takes them as such, and draws what timm's draws.
 
     Raises:
-        InputError: the decoder's transforms lack the interpolation, or the model does not take
-            three channels.
+        InputError: the decoder's transforms lack the interpolation, the model does not take three
+            channels, or timm knows no such policy ``aa``.
     """
     evaluation = evaluation_transform(config)
     shared = {key: config[key] for key in ("input_size", "interpolation")} | {"normalize": False}
-    augmentation = {"scale": scale, "ratio": ratio, "hflip": hflip, "color_jitter": None}
-    train = create_transform(**shared, is_training=True, **augmentation)
+    augmentation = {"scale": scale, "ratio": ratio, "hflip": hflip, "vflip": vflip}
+    augmentation |= {"auto_augment": aa, "color_jitter": color_jitter}
+    if aa:
+        augmentation["mean"] = config["mean"]  # fills what a rotation leaves empty
+    try:
+        train = create_transform(**shared, is_training=True, **augmentation)
+    except (AssertionError, KeyError, ValueError) as error:  # timm's parser of policies
+        raise InputError(f"timm does not understand --aa {aa}: {error}") from error
+    if reprob:
+        train.transforms.append(Erasing(reprob, config["mean"], config["std"]))
     if decoder == "torchcodec":
         if config["interpolation"] not in ("bilinear", "bicubic"):
             raise InputError(
@@ -182,6 +199,23 @@ def transforms(config: dict, *, scale, ratio, hflip: float, decoder: str = "pil"
         size, interpolation = config["input_size"][1:], config["interpolation"]
         train.transforms[0] = RandomCropOfTensor(size, scale, ratio, interpolation)
     return train, evaluation
+
+
+class Erasing(RandomErasing):
+    """timm's random erasing with noise, for uint8 images of the loader.
+
+    The noise is N(0, 1) where the model's input is normalised, so here it is cut off at 0 and 255.
+    """
+
+    def __init__(self, probability: float, mean, std):
+        super().__init__(probability, mode="pixel", device="cpu")
+        self.normalize = Normalize(mean, std)
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, image):
+        """Erase a rectangle, or nothing."""
+        image = super().__call__(self.normalize(image / 255))
+        return image.mul_(self.std).add_(self.mean).mul_(255).round_().clamp_(0, 255).byte()
 
 
 def evaluation_transform(config: dict, model_name: str = "the model"):
@@ -281,11 +315,12 @@ class Images(torch.utils.data.Dataset):
     Keys are an index or (epoch, index).
 
     Random transforms depend on seed, epoch and index alone: not on processes, workers or an
-    interrupted run. Raises ``InputError`` with the file name if an image cannot be read.
+    interrupted run. ``labels``, an array, takes the place of the split's own. Raises ``InputError``
+    with the file name if an image cannot be read.
     """
 
-    def __init__(self, split: datasets.Dataset, transform, seed: int = 0, decode=None):
-        self.split, self.transform, self.seed = split, transform, seed
+    def __init__(self, split: datasets.Dataset, transform, seed: int = 0, decode=None, labels=None):
+        self.split, self.transform, self.seed, self.labels = split, transform, seed, labels
         self.decode = decode or _pil_decoder(split)
 
     def __len__(self):
@@ -293,8 +328,10 @@ class Images(torch.utils.data.Dataset):
 
     def __getitems__(self, keys):
         keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        rows = self.split[[index for _, index in keys]]
-        return _examples(rows["image"], rows["label"], keys, self.transform, self.seed, self.decode)
+        indices = [index for _, index in keys]
+        rows = self.split[indices]
+        labels = rows["label"] if self.labels is None else self.labels[indices].tolist()
+        return _examples(rows["image"], labels, keys, self.transform, self.seed, self.decode)
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -433,20 +470,72 @@ def reading(batches):
 
 def _examples(encoded, labels, keys, transform, seed, decode):
     """Decode and transform; random numbers come from streams named by ``seed`` and each key."""
-    examples, state = [], random.getstate()
-    with torch.random.fork_rng(devices=[]):
+    examples = []
+    with _own_randomness() as begin_stream:
         for image, label, key in zip(encoded, labels, keys):
-            random.seed(f"{seed} {key}")
-            torch.default_generator.manual_seed(random.getrandbits(63))
+            begin_stream(f"{seed} {key}")
             examples.append({"image": transform(decode(image)), "label": label})
-    random.setstate(state)
     return examples
 
 
-def train_batches(args, accelerator, split, transform, loaded):
+@contextlib.contextmanager
+def _own_randomness():
+    """Give a function that begins a named stream of random numbers, for Python, NumPy and torch.
+
+    Afterwards all three are where they were.
+    """
+
+    def begin_stream(name):
+        random.seed(name)
+        bits = random.getrandbits(63)
+        torch.default_generator.manual_seed(bits)
+        np.random.seed(bits % 2**32)  # timm's RandAugment, AugMix and Mixup draw from it
+
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield begin_stream
+    random.setstate(state)
+    np.random.set_state(numpy_state)
+
+
+def mixed(args, accelerator, batches: Callable, num_classes: int) -> Callable:
+    """The batches of ``train_batches`` with each micro-batch mixed by timm's Mixup.
+
+    Labels become probabilities, smoothed by ``args.smoothing``. What is drawn depends on seed,
+    epoch and which images the micro-batch holds: not on an interrupted run, nor on what a process
+    loads at once.
+
+    Raises:
+        InputError: a micro-batch has an odd number of examples, and timm mixes pairs.
+    """
+    if args.m % 2:
+        raise InputError(
+            f"mixup and cutmix mix the examples of a micro-batch in pairs, and m is {args.m}: "
+            "choose an even --m"
+        )
+    alphas = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix}
+    mixup = Mixup(**alphas, label_smoothing=args.smoothing, num_classes=num_classes)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+
+    def mixed_batches(epoch, first):
+        for number, batch in enumerate(batches(epoch, first), first):
+            parts = list(zip(batch["image"].split(args.m), batch["label"].split(args.m)))
+            before = (number * processes + rank) * len(parts)  # micro-batches of this epoch
+            with _own_randomness() as begin_stream:
+                for i, (pixels, labels) in enumerate(parts):
+                    begin_stream(f"{args.seed} mixup {epoch} {before + i}")
+                    parts[i] = mixup(pixels.float(), labels)
+            images, labels = map(torch.cat, zip(*parts))
+            yield {"image": images, "label": labels}
+
+    return mixed_batches
+
+
+def train_batches(args, accelerator, split, transform, loaded, labels=None):
     """The number of training images, and a function of ``epoch`` and ``first``.
 
-    It returns the batches of an epoch after the first ones of this process.
+    It returns the batches of an epoch after the first ones of this process. ``labels`` take the
+    place of the split's own, unless that is a stream.
     """
     if isinstance(split, datasets.IterableDataset):
         known = (split.info.splits or {}).get("train")
@@ -458,7 +547,7 @@ def train_batches(args, accelerator, split, transform, loaded):
             )
         return size, _streamed_batches(args, accelerator, split, transform, loaded)
     decode, transform = _decoder(args, split, transform)
-    dataset = Images(split, transform, args.seed, decode)
+    dataset = Images(split, transform, args.seed, decode, labels)
     options = {"sampler": EpochSampler(len(dataset), args.batch_size, args.seed), "drop_last": True}
     options |= {"persistent_workers": args.workers > 0, "batch_size": loaded}
     loader = _loader(args, accelerator, dataset, **options)
@@ -470,6 +559,18 @@ def train_batches(args, accelerator, split, transform, loaded):
         return on_device(rest, accelerator.device)
 
     return len(dataset), batches
+
+
+def labels_of(args, accelerator, split):
+    """The labels to train on, if not the split's own, but noisy ones."""
+    if not args.label_noise:
+        return None
+    labels = noisy_labels(split, args.label_noise, args.seed)
+    accelerator.print(
+        f"label noise: {round(args.label_noise * len(labels)):,} of {len(labels):,} training "
+        f"images have another class, drawn by --seed {args.seed}"
+    )
+    return labels
 
 
 def on_device(batches, device: torch.device):

@@ -16,7 +16,7 @@ def train_epoch(job: Job, progress, after_update: Callable) -> None:
     """
     if progress.epoch_updates == job.batches.updates:  # resumed between training and evaluation
         return
-    job.model.train()
+    job.train_mode(progress.epoch)
     job.loss_sum.fill_(progress.loss)
     job.right.fill_(progress.right / job.accelerator.num_processes)
     loaded = progress.epoch_updates * job.batches.accumulation
@@ -29,6 +29,8 @@ def train_epoch(job: Job, progress, after_update: Callable) -> None:
         progress.epoch_updates += 1
         progress.updates += 1
         progress.skipped += job.optimizer.step_was_skipped
+        if job.ema and not job.optimizer.step_was_skipped:
+            job.ema.update(job.model, step=progress.updates - progress.skipped)
         after_update(loss)
     next(batches, None)  # lets the loader know of the end
 
@@ -51,7 +53,7 @@ def update(job: Job, batches, perturb: bool = True) -> torch.Tensor:
     job.optimizer.step()
     job.optimizer.zero_grad()
     if job.initial and not job.optimizer.step_was_skipped:  # fp16 skips a step that overflowed
-        share = job.args.shrink_perturb * job.optimizer.param_groups[0]["lr"] / job.args.lr
+        share = job.args.shrink_perturb * job.rates()["lr"] / job.args.lr
         with torch.no_grad():
             torch._foreach_lerp_(list(job.model.parameters()), job.initial, share)
     return total
@@ -90,5 +92,6 @@ def forward_backward(job: Job, batch: dict, objective: Callable | None, sync: bo
             loss = job.criterion(logits, labels)
             job.accelerator.backward(loss * share)
         total += loss.detach() / len(micro_batches)
-        job.right += (logits.argmax(-1) == labels).sum()
+        if not labels.is_floating_point():  # mixed images have no one right answer
+            job.right += (logits.argmax(-1) == labels).sum()
     return total

@@ -12,6 +12,7 @@ from common.errors import InputError
 from common.run import Progress
 
 PATIENCE = 20  # updates in a row without a finite loss, after which a run gives up
+FAR = 2  # times the loss of guessing, which no run that learns has after an epoch
 LOOK = 5  # seconds between comparisons of notes, about; at most 100 updates
 
 
@@ -107,9 +108,7 @@ class Monitor:
         sums = job.accelerator.reduce(torch.stack([job.loss_sum, job.right]), "mean").tolist()
         progress.loss, progress.right = sums[0], sums[1] * job.accelerator.num_processes
         progress.seconds = time.monotonic() - self.epoch_start
-        group = job.optimizer.param_groups[0]
-        rates = {key: group[key] for key in ("lr", "rho") if key in group}
-        updates = progress.epoch_updates
+        rates, updates = job.rates(), progress.epoch_updates
         self.shown = {"loss": f"{progress.loss / updates:.3f}"}  # over the epoch
         self.shown |= {key: f"{value:.4g}" for key, value in rates.items()}
         self.shown["images/s"] = f"{updates * job.args.batch_size / progress.seconds:.3g}"
@@ -117,12 +116,30 @@ class Monitor:
         logged = {f"train/{key}": value for key, value in {"loss": loss, **rates}.items()}
         job.accelerator.log(logged, progress.updates)
 
-    def end_epoch(self, top1: float | None) -> None:
-        """Log an epoch, with its top-1 on the held-out split if there is any; begin the next."""
-        run.log_epoch(self.job, self.progress, top1)
+    def warn_of_ruin(self) -> None:
+        """Say if the first epoch's loss is far above that of a model that knows nothing."""
+        job, loss = self.job, self.progress.loss / self.job.batches.updates
+        nothing = torch.zeros(1, len(job.batches.label_names))  # logits, of all classes alike
+        guessing = job.criterion(nothing, torch.zeros(1, dtype=torch.long)).item()
+        if loss > FAR * guessing:
+            rates = " or ".join(f"{key} {getattr(job.args, key)}" for key in job.rates())
+            job.accelerator.print(
+                f"warning: the loss of the first epoch is {loss:.4g}, and guessing has "
+                f"{guessing:.4g}: {rates} may be too high"
+            )
+
+    def end_epoch(self, top1: float | None, ema_top1: float | None) -> None:
+        """Log an epoch, with its top-1 on the held-out split if there is any; begin the next.
+
+        ``ema_top1`` is that of the averaged weights.
+        """
+        run.log_epoch(self.job, self.progress, top1, ema_top1)
+        if self.progress.epoch == 0:
+            self.warn_of_ruin()
         if top1 is not None:
             self.progress.best = max(self.progress.best, top1)
             accuracy = {self.job.batches.held_out: f"{top1:.2%}"}
+            accuracy |= {} if ema_top1 is None else {"ema": f"{ema_top1:.2%}"}
             self.bar.set_postfix(self.shown | accuracy, refresh=False)
         self.bar.refresh()
         self.progress.next_epoch()

@@ -22,7 +22,7 @@ from common.errors import WORKER_REMEDY, InputError
 from common.metrics import Top1, in_memory
 from common.settings import resolved, shared_on_resume
 
-MODELS = ("last", "best", "epochs")  # folders of them in the output folder
+MODELS = ("last", "last_ema", "best", "epochs")  # folders of them in the output folder
 # Of a run, beside its settings.
 FILES = ("metrics.jsonl", "results.json", "curves.png", "curves.svg")
 LOCK_WAIT = 20  # seconds, since loader workers of a killed run hold its lock for some
@@ -97,7 +97,7 @@ def start(job: Job) -> Progress:
         if accelerator.is_main_process:
             prepare_folder(output, resolved(args), progress.epoch if continues else None)
     if checkpoint:
-        checkpoints.restore(accelerator, checkpoint)
+        checkpoints.restore(accelerator, job.ema, checkpoint)
         accelerator.print(f"resuming from {checkpoint}: {reached(job, progress, output)}")
     if checkpoint and not continues:
         begin = f"metrics.jsonl, best/ and epochs/ of {output} begin here"
@@ -176,7 +176,7 @@ def save_checkpoint(job: Job, progress: Progress) -> None:
         raise InputError(f"the weights are not finite after update {progress.updates}: {REMEDY}")
     folder = Path(job.args.output) / "checkpoints"
     record = {"progress": dataclasses.asdict(progress), "settings": identity(job)}
-    state = (job.accelerator, job.model, job.optimizer)
+    state = (job.accelerator, job.model, job.optimizer, job.ema)
     checkpoints.save(*state, folder, record, job.args.checkpoint_hist)
 
 
@@ -185,12 +185,22 @@ def average_batch_norm(job: Job) -> None:
     if job.accelerator.num_processes > 1:
         model = job.accelerator.unwrap_model(job.model)
         distribute_bn(model, job.accelerator.num_processes, reduce=True)
+        if job.ema:
+            distribute_bn(job.ema, job.accelerator.num_processes, reduce=True)
 
 
-def save_model(job: Job, name: str) -> None:
-    """Save the model into a folder of the run's output."""
+def save_model(job: Job, name: str, model=None) -> None:
+    """Save the model, or another with its layout, into a folder of the run's output."""
     folder = Path(job.args.output) / name
-    checkpoints.save_model(job.accelerator, job.model, folder, job.timm_config)
+    model = job.model if model is None else model
+    checkpoints.save_model(job.accelerator, model, folder, job.timm_config)
+
+
+def save_last(job: Job) -> None:
+    """Save the model into ``last``, and the average of its weights, if there is one, beside it."""
+    save_model(job, "last")
+    if job.ema:
+        save_model(job, "last_ema", job.ema.module)
 
 
 def load_model(job: Job, name: str) -> None:
@@ -227,13 +237,26 @@ def validate(job: Job, progress: Progress) -> float | None:
     return top1
 
 
-def evaluate_top1(job: Job, loader) -> dict:
-    """Top-1, in [0, 1], and the number of examples of a prepared loader, in every process."""
-    metric = in_memory(Top1)
-    job.model.eval()
+def validate_ema(job: Job, progress: Progress) -> float | None:
+    """What ``validate`` says, of the averaged weights; None also if there are none."""
+    if job.ema is None or not due(job.args, progress, job.args.val_interval):
+        return None
+    split = job.batches.held_out
+    top1 = evaluate_top1(job, job.batches.evaluation[split], job.ema.module)["top1"]
+    job.accelerator.log({f"{split}/top1_ema": top1}, progress.updates)
+    return top1
+
+
+def evaluate_top1(job: Job, loader, model=None) -> dict:
+    """Top-1, in [0, 1], and the number of examples of a prepared loader, in every process.
+
+    Another ``model`` is judged in place of the run's own.
+    """
+    metric, model = in_memory(Top1), job.model if model is None else model
+    model.eval()
     for batch in loader:
         with torch.no_grad():
-            predictions = job.model(job.batches.to_input(batch["image"])).argmax(-1)
+            predictions = model(job.batches.to_input(batch["image"])).argmax(-1)
         pair = (predictions, batch["label"])
         predictions, labels = job.accelerator.gather_for_metrics(pair)
         metric.add_batch(predictions=predictions.cpu(), references=labels.cpu())
@@ -250,14 +273,19 @@ def is_best(job: Job, progress: Progress, top1: float | None) -> bool:
     return job.batches.held_out == "validation" and top1 is not None and top1 > progress.best
 
 
-def log_epoch(job: Job, progress: Progress, top1: float | None) -> None:
+def log_epoch(
+    job: Job, progress: Progress, top1: float | None, ema_top1: float | None = None
+) -> None:
     """Write an epoch's line of metrics.jsonl; lr and rho are those of its last update."""
     updates = job.batches.updates
     loss = progress.loss / updates
     line = {"epoch": progress.epoch + 1, "loss": loss if math.isfinite(loss) else None}
-    line["train"] = progress.right / (updates * job.args.batch_size)
+    mixed = job.args.mixup or job.args.cutmix
+    line["train"] = None if mixed else progress.right / (updates * job.args.batch_size)
     line[job.batches.held_out] = top1
-    line |= {key: job.optimizer.param_groups[0].get(key) for key in ("lr", "rho")}
+    if job.ema:
+        line[f"{job.batches.held_out}_ema"] = ema_top1
+    line |= {"lr": None, "rho": None} | job.rates()
     line["seconds"] = round(progress.seconds, 3)
     output = Path(job.args.output)
     with checkpoints.fail_together(job.accelerator), checkpoints.writing(output):
@@ -270,7 +298,7 @@ def evaluate_saved(job: Job) -> dict[str, dict]:
     """Evaluate the saved models on all splits but train.
 
     "last", the last epoch's, is what counts. With validation images there is "best", the best epoch
-    on them; its top-1 on them is too good by that choice.
+    on them; its top-1 on them is too good by that choice. "last_ema" is the average of the weights.
 
     Returns:
         By model and split, what ``evaluate_top1`` does.
@@ -279,7 +307,8 @@ def evaluate_saved(job: Job) -> dict[str, dict]:
         InputError: a model is missing.
     """
     results = {}
-    for name in ("last", "best") if job.batches.held_out == "validation" else ("last",):
+    names = ["last"] + ["best"] * (job.batches.held_out == "validation")
+    for name in names + ["last_ema"] * (job.ema is not None):
         load_model(job, name)
         splits = job.batches.evaluation.items()
         results[name] = {split: evaluate_top1(job, loader) for split, loader in splits}
@@ -293,7 +322,8 @@ def print_results(job: Job, results: dict) -> None:
     say, args = job.accelerator.print, job.args
     say(f"\nTop-1 accuracy of {args.model} trained with method {args.method}:")
     best = ", and the epoch that is best on validation" if "best" in results else ""
-    say(f"the last epoch{best}")
+    average = ", and the average of the weights" if job.ema else ""
+    say(f"the last epoch{best}{average}")
     say(f"{'split':<12} {'images':>8}" + "".join(f" {name:>8}" for name in results))
     for split, result in results["last"].items():
         cells = "".join(f" {result_of[split]['top1']:>8.2%}" for result_of in results.values())

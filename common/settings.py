@@ -35,13 +35,15 @@ RANGES = {
     **dict.fromkeys(("batch_size", "device_batch_size", "m", "train_num_samples"), "[1, inf)"),
     **dict.fromkeys(("epochs", "img_size", "perturb_interval", "val_interval"), "[1, inf)"),
     **dict.fromkeys(INTERVALS, "[1, inf)"),
-    **dict.fromkeys(("lr", "min_lr", "warmup_lr", "weight_decay", "workers"), "[0, inf)"),
+    **dict.fromkeys(("lr", "min_lr", "warmup_lr", "weight_decay", "workers", "freeze"), "[0, inf)"),
     **dict.fromkeys(("rho", "rho_min", "gsam_alpha"), "[0, inf)"),
-    **dict.fromkeys(("hflip", "momentum", "shrink_perturb", "gamma"), "[0, 1]"),
-    **dict.fromkeys(("smoothing", "lam"), "[0, 1)"),
-    **dict.fromkeys(("scale", "perturb_fraction"), "(0, 1]"),
+    **dict.fromkeys(("hflip", "vflip", "reprob"), "[0, 1]"),
+    **dict.fromkeys(("momentum", "shrink_perturb", "gamma"), "[0, 1]"),
+    **dict.fromkeys(("mixup", "cutmix"), "[0, inf)"),
+    **dict.fromkeys(("smoothing", "lam", "model_ema_decay", "label_noise"), "[0, 1)"),
+    **dict.fromkeys(("scale", "perturb_fraction", "layer_decay"), "(0, 1]"),
     **dict.fromkeys(("validation_share", "train_share"), "(0, 1)"),
-    **dict.fromkeys(("ratio", "clip_grad"), "(0, inf)"),
+    **dict.fromkeys(("ratio", "clip_grad", "color_jitter"), "(0, inf)"),
     "head_bias": "(-inf, inf)", "seed": "[0, 2147483647]", "crop_pct": "[0.01, 1]",
 }  # fmt: skip
 
@@ -91,6 +93,7 @@ def add_data_flags(add):
     """The images, and what is done to them."""
     add("--dataset", default="ILSVRC/imagenet-1k",
         help="'digits', a folder or a Hub dataset (%(default)s)")
+    add_hub_flags(add, "(train)", "(validation, else test)")
     add("--img-size", type=int, help="side of the model's input, pixels (the model's own)")
     add("--crop-pct", type=float,
         help="evaluation's centre crop, share of the side (the model's own)")
@@ -100,6 +103,15 @@ def add_data_flags(add):
     add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3),
         help="training crop's width over height, from and to (0.75 1.33)")
     add("--hflip", type=float, default=0.5, help="probability of a horizontal flip (%(default)s)")
+    add("--vflip", type=float, default=0.0, help="probability of a vertical flip (%(default)s)")
+    add("--aa", metavar="POLICY",
+        help="timm's augmentation: rand-m9-mstd0.5, original, augmix-m3-w3, 3a, ... (none)")
+    add("--color-jitter", type=float,
+        help="strength of random brightness, contrast and saturation (none)")
+    add("--reprob", type=float, default=0.0,
+        help="probability of erasing a rectangle, with noise (%(default)s)")
+    add("--mixup", type=float, default=0.0, help="mixup's alpha; 0: no mixup (%(default)s)")
+    add("--cutmix", type=float, default=0.0, help="CutMix's alpha; 0: no CutMix (%(default)s)")
     add("--decoder", choices=["pil", "torchcodec"], default="pil",
         help="of training images; torchcodec, a package, is faster but resizes a bit differently "
              "(%(default)s)")
@@ -110,6 +122,22 @@ def add_data_flags(add):
     add("--train-share", type=float, help="share of the other training images to train on (all)")
     add("--train-num-samples", type=int,
         help="training images, if a streamed dataset does not say (it does)")
+    add("--label-noise", type=float, default=0.0,
+        help="share of training images that get another class, for experiments (%(default)s)")
+
+
+def add_hub_flags(add, train: str | None, held_out: str):
+    """What a dataset of the Hub calls its parts, of all scripts that open one.
+
+    ``train`` and ``held_out`` are the splits' usual names, in parentheses; without the first there
+    is no flag for it.
+    """
+    if train:
+        add("--train-split", metavar="NAME", help=f"a Hub dataset's training split {train}")
+    add("--val-split", metavar="NAME", help=f"its split to validate on {held_out}")
+    add("--image-key", metavar="NAME", help="its image column (the only one)")
+    add("--label-key", metavar="NAME", help="its label column (label, labels, fine_label, cls)")
+    add("--dataset-config", metavar="NAME", help="its configuration (the dataset's default)")
 
 
 def add_model_flags(add, model_help):
@@ -144,11 +172,20 @@ def add_optimization_flags(add):
     add("--momentum", type=float, default=0.9,
         help="of the base optimizer, if it has any (%(default)s)")
     add("--weight-decay", type=float, default=0.0, help="none on biases and norms (%(default)s)")
+    add("--layer-decay", type=float,
+        help="factor on the learning rate from each layer to the one before it (none)")
+    add("--freeze", type=int, default=0,
+        help="first epochs in which the classifier alone trains (%(default)s)")
     add("--clip-grad", type=float, help="largest L2 norm of the gradient of an update (none)")
     add("--batch-size", type=int, default=256,
         help="examples of an update, on all processes (%(default)s)")
     add("--device-batch-size", type=int, default=256,
         help="examples that a process loads at once, at most (%(default)s, or m)")
+    add("--model-ema", action=BOOLEAN,
+        help="also average the weights over the updates, evaluate that and save it (no)")
+    add("--model-ema-decay", type=float, help="what an update leaves of the average (0.9998)")
+    add("--model-ema-warmup", action=BOOLEAN,
+        help="let the decay rise from 0, for short runs (no)")
     add("--shrink-perturb", type=float,
         help="after each update, pull to the first weights by this share, at the highest lr (none)")
     add("--seed", type=int, default=0,
@@ -174,6 +211,13 @@ def add_perturbation_flags(add):
         help="ASAM: where |theta| enters (both)")
     add("--gsam-alpha", type=float, help="GSAM: weight of the orthogonal part (0.4)")
     add("--gsam-normalize", action=BOOLEAN, help="GSAM: scale g to unit norm first (no)")
+
+
+def add_checkpoint_flags(add, **options):
+    """Weights in a file, of those scripts that open trained models."""
+    add("--checkpoint", metavar="PATH", **options,
+        help="weights of the architecture --model: .safetensors, .pth, .pth.tar (none)")
+    add("--use-ema", action=BOOLEAN, help="take that file's averaged weights (no)")
 
 
 def add_output_flags(add):
@@ -209,6 +253,7 @@ def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
         hint = did_you_mean(unknown[0].split("=")[0], known) or "; --help lists them all"
         raise InputError(f"unknown argument {unknown[0]}{hint}")
     resolve_method(args)
+    resolve_ema(args)
     check_values(args)
     args.output = args.output or f"outputs/{Path(args.dataset).name}-{args.method}"
     if args.print_config:
@@ -238,6 +283,19 @@ def resolve_method(args) -> None:
             raise InputError(f"{key} contradicts method {args.method}: {remedy}")
 
 
+def resolve_ema(args) -> None:
+    """Give the averaged weights' decay its default.
+
+    Raises:
+        InputError: a setting of theirs is given, and they are not asked for.
+    """
+    for key, default in (("model_ema_decay", 0.9998), ("model_ema_warmup", False)):
+        if args.model_ema and getattr(args, key) is None:
+            setattr(args, key, default)
+        elif not args.model_ema and getattr(args, key):
+            raise InputError(f"{key} has no effect without model_ema: drop it, or add --model-ema")
+
+
 def check_values(args) -> None:
     """Check that values lie in their ranges, and do not contradict each other.
 
@@ -249,9 +307,21 @@ def check_values(args) -> None:
         low, high = getattr(args, key)
         if low > high:
             raise InputError(f"{key} is {getattr(args, key)}; give the smaller value first")
+    if args.aa and args.color_jitter and "3a" not in args.aa:
+        raise InputError(
+            f"color_jitter has no effect beside aa {args.aa}, which changes colours itself: drop "
+            "one of them"
+        )
+    if args.label_noise and args.streaming:
+        raise InputError("label_noise does not go with streaming: drop one of them")
+    if args.aa and args.decoder == "torchcodec":
+        raise InputError("--decoder torchcodec does not go with --aa, which takes PIL's images")
     if not 0 <= args.warmup_epochs < args.epochs:
         between = f"it must lie between 0 and epochs, {args.epochs}"
         raise InputError(f"warmup_epochs is {args.warmup_epochs}; {between}")
+    if args.freeze >= args.epochs:
+        left = f"leaves no epoch of {args.epochs} to train the rest"
+        raise InputError(f"freeze {args.freeze} {left}: lower it")
     for key in ("min_lr", "warmup_lr"):
         if getattr(args, key) > args.lr:
             above = f"above lr, {args.lr}, which is the highest"

@@ -1,5 +1,6 @@
 """What the experiments' scripts share: data files, numbers as text, tables on pages."""
 
+import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,11 @@ def interval(middle: float, low: float, high: float) -> str:
     return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
+def p_value(p: float) -> str:
+    """A p value as text."""
+    return f"p {p:.2f}" if p >= 0.01 else "p < 0.01"
+
+
 def markdown(rows: list[dict]) -> str:
     """A table with a column for each key; a row may lack some."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -72,3 +78,14 @@ def fill(page: Path, script: str, tables: dict[str, Callable[[], list[dict]]]):
     page.write_text(
         place.sub(lambda found: f"{found[1]}\n{markdown(tables[found[2]]())}\n\n", text)
     )
+
+
+def remake(module_doc: str, page: Path, script: str, tables: dict, collect: Callable, argv=None):
+    """Run a page's script as from the command line: ``fill``, after ``--collect`` if asked to."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=module_doc, formatter_class=raw)
+    p.add_argument("--collect", type=Path, metavar="OUTPUTS", help="make data/ from the runs there")
+    args = p.parse_args(argv)
+    if args.collect:
+        collect(args.collect)
+    fill(page, script, tables)

@@ -71,11 +71,10 @@ def resampled_lines(protocol: str, seed: int = 0) -> np.ndarray:
     They are drawn with replacement.
     """
     points, rng = logit(baseline(protocol)), np.random.default_rng(seed)
-    lines = []
-    for _ in range(RESAMPLES):
-        fitted = linregress(*points[rng.integers(len(points), size=len(points))].T)
-        lines.append((fitted.slope, fitted.intercept))
-    return np.array(lines).T
+    drawn = points[rng.integers(len(points), size=(RESAMPLES, len(points)))]
+    (x, y), means = np.moveaxis(drawn - drawn.mean(1, keepdims=True), 2, 0), drawn.mean(1)
+    slopes = (x * y).sum(1) / (x * x).sum(1)
+    return np.stack([slopes, means[:, 1] - slopes * means[:, 0]])
 
 
 def expected(clean, slope, intercept):

@@ -266,7 +266,9 @@ class Pictures(torch.utils.data.IterableDataset):
         return self.places[label]
 
 
-def open_set(which: Pass, place: str | None, allow_partial: bool):
+def open_set(
+    which: Pass, place: str | None, allow_partial: bool, names: data.Names = data.NO_NAMES
+):
     """A set's images, undecoded, as columns ``image`` and ``label``; streamed unless local files.
 
     Args:
@@ -274,6 +276,7 @@ def open_set(which: Pass, place: str | None, allow_partial: bool):
             WebDataset tars; or a dataset of the Hub, None for its usual one, or a folder with a
             copy of it.
         allow_partial: only warn of missing classes.
+        names: of the split, columns and configuration of a set of the Hub.
 
     Raises:
         InputError: it cannot be found, read or understood, or classes are missing.
@@ -283,16 +286,19 @@ def open_set(which: Pass, place: str | None, allow_partial: bool):
     name, place = which.name, place or HUB[which.name]
     path = Path(place).expanduser()
     tars = [path] if path.suffix == ".tar" else sorted(path.glob("**/*.tar"))
+    local = path.is_dir() and not _holds_parquet(path)
+    if (tars and path.exists()) or path.suffix in (".tar", ".zip") or local:
+        names.refuse(place, "a folder or archive")
     if tars and path.exists():
         files = {"test": [str(tar) for tar in tars]}
         ds = data.hub("webdataset", place, data_files=files, streaming=True)["test"]
     elif path.suffix in (".tar", ".zip") and not path.exists():
         raise InputError(f"there is no file {place}")
-    elif path.suffix == ".zip" or (path.is_dir() and not _holds_parquet(path)):
+    elif path.suffix == ".zip" or local:
         return _open_folder(path, name, allow_partial)
     else:
-        ds = _open_hub(name, place)
-    ds = data.standard_columns(ds, place)
+        ds = _open_hub(name, place, names)
+    ds = data.standard_columns(ds, place, names)
     _check_all_classes(name, ds, place, allow_partial)
     return ds
 
@@ -301,8 +307,11 @@ def _holds_parquet(folder):
     return any(file.name not in folders.METADATA for file in folder.rglob("*.parquet"))
 
 
-def _open_hub(name, place):
-    splits = data.hub(place, place, streaming=True)
+def _open_hub(name, place, names):
+    splits = data.hub(place, place, config=names.dataset_config, streaming=True)
+    if names.val_split is not None:
+        data.known_split(splits, place, "--val-split", names.val_split)
+        return splits[names.val_split]
     split = next((split for split in ("validation", "test") if split in splits), None)
     if split is None:
         raise InputError(f"{place!r} has no validation or test split, only {', '.join(splits)}")

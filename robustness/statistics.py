@@ -1,10 +1,10 @@
-"""Measures of a classifier's predictions, and intervals of their differences."""
+"""Measures of a classifier's predictions."""
 
 import datasets
 import evaluate
 import numpy as np
 import torch
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest
 
 from common.metrics import in_memory
 
@@ -75,57 +75,7 @@ def classification(columns: dict) -> dict[str, float]:
     return metric.compute()
 
 
-def paired(
-    first: np.ndarray, other: np.ndarray, resamples: int = 10_000, seed: int = 0
-) -> dict[str, float]:
-    """The difference in top-1, ``other`` less ``first``.
-
-    Args:
-        first, other: (images,) each, whether each model was right on the same images.
-
-    Returns:
-        ``difference``; ``low`` and ``high``, its 95 % bootstrap interval (percentiles over
-        resampled images); and ``p_value``, McNemar's exact test that both are right equally often
-        (two-sided).
-    """
-    gained, lost = int((other & ~first).sum()), int((first & ~other).sum())
-    size = len(first)
-    # Resampling images is drawing how many of them one model alone gets right.
-    shares = np.array([gained, lost, size - gained - lost]) / size
-    draws = np.random.default_rng(seed).multinomial(size, shares, resamples)
-    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / size, [2.5, 97.5])
-    p_value = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    interval = {"low": float(low), "high": float(high)}
-    return {"difference": (gained - lost) / size, **interval, "p_value": float(p_value)}
-
-
 def mean(values: np.ndarray) -> dict[str, float]:
     """The ``mean`` of a value of each image; ``low`` and ``high``, its normal 95 % interval."""
     middle, half = values.mean(), 1.96 * values.std() / len(values) ** 0.5
-    return {"mean": float(middle), "low": float(middle - half), "high": float(middle + half)}
-
-
-def crossed(differences: np.ndarray) -> dict[str, float]:
-    """The mean of (seeds, images) differences between two methods, and its 95 % interval.
-
-    The interval, ``low`` to ``high``, is over seeds and images, as neither are all that there could
-    be. The mean varies with both, and their variances are added. That counts twice what is peculiar
-    to one seed on one image (as the pigeonhole bootstrap does, Owen 2007). Student's t, with
-    Satterthwaite's degrees of freedom, allows for few seeds; with three whose luck outweighs the
-    images', it holds the truth in about 93 of 100 cases.
-
-    Raises:
-        ValueError: there is one seed alone.
-    """
-    if len(differences) < 2:
-        raise ValueError("an interval over seeds needs at least two of them")
-    variances, freedoms = [], []
-    for axis in (1, 0):
-        means = differences.mean(axis)
-        variances.append(means.var(ddof=1) / len(means))
-        freedoms.append(len(means) - 1)
-    total = sum(variances)
-    freedom = total**2 / sum(v**2 / f for v, f in zip(variances, freedoms)) if total else 1.0
-    half = t.ppf(0.975, freedom) * total**0.5
-    middle = differences.mean()
     return {"mean": float(middle), "low": float(middle - half), "high": float(middle + half)}

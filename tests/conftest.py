@@ -18,7 +18,16 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from helpers import fresh_process, write_folder  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def undrawn_pictures(request, monkeypatch):
+    """Pictures are empty files but in tests marked ``pictures``: drawing costs more than a run."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(Figure, "draw_without_rendering", lambda figure: None)
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.touch())
 
 
 @pytest.fixture

@@ -50,8 +50,11 @@ def tables() -> str:
                 f"`--{key.replace('_', '-')} {own[key]}`" for key in usual if own[key] != usual[key]
             )
             text.append(
-                f"\n`finetune_cifar.py` has the same flags; its defaults differ in {changed}."
+                f"\n`finetune_cifar.py` has the same flags; its defaults differ in {changed}. It "
+                "also has:\n\n| flag | |\n| --- | --- |"
             )
+            more = [action for action in flags_of(finetune_cifar) if action.dest not in usual]
+            text += [f"| `{action.option_strings[0]}` | {explained(action)} |" for action in more]
     return "\n".join(text) + "\n"
 
 

@@ -83,6 +83,7 @@ def test_a_tensor_gets_the_memory_of_the_one_before_it():
     assert count("leave", **huge)[1] > PAGES // 2
 
 
+@pytest.mark.slow
 @needs_glibc
 @pytest.mark.parametrize("chosen", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}])
 def test_each_script_and_its_loader_workers_keep_freed_memory_unless_told_otherwise(chosen):

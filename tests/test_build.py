@@ -229,7 +229,7 @@ def test_fsdp_that_saves_what_needs_unpickling_is_refused(monkeypatch):
     monkeypatch.setattr(build, "Accelerator", lambda **kwargs: fake)
     with pytest.raises(InputError, match="fsdp_state_dict_type: FULL_STATE_DICT"):
         build.build_accelerator(
-            type("Args", (), {"log_with": None, "output": None, "torchcompile": None})
+            type("Args", (), {"log_with": None, "output": None, "torchcompile": None, "freeze": 0})
         )
 
 
@@ -239,6 +239,13 @@ def test_fsdp_that_saves_what_needs_unpickling_is_refused(monkeypatch):
         ({"model": "resnet51"}, "timm has no model 'resnet51'; the nearest are .*resnet50"),
         ({"model_kwargs": {"depth": 3}}, "timm cannot create 'test_resnet' with {'depth': 3}"),
         ({"model": "zzzzqqqq"}, "timm has no model 'zzzzqqqq'$"),
+        (
+            {"model": "resnet18.a1_in1k"},
+            "trained model.* finetune_cifar.py, or .*--model resnet18$",
+        ),
+        ({"model": "local-dir:somewhere"}, "trained model.* fine-tune it with finetune_cifar.py"),
+        ({"model": "hf-hub:somebody/model"}, "trained model.* fine-tune it with finetune_cifar.py"),
+        ({"model": "/"}, "--model / is a trained model.* fine-tune it with finetune_cifar.py"),
         ({"opt": "sgdd"}, "timm has no optimizer 'sgdd': did you mean 'sgd[pw]?'"),
         ({"opt": "zzzzqqqq"}, "timm has no optimizer 'zzzzqqqq'$"),
         ({"batch_size": 512, "m": 512}, "batch_size 512 exceeds the 6 training images"),

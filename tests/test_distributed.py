@@ -11,6 +11,7 @@ from helpers import TORCHRUN, fresh_process
 from safetensors.torch import load_file
 from updates import METHODS, MICRO_BATCH, every_method
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 
 

@@ -22,13 +22,9 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "example",
-    [
-        pytest.param(example, marks=[] if example == "plain_loop" else pytest.mark.slow)
-        for example in EXAMPLES
-        if example != "text_classification"
-    ],
+    "example", [example for example in EXAMPLES if example != "text_classification"]
 )
 def test_example_trains(tmp_path, example):
     if example in NEEDS and find_spec(NEEDS[example]) is None:

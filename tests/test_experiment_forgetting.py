@@ -85,6 +85,7 @@ def test_correlations(data):
     assert cells(on_accuracy, "forgetting, the same for all") == [minus, zero, minus, minus, minus]
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("draw", [tables.draw_scatter, tables.draw_taus, tables.draw_epochs])
 def test_pictures_are_drawn(data, draw):
     draw(data / "picture.png")

@@ -8,6 +8,7 @@ import timm
 import torch
 from helpers import train, write_cifar100, write_folder
 from safetensors.torch import load_file
+from timm.models import is_model_pretrained
 
 import finetune_cifar
 import train_imagenet
@@ -81,6 +82,18 @@ def test_pretrained_weights_of_timm_are_asked_for(tmp_path, images, monkeypatch)
     assert asked == [("resnet18.a1_in1k", True), ("hf-hub:somebody/model", True)]
 
 
+def test_which_weights_a_name_without_a_tag_stands_for_is_said(
+    tmp_path, images, monkeypatch, capsys
+):
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **_: create_model(name))
+    changes = {"dataset": str(images), "img_size": None, "method": "base"}
+    for name, said in (("test_resnet", True), ("test_resnet.r160_in1k", False)):
+        train(finetune_cifar, tmp_path, "--dry-run", model=name, **changes)
+        line = "--model test_resnet: fine-tunes timm's test_resnet.r160_in1k"
+        assert (line in capsys.readouterr().out) == said
+
+
 def test_img_size_suffices_for_a_model_that_is_made_for_one_size(tmp_path, images):
     """Trained at 64 pixels, fine-tuned at 96, opened elsewhere at that."""
     first = train(train_imagenet, tmp_path, dataset=str(images), model="test_vit", img_size=64)
@@ -93,6 +106,9 @@ def test_img_size_suffices_for_a_model_that_is_made_for_one_size(tmp_path, image
         opened = timm.create_model(f"local-dir:{tmp_path / folder / 'last'}", pretrained=True)
         assert opened.patch_embed.img_size == (size, size)
         assert opened.pretrained_cfg["input_size"] == (3, size, size)
+
+
+UNTRAINED = next(name for name in timm.list_models() if not is_model_pretrained(name))
 
 
 def damage(folder, file, content):
@@ -139,7 +155,12 @@ def test_damaged_checkpoint_is_one_clear_error(tmp_path, checkpoint, images, fil
     "model, words",
     [
         ("nowhere/best", "no folder 'nowhere/best', and timm has no pretrained"),
-        ("resnet51", "no pretrained model"),
+        ("resnet51", "no pretrained model of that name; the nearest are .*resnet50"),
+        (
+            "resnet18.a1_in1",
+            r"no pretrained model of that name; the nearest are .*resnet18\.a1_in1k",
+        ),
+        (UNTRAINED, "it has the architecture alone, so give weights by --checkpoint PATH"),
     ],
 )
 def test_model_that_does_not_exist(tmp_path, images, model, words):

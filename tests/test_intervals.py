@@ -31,6 +31,15 @@ def test_interval_over_seeds_is_students():
     assert found["p_value"] == pytest.approx(2 * t.sf(statistic, 3))
 
 
+def test_interval_of_the_best_of_several_is_bonferronis():
+    differences = np.array([0.01, 0.03, -0.02, 0.05])
+    found = intervals.over_seeds(differences, comparisons=15)
+    half = t.ppf(1 - 0.025 / 15, 3) * differences.std(ddof=1) / 2
+    assert (found["low"], found["high"]) == pytest.approx(
+        (differences.mean() - half, differences.mean() + half)
+    )
+
+
 @pytest.mark.parametrize("value, p", [(0.0, 1.0), (0.2, 0.0)])
 def test_seeds_that_all_agree_have_no_spread(value, p):
     expected = {"mean": value, "low": value, "high": value, "p_value": p}
@@ -45,7 +54,7 @@ def test_one_seed_has_no_interval():
 @pytest.mark.parametrize("seeds", [5, 20])
 @pytest.mark.parametrize("images", [2000, 10_000])
 def test_interval_over_seeds_holds_the_truth_as_often_as_it_says(seeds, images):
-    rng, rounds = np.random.default_rng(seeds), 2000
+    rng, rounds = np.random.default_rng(seeds), 700
     # The variances that CIFAR-10's runs have. The first is not among seeds: it costs a point of
     # coverage at most.
     shared = rng.normal(0, math.sqrt(0.001 / images), (rounds, 1))
@@ -143,7 +152,7 @@ def test_kendall_over_settings_has_the_exact_permutation_p_value():
 
 def test_what_the_method_alone_explains_is_not_found_within_methods():
     rng, found = np.random.default_rng(1), {"method": 0, "all": 0}
-    for _ in range(150):
+    for _ in range(60):
         method = np.repeat([0, 1], 10)
         runs = made(
             3 * method + rng.normal(size=20), 3 * method + rng.normal(size=20), method, seeds=2
@@ -151,7 +160,7 @@ def test_what_the_method_alone_explains_is_not_found_within_methods():
         for within in found:
             test = intervals.kendall_test(runs.assign(all=0), "x", "y", within, resamples=199)
             found[within] += test["p_value"] <= 0.05
-    assert found["method"] < 0.1 * 150 and found["all"] > 0.5 * 150
+    assert found["method"] <= 6 and found["all"] > 30
 
 
 def test_variance_explained_and_the_ceiling_of_tau_are_those_of_simulated_settings():

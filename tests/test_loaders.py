@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from PIL import ExifTags, Image
 from test_data import file_of, write_folder
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import Compose
 
 import train_imagenet
@@ -254,7 +255,8 @@ class Killed:
 def test_a_worker_that_is_killed_in_training_is_one_line(accelerator, images):
     args = argparse.Namespace(batch_size=8, seed=0, decoder="pil", workers=1)
     split = data.load(str(images))["train"]
-    _, batches = loaders.train_batches(args, accelerator, split, Compose([Killed()]), 8)
+    transform = Compose([RandomResizedCropAndInterpolation(8), Killed()])
+    _, batches = loaders.train_batches(args, accelerator, split, transform, 8)
     with pytest.raises(RuntimeError) as caught:
         next(batches(0, 0))
     assert lost_worker(caught.value).startswith("a loader worker was killed")

@@ -73,6 +73,7 @@ def test_largest_eigenvalue_is_that_of_the_explicit_hessian(norm, criterion, siz
     )
 
 
+@pytest.mark.slow
 def test_a_measurement_prints_no_warning_that_a_user_cannot_act_on():
     code = (
         "import torch; from robustness import flatness; model = torch.nn.Linear(3, 2);"

@@ -55,6 +55,7 @@ def evaluate(monkeypatch, output, **places):
 SHOWN = {("bee", "b"): 1, ("bee", "a"): 5, ("fox", "x"): 5, ("fox", "y"): 1, ("cat", "z"): 2}
 
 
+@pytest.mark.pictures
 def test_predictions_carry_file_true_and_predicted_class_and_confidence(tmp_path, monkeypatch):
     evaluate(monkeypatch, tmp_path / "out", mine=write(tmp_path / "mine", SHOWN))
     folder = tmp_path / "out" / "predictions" / "guesser"

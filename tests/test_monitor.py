@@ -77,3 +77,15 @@ def test_nan_loss_of_finite_weights_is_null_in_the_metrics_and_for_a_whole_epoch
         ]
         is None
     )
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("rho, warned", [(50.0, True), (0.05, False)])
+def test_a_rho_that_destroys_training_is_said_once(tmp_path, images, capsys, loss, rho, warned):
+    """Guessing has log 2 by cross-entropy, and twice that by binary ones."""
+    changes = {"method": "sam", "rho": rho, "rho_min": None, "loss": loss, "workers": 0}
+    in_process(recipe(tmp_path, images, epochs=2, **changes), tmp_path / "run")
+    out = capsys.readouterr().out
+    guessing = {"ce": "0.6931", "bce": "1.386"}[loss]
+    line = f"and guessing has {guessing}: lr 0.05 or rho {rho} may be too high"
+    assert out.count("warning: the loss of the first epoch is") == out.count(line) == warned

@@ -107,6 +107,7 @@ def test_small_accuracies_and_small_differences_are_visible(drawn, tmp_path):
     assert {"98.00", "99.00", "0.10", "0.20"} <= set(texts(figure))
 
 
+@pytest.mark.pictures
 def test_pictures_are_png_and_svg(tmp_path):
     report.draw({"a": {"test": measured(0.5, 0.4, 0.6, 10)}}, tmp_path / "accuracy.png")
     for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):

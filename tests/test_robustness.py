@@ -337,25 +337,6 @@ def test_r_protocol_of_200_classes_agrees_with_masking():
     assert columns["r-1000"]["top1"] == (logits.argmax(-1) == torch.tensor(labels)).tolist()
 
 
-def test_paired_difference_equals_resampling_images_and_mcnemars_sum():
-    rng = np.random.default_rng(0)
-    first = rng.random(400) < 0.8
-    other = np.where(rng.random(400) < 0.1, ~first, first)
-    result = statistics.paired(first, other)
-    rows = rng.integers(0, 400, (10_000, 400))
-    means = (other[rows].astype(int) - first[rows]).mean(1)
-    assert result["difference"] == pytest.approx(other.mean() - first.mean())
-    assert (result["low"], result["high"]) == pytest.approx(
-        np.percentile(means, [2.5, 97.5]), abs=0.004
-    )
-    gained, lost = (other & ~first).sum(), (first & ~other).sum()
-    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (
-        gained + lost
-    )
-    assert result["p_value"] == pytest.approx(min(1, 2 * tail))
-    assert statistics.paired(first, first) == {"difference": 0, "low": 0, "high": 0, "p_value": 1}
-
-
 # --------------------------------------------------------------------------------------------------
 # Runs
 
@@ -435,15 +416,14 @@ def test_killed_run_goes_on_after_the_last_finished_benchmark(tmp_path, monkeypa
     assert begun[5:] == ["r", "r"]
 
 
+@pytest.mark.pictures
 def test_results_table_picture_and_predictions(tmp_path, capsys):
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
     models = ("right", "wrong about 3 6 9")
     evaluate(tmp_path, ["v2"], f"v2={folder}", models=models, flags=["--markdown"])
     printed = capsys.readouterr().out
     assert "| wrong about 3 6 9 | v2        | 1000   | 99.70   |" in printed
-    assert (
-        "| wrong about 3 6 9 | v2        | -0.30        | -0.70 to" in printed and "0.25" in printed
-    )
+    assert "| wrong about 3 6 9 | v2        | -0.30        | -0.88 to +0.08" in printed
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert saved["results"]["wrong about 3 6 9"]["v2"]["top1"] == 0.997
     assert {"torch", "timm", "datasets"} == set(saved["versions"])
@@ -455,6 +435,7 @@ def test_results_table_picture_and_predictions(tmp_path, capsys):
     assert sum(not right for right in table["top1"]) == 3
 
 
+@pytest.mark.pictures
 def test_effective_robustness_is_that_of_both_sets_in_table_record_and_picture(tmp_path, capsys):
     v2 = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
     val = write_folders(tmp_path / "val", {name: i for i, name in enumerate(WORDNET)})
@@ -1164,10 +1145,10 @@ class Killed:
 
 
 class Stuck:
-    """A transform that never ends."""
+    """A transform that outlasts the time-out; not by much, as the next test waits for its end."""
 
     def __call__(self, image):
-        time.sleep(1000)
+        time.sleep(6)
 
 
 class Full:

@@ -95,7 +95,9 @@ def every_method(accelerator, m, interleaved=False):
 
 if __name__ == "__main__":
     output = Path(sys.argv[1])
-    accelerator = build.build_accelerator(Namespace(log_with=None, output=None, torchcompile=None))
+    accelerator = build.build_accelerator(
+        Namespace(log_with=None, output=None, torchcompile=None, freeze=0)
+    )
     ddp = every_method(accelerator, MICRO_BATCH)
     # The launcher's setting works on GPUs only.
     shard_everything = {

@@ -4,13 +4,12 @@ python -m experiments.text.tables                    # write the tables anew
 python -m experiments.text.tables --collect outputs  # first make data/ anew, from outputs/text
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import pandas as pd
 
-from experiments.page import fill, interval, spread, write
+from experiments.page import interval, remake, spread, write
 from experiments.text.run import ROWS, SETTINGS
 from robustness.intervals import holm, over_seeds
 
@@ -141,14 +140,7 @@ TABLES = {"decisive": decisive, "accuracy": accuracy, "tuning": tuning}
 
 def main(argv=None):
     """Run as from the command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--collect", type=Path, metavar="OUTPUTS", help="make data/ from the runs there")
-    args = p.parse_args(argv)
-    if args.collect:
-        collect(args.collect)
-    fill(HERE / "README.md", SCRIPT, TABLES)
+    remake(__doc__, HERE / "README.md", SCRIPT, TABLES, collect, argv)
 
 
 if __name__ == "__main__":
