@@ -631,7 +631,7 @@ def run_pass(args, accelerator, opened_model, which, ds, request):
         title = f"{model_name} on {protocol}: the {len(found)} surest of {wrong_ones} mistakes"
         path = folder / f"mistakes-{protocol}.png"
         path.unlink(missing_ok=True)
-        if found:
+        if found and not protocol.corruption:
             mistakes.draw_mistakes(found, title, path)
     return predictions.without_names(columns), record
 

@@ -63,6 +63,7 @@ def real_labels() -> list[list[int]]:
     return [[], *json.loads(_timm_info("imagenet_real_labels.json"))]
 
 
+@functools.lru_cache(10_000)
 def imagenet_index(name: str) -> int | None:
     """The class of ImageNet, 0..999, that a name means; None if it means none, or several.
 
