@@ -396,6 +396,7 @@ def write_imagenet_c(root, kinds):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [None, "fog"])
 def test_imagenet_c_gives_errors_by_corruption_and_severity_and_mce(
     tmp_path, evaluate, capsys, missing

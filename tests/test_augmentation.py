@@ -238,6 +238,7 @@ def test_a_mixed_run_has_no_training_accuracy_and_resumes_bit_for_bit(tmp_path, 
     assert same(saved(tmp_path / "run" / "last"), saved(tmp_path / "resumed" / "last"))
 
 
+@pytest.mark.slow
 def test_workers_draw_what_the_main_process_draws(tmp_path, images):
     for workers in (0, 2):
         train(

@@ -63,6 +63,7 @@ def test_the_average_is_the_weights_weighted_by_powers_of_the_decay(
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_run_is_the_same_beside_its_average_which_has_accuracies_of_its_own(tmp_path, images):
     plain = in_process(recipe(tmp_path, images, workers=0, epochs=2), tmp_path / "plain")
     averaged = in_process(recipe(tmp_path, images, **EMA), tmp_path / "run")

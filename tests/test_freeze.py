@@ -88,6 +88,7 @@ def test_the_perturbation_is_of_length_rho_on_what_trains(tmp_path, images, monk
     assert all(number > 10 for _, number in lengths[half:])
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_a_frozen_epoch_and_after_it_is_the_same(tmp_path, images):
     path = recipe(
         tmp_path, images, workers=0, freeze=1, epochs=2, model="test_resnet", model_kwargs={},

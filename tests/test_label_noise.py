@@ -77,6 +77,7 @@ def test_a_resumed_run_must_have_the_same_noise(tmp_path, images):
         in_process(path, tmp_path / "run", "--resume", "auto", "--label-noise", "0.25")
 
 
+@pytest.mark.slow
 def test_measuring_a_noisy_run_of_mixed_images_takes_the_datasets_own_labels(
     tmp_path, images, capsys
 ):

@@ -399,6 +399,7 @@ def test_finished_measurements_are_not_made_again(runs, tmp_path, monkeypatch):
             measure(runs[:1], tmp_path, "--micro-batches", *other)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("curvature_aside")
 def test_a_table_of_other_runs_is_not_replaced_without_a_word(runs, tmp_path, capsys):
     flags = ("--micro-batches", "1", "--perturbations", "sam")

@@ -222,6 +222,7 @@ def test_two_processes_killed_or_terminated_resume_to_the_same_weights(
     torch.testing.assert_close(final_weights(tmp_path / "run"), weights, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_oldest_checkpoints_are_removed_and_the_best_model_kept(tmp_path, images):
     in_process(recipe(tmp_path, images, workers=0, checkpoint_hist=3), tmp_path / "run")
     names = sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir())
@@ -232,6 +233,7 @@ def test_oldest_checkpoints_are_removed_and_the_best_model_kept(tmp_path, images
     ]
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_trains_no_more_and_says_so(tmp_path, images, capsys):
     path = recipe(tmp_path, images, workers=0)
     first = in_process(path, tmp_path / "run")
@@ -243,6 +245,7 @@ def test_resuming_a_finished_run_trains_no_more_and_says_so(tmp_path, images, ca
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_how_far_it_is(tmp_path, images, capsys):
     path, first = short_run(tmp_path, images)
     for step, words in ((7, "1 of 2 epochs and 3 of 4 updates are trained"), (8, "all 2 epochs")):
@@ -268,6 +271,7 @@ def test_another_run_s_checkpoint_brings_its_training_but_not_its_models_and_met
     assert len((other / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_run_whose_checkpoints_were_removed_is_not_trained_anew_unasked(
     tmp_path, images, monkeypatch
 ):

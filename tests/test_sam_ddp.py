@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sam_obf import SAM, random_perturbation
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 all_reduce = dist.all_reduce
 METHODS = ("plain", "asam-both", "gsam", "gsam-normalize")
