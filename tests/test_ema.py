@@ -79,6 +79,7 @@ def test_the_run_is_the_same_beside_its_average_which_has_accuracies_of_its_own(
     assert not (tmp_path / "plain" / "last_ema").exists()
 
 
+@pytest.mark.slow
 def test_a_run_resumed_inside_an_epoch_has_the_same_average(tmp_path, images):
     path = recipe(tmp_path, images, **EMA, model="test_resnet", model_kwargs={}, img_size=32)
     in_process(path, tmp_path / "run", "--checkpoint-hist", "9")

@@ -69,6 +69,7 @@ def test_training_images_alone_are_noisy_and_a_line_says_so(tmp_path, images, mo
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_must_have_the_same_noise(tmp_path, images):
     path = recipe(tmp_path, images, workers=0, epochs=2, label_noise=0.5)
     in_process(path, tmp_path / "run")

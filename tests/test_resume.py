@@ -130,6 +130,7 @@ def test_killed_stream_resumes_where_it_was(tmp_path, images):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_run_that_accumulates_resumes_at_the_same_image(tmp_path, images):
     path, whole = short_run(tmp_path, images, device_batch_size=2, checkpoint_hist=9)
     shutil.copytree(whole, tmp_path / "resumed")
@@ -343,6 +344,7 @@ def test_all_processes_end_with_the_main_one_s_error(tmp_path, images, what, wor
     assert all(words in error and "another process" not in error for error in errors), errors
 
 
+@pytest.mark.slow
 def test_resume_auto_without_a_checkpoint_starts(tmp_path, images):
     assert in_process(recipe(tmp_path, images, workers=0), tmp_path / "run", "--resume", "auto")
 

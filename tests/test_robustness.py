@@ -676,6 +676,7 @@ def predictions(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_a_model_that_changed_in_place_is_evaluated_anew(tmp_path, predictions, capsys):
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(0, 1000, 10)})
     flags = ["--allow-partial"]

@@ -542,6 +542,7 @@ def test_workers_share_the_points_and_the_last_one_prints_the_table(tmp_path):
     assert all(sum(f"{name}:" in line for line in lines) == 1 for name in calls(tmp_path, "end"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_killed_sweep_does_what_is_left(tmp_path, name):
     flags = write_sweep(tmp_path, GRID)
