@@ -77,7 +77,7 @@ if __name__ == "__main__":
 
     if PartialState().is_main_process is False:
         sets.revision = None  # asking is the main process's
-    checkpoints.open_model = lambda name: Oracle({"right": (), "wrong": (0, 3, 6)}[name])
+    checkpoints.open_model = lambda name, **_: Oracle({"right": (), "wrong": (0, 3, 6)}[name])
     for folder in sorted(Path(sys.argv[1]).glob("v2-*")):
         flags = ["--data", f"v2={folder}", "--allow-partial", "--workers", "1", "--batch-size", "8"]
         output = ["--output", f"{sys.argv[2]}/{folder.name}"]
