@@ -312,6 +312,8 @@ def check_values(args) -> None:
             f"color_jitter has no effect beside aa {args.aa}, which changes colours itself: drop "
             "one of them"
         )
+    if args.train_num_samples and not args.streaming:
+        raise InputError("train_num_samples has no effect without streaming: drop it")
     if args.label_noise and args.streaming:
         raise InputError("label_noise does not go with streaming: drop one of them")
     if args.aa and args.decoder == "torchcodec":

@@ -1,6 +1,7 @@
 """Settings of the session and of the programs that tests start; they come before torch."""
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_MODULES_CACHE"):
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+import datasets  # noqa: E402
 import pytest  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
@@ -20,6 +22,15 @@ from accelerate import Accelerator  # noqa: E402
 from helpers import fresh_process, write_folder  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
+
+from common import images as images_module  # noqa: E402
+
+# timm reads its tables of ImageNet's classes anew for each run, which costs more than a small one.
+images_module.ImageNetInfo = functools.cache(images_module.ImageNetInfo)
+# So many seconds datasets would wait at the end of each stream of Parquet files.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+# And so many seconds a loader for each of its workers' end; usually 5.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
 
 
 @pytest.fixture(autouse=True)
