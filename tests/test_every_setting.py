@@ -28,6 +28,8 @@ import train_imagenet
 from common import loop, report, run, settings
 from common.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 # ------------------------------------------------------------------------------------------------
 # What a run does
 
