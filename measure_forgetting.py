@@ -31,7 +31,7 @@ from common.methods import METHODS
 from common.report import pairs
 from forgetting import conditional_entropy, forgetting, label_patterns
 from robustness import flatness, rank_correlations, report
-from robustness.rank_correlations import MIN_RUNS, MIN_SETTINGS
+from robustness.rank_correlations import MIN_RUNS
 from sam_obf import SAM
 
 SATURATED = 0.95  # of the bits that there can be
@@ -82,7 +82,7 @@ def parser() -> settings.Parser:
     g.add_argument("--batch-size", type=int, default=256, help="images at once (%(default)s)")
     g.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
     g.add_argument("--channels-last", action=optional, help=settings.CHANNELS_LAST_HELP)
-    text = "of the choice of images, and the bootstrap (%(default)s)"
+    text = "of the choice of images, and the tests of tau (%(default)s)"
     g.add_argument("--seed", type=int, default=0, help=text)
     text = "folder of the results (%(default)s)"
     p.add_argument("--output", default="outputs/forgetting", help=text)
@@ -576,11 +576,6 @@ def remarks(args, measured, summaries, labels) -> list[str]:
     if not summaries:
         lines.append(
             f"no rank correlation: it needs at least {MIN_RUNS} runs with the same perturbation"
-        )
-    if any(summary["settings"] < MIN_SETTINGS for summary in summaries):
-        lines.append(
-            f"no interval: of fewer than {MIN_SETTINGS} settings, each with all its seeds, it "
-            f"would mean nothing"
         )
     return lines
 

@@ -1,9 +1,6 @@
-"""Intervals and tests: of differences over seeds and over images, and of rank correlations over
-settings.
-"""
+"""Intervals and tests of differences: over seeds, and over images."""
 
 import numpy as np
-import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import norm, ttest_1samp
 from statsmodels.stats.multitest import multipletests
@@ -80,67 +77,3 @@ def _score(difference, gained, lost, size):
 def holm(p_values) -> np.ndarray:
     """P values adjusted for being read together (Holm 1979), of the comparisons of one table."""
     return multipletests(p_values, method="holm")[1]
-
-
-def kendall(x: np.ndarray, y: np.ndarray, strata: np.ndarray) -> float:
-    """Kendall's tau-b over pairs that share their stratum; nan where all of them are tied."""
-    signs = [np.sign(np.subtract.outer(v, v)) for v in (np.asarray(x, float), np.asarray(y, float))]
-    strata = np.asarray(strata)
-    signs = [s * (strata[:, None] == strata) for s in signs]
-    both = np.sqrt((signs[0] ** 2).sum() * (signs[1] ** 2).sum())
-    return float((signs[0] * signs[1]).sum() / both) if both else float("nan")
-
-
-def kendall_test(
-    runs: pd.DataFrame, x: str, y: str, within: str, resamples: int = 9999, seed: int = 0
-) -> dict[str, float]:
-    """Whether a quantity ranks settings as ``y`` does, among those that share ``within``, such as
-    the method.
-
-    Runs of one setting share their luck in the setting, so settings are what is tested: the means
-    over their seeds.
-
-    Args:
-        runs: a row a run, with the columns ``setting``, ``within``, ``x`` and ``y``.
-
-    Returns:
-        ``tau`` over setting means, pairs of one stratum alone; ``p_value``, two-sided, of permuting
-        the settings' means of ``x`` within each stratum; and ``settings``, their number.
-    """
-    means = runs.groupby([within, "setting"], as_index=False)[[x, y]].mean()
-    strata = pd.factorize(means[within])[0]
-    tau = kendall(means[x], means[y], strata)
-    rng, order = np.random.default_rng(seed), np.argsort(strata, kind="stable")
-    values, targets, strata = means[x].to_numpy()[order], means[y].to_numpy()[order], strata[order]
-    more = 1
-    for _ in range(resamples):
-        # Sorting random keys by stratum permutes inside each.
-        shuffled = np.lexsort((rng.random(len(values)), strata))
-        more += abs(kendall(values[shuffled], targets, strata)) >= abs(tau) - 1e-12
-    return {"tau": tau, "p_value": more / (resamples + 1), "settings": len(means)}
-
-
-def explained(runs: pd.DataFrame, y: str) -> float:
-    """The share of the variance of ``y``, in [0, 1], that a run's ``setting`` explains; the rest is
-    its seed's luck.
-
-    The intraclass correlation ICC(1) of a one-way analysis of variance.
-    """
-    groups = [group.to_numpy() for _, group in runs.groupby("setting")[y]]
-    sizes = np.array([len(group) for group in groups])
-    between = sum(len(g) * (g.mean() - runs[y].mean()) ** 2 for g in groups) / (len(groups) - 1)
-    within = sum(((g - g.mean()) ** 2).sum() for g in groups) / (sizes.sum() - len(groups))
-    size = (sizes.sum() - (sizes**2).sum() / sizes.sum()) / (len(groups) - 1)
-    share = (between - within) / (between + (size - 1) * within) if between + within else 0.0
-    return float(min(max(share, 0.0), 1.0))
-
-
-def ceiling(share: float) -> float:
-    """Kendall's tau with single runs' ``y`` that perfect knowledge of their setting reaches, if
-    ``y`` is normal.
-
-    Args:
-        share: from ``explained``. The correlation of a setting's true mean with a run is its square
-            root.
-    """
-    return 2 / np.pi * np.arcsin(np.sqrt(share))

@@ -1,138 +1,194 @@
-"""How well what is measured of runs goes with how good they are: Kendall's tau and intervals."""
+"""How well what is measured of runs goes with how good they are: Kendall's tau and tests.
+
+Runs of one setting differ by their seeds' luck alone. So the tests are of settings, by the means
+over their seeds. `benchmarks/intervals.py` shows how often they reject what is true.
+"""
 
 import itertools
 import math
 
 import numpy as np
+import pandas as pd
 
 MIN_RUNS = 4  # for a rank correlation
-MIN_SETTINGS = 10  # for its bootstrap interval
-RESAMPLES = 2000
+DRAWS = 1999  # of each test
 MEASURES = ("forgetting", "relevant_change", "lambda_max", "sam_gap")  # of a model
 # What is compared with test accuracy; flat models have a small largest eigenvalue, and a small gap.
 QUANTITIES = {
-    "forgetting": lambda row: row["forgetting"],
-    "relevant_change": lambda row: row["relevant_change"],
-    "flatness": lambda row: -row["lambda_max"],
-    "-sam_gap": lambda row: -row["sam_gap"],
+    "forgetting": lambda runs: runs["forgetting"],
+    "relevant_change": lambda runs: runs["relevant_change"],
+    "flatness": lambda runs: -runs["lambda_max"],
+    "-sam_gap": lambda runs: -runs["sam_gap"],
 }
 # What they are compared with: good models have high accuracy on test, and a small gap to that on
 # training images.
 TARGETS = {
-    "accuracy": lambda row: row["accuracy"],
-    "-gap": lambda row: row["accuracy"] - row["measured_accuracy"],
+    "accuracy": lambda runs: runs["accuracy"],
+    "-gap": lambda runs: runs["accuracy"] - runs["measured_accuracy"],
 }
-# Settings of the runs, each of which alone may drive both, and where a row has them.
+# Settings of the runs, each of which alone may drive both, and the columns that have them.
 FIXED = {"m": "trained_m", "rho": "trained_rho", "method": "method"}
 
 
-def kendall(x, y, settings, strata, weights) -> np.ndarray:
-    """Kendall's tau-b between x and y, over pairs of runs.
-
-    A pair differs in its setting and shares its stratum: seeds of one setting differ by luck alone.
-    A draw that has a setting twice has four times its pairs.
+def kendall(x, y, pairs) -> np.ndarray:
+    """Kendall's tau-b between x and y.
 
     Args:
-        x, y, settings, strata: (runs,) each.
-        weights: (draws, runs), how often a draw has each run.
+        x, y: (..., n); leading dimensions are broadcast.
+        pairs: (n, n), whether a pair counts.
 
     Returns:
-        (draws,), NaN where all of x or all of y are equal.
+        (...), NaN where all pairs of x, or of y, are tied.
     """
-    ranks = map(_ranks, (x, y, settings, strata))
-    x, y, settings, strata = (np.subtract.outer(values, values) for values in ranks)
-    x, y = (np.sign(differences) * (settings != 0) * (strata == 0) for differences in (x, y))
-    products = (x * y, x * x, y * y)
-    agreement, xs, ys = (((weights @ product) * weights).sum(1) for product in products)
+    x, y = (np.sign(v[..., :, None] - v[..., None, :]) for v in map(np.asarray, (x, y)))
+    x, y = ((signs * pairs).astype(np.int8) for signs in (x, y))
+    agreement, xs, ys = ((a * b).sum((-2, -1), dtype=float) for a, b in ((x, y), (x, x), (y, y)))
     with np.errstate(invalid="ignore"):
         return agreement / np.sqrt(xs * ys)
 
 
-def _ranks(values):
-    return np.unique(np.asarray(values), return_inverse=True)[1]
+def equal(values) -> np.ndarray:
+    """(n, n), which pairs of values are equal."""
+    codes = pd.factorize(pd.Series(values))[0]
+    return codes[:, None] == codes
 
 
-def draws(groups, seed: int) -> np.ndarray:
-    """How often each run counts: (1 + ``RESAMPLES``, runs).
-
-    First that is once, then with its group, which is drawn with replacement.
-    """
-    group = _ranks(groups)
-    rng, size = np.random.default_rng(seed), group.max() + 1
-    counts = rng.multinomial(size, np.full(size, 1 / size), RESAMPLES)
-    return np.concatenate([np.ones((1, len(group))), counts[:, group]]).astype(float)
-
-
-def correlate(rows: list[dict], target, seed: int, fixed: str | None = None) -> dict[str, dict]:
-    """Kendall's tau-b of each of ``QUANTITIES`` with a target: ``kendall``.
-
-    It is over all runs, or those that share a value.
+def permutation_test(x, y, strata, seed: int) -> float:
+    """The two-sided p value of Kendall's tau over pairs of one stratum, if nothing but the stratum
+    relates x and y: x is permuted within each.
 
     Args:
-        rows: one for each run.
-        target: a function of a row, as of ``TARGETS``.
-        fixed: None, or one of ``FIXED``, as in the conditional measures of Jiang et al. 2020.
+        x, y, strata: (settings,)
+    """
+    rng, (x, y), codes = np.random.default_rng(seed), map(np.asarray, (x, y)), _codes(strata)
+    keys = rng.random((DRAWS, len(x))), np.broadcast_to(codes, (DRAWS, len(x)))
+    # Sorted by stratum, and in it by chance.
+    places, shuffled = np.argsort(codes, kind="stable"), np.lexsort(keys, axis=-1)
+    drawn = kendall(x[shuffled], y[places], equal(codes[places]))
+    return _two_sided(kendall(x, y, equal(codes)), drawn)
+
+
+def swap_test(x, rival, y, strata, seed: int) -> float:
+    """The two-sided p value of the difference between two Kendall's taus with y, if x and its rival
+    tell equally much: their ranks, within strata, are swapped for settings drawn at random.
+
+    Args:
+        x, rival, y, strata: (settings,)
+    """
+    rng, codes = np.random.default_rng(seed), _codes(strata)
+    x, rival = (pd.Series(np.asarray(v)).groupby(codes).rank().to_numpy() for v in (x, rival))
+    swapped = rng.random((DRAWS, len(x))) < 0.5
+    swapped[0] = False
+    firsts, others = np.where(swapped, rival, x), np.where(swapped, x, rival)
+    difference = kendall(firsts, y, equal(codes)) - kendall(others, y, equal(codes))
+    return _two_sided(difference[0], difference[1:])
+
+
+def _codes(strata):
+    return pd.factorize(pd.Series(strata))[0]
+
+
+def _two_sided(found, drawn) -> float:
+    """The share of draws, ``found`` among them, that are as far from 0."""
+    if np.isnan(found):
+        return math.nan
+    return float((1 + (np.abs(drawn) >= abs(found) - 1e-12).sum()) / (1 + len(drawn)))
+
+
+def explained(values, settings) -> float:
+    """The share of the variance of runs' values, in [0, 1], that their settings explain; the rest
+    is their seeds' luck.
+
+    The intraclass correlation ICC(1) of a one-way analysis of variance (Shrout and Fleiss 1979);
+    NaN where no setting has two runs, or there is one setting alone.
+    """
+    groups = pd.Series(np.asarray(values, float)).groupby(_codes(settings))
+    sizes, runs = groups.size(), len(values)
+    if len(sizes) in (1, runs):
+        return math.nan
+    between = (sizes * (groups.mean() - np.mean(values)) ** 2).sum() / (len(sizes) - 1)
+    within = (groups.var(ddof=0) * sizes).sum() / (runs - len(sizes))
+    size = (runs - (sizes**2).sum() / runs) / (len(sizes) - 1)
+    total = between + (size - 1) * within
+    return float(np.clip((between - within) / total, 0, 1)) if total else 0.0
+
+
+def ceiling(share: float) -> float:
+    """Kendall's tau with single runs' values that perfect knowledge of their settings reaches, if
+    values are normal.
+
+    Args:
+        share: from ``explained``. The correlation of a setting's true mean with a run is its square
+            root.
+    """
+    return 2 / math.pi * math.asin(math.sqrt(share))
+
+
+def correlate(runs: pd.DataFrame, target, seed: int, fixed: str | None = None) -> dict[str, dict]:
+    """How well each of ``QUANTITIES`` ranks runs and settings by a target.
+
+    Args:
+        runs: a row for each run.
+        target: a function of them, as of ``TARGETS``.
+        fixed: None, or one of ``FIXED``: pairs share its value, as in the conditional measures of
+            Jiang et al. 2020.
 
     Returns:
-        By quantity ``tau``; ``low`` and ``high``, its 95 % bootstrap interval; ``above_rival``, by
-        how much tau exceeds flatness', with ``above_low`` and ``above_high`` likewise. Intervals
-        are percentiles over resampled settings, each with all its seeds, and NaN with fewer than
-        ``MIN_SETTINGS``. NaN too is the tau of equal values.
+        By quantity ``tau_runs``, Kendall's tau-b over single runs of different settings; ``tau``
+        over the means of settings, with ``p_value`` of ``permutation_test``; and ``above_rival``,
+        by how much that tau exceeds flatness', with ``above_p`` of ``swap_test``. NaN are the
+        values of what is equal in all runs, and the rival's own ``above_p``.
     """
-    groups = [row["setting"] for row in rows]
-    weights = draws(groups, seed)
-    strata = [str(row[FIXED[fixed]]) if fixed else "" for row in rows]
-    y = [target(row) for row in rows]
-    taus = {}
-    for name, quantity in QUANTITIES.items():
-        taus[name] = kendall([quantity(row) for row in rows], y, groups, strata, weights)
-    enough = len(set(groups)) >= MIN_SETTINGS
-    summaries = {}
-    for name, tau in taus.items():
-        above = tau - taus["flatness"]
-        low, high = _interval(tau[1:], enough)
-        above_low, above_high = _interval(above[1:], enough)
-        values = {"tau": tau[0], "low": low, "high": high}
-        values |= {"above_rival": above[0], "above_low": above_low, "above_high": above_high}
-        summaries[name] = {key: float(value) for key, value in values.items()}
-    return summaries
-
-
-def _interval(drawn, enough):
-    drawn = drawn[np.isfinite(drawn)]  # runs of equal values have no tau
-    return np.percentile(drawn, [2.5, 97.5]) if enough and len(drawn) else (math.nan, math.nan)
+    stratum = runs[FIXED[fixed]].astype(str) if fixed else pd.Series("", runs.index)
+    columns = {name: quantity(runs) for name, quantity in QUANTITIES.items()}
+    columns |= {"target": target(runs), "setting": runs["setting"], "stratum": stratum}
+    single = pd.DataFrame(columns)
+    means = single.groupby(["stratum", "setting"], as_index=False).mean()
+    of_settings, strata = means["target"].to_numpy(), means["stratum"]
+    between = equal(single["stratum"]) & ~equal(single["setting"])
+    rival = kendall(means["flatness"], of_settings, equal(strata))
+    found = {}
+    for name in QUANTITIES:
+        tau = kendall(means[name], of_settings, equal(strata))
+        values = {
+            "tau_runs": kendall(single[name], single["target"], between),
+            "tau": tau,
+            "p_value": permutation_test(means[name], of_settings, strata, seed),
+            "above_rival": tau - rival,
+            "above_p": math.nan,
+        }
+        if name != "flatness":
+            both = means[name], means["flatness"]
+            values["above_p"] = swap_test(*both, of_settings, strata, seed)
+        found[name] = {key: float(value) for key, value in values.items()}
+    return found
 
 
 def table(rows: list[dict], seed: int, gap: bool = True) -> list[dict]:
     """``correlate`` for each perturbation that has enough runs, and for each of ``TARGETS``.
 
     A run counts with its last epoch, and besides that with the mean over its epochs. Nothing is
-    fixed but what varies.
+    fixed but what varies. ``reachable`` is the ``ceiling`` of ``tau_runs``.
 
     Args:
         rows: one for each run, epoch and perturbation.
         gap: whether it is a target; without training images there is none.
     """
     summaries, targets = [], [name for name in TARGETS if name == "accuracy" or gap]
-    for kind in dict.fromkeys(row["perturbation"] for row in rows):
-        runs = {}
-        for row in rows:
-            if row["perturbation"] == kind:
-                runs.setdefault(row["run"], []).append(row)
-        if len(runs) < MIN_RUNS:
+    for kind, measured in pd.DataFrame(rows).groupby("perturbation", sort=False):
+        last = measured.sort_values("epoch", kind="stable").groupby("run", sort=False).tail(1)
+        last = last.set_index("run")
+        if len(last) < MIN_RUNS:
             continue
-        last = [max(epochs, key=lambda row: row["epoch"]) for epochs in runs.values()]
-        means = [row | _means(runs[row["run"]]) for row in last]
-        varied = [key for key, column in FIXED.items() if len({row[column] for row in last}) > 1]
+        means = last.assign(**measured.groupby("run")[list(MEASURES)].mean())
+        varied = [key for key, column in FIXED.items() if last[column].nunique(dropna=False) > 1]
         for (epochs, chosen), target, fixed in itertools.product(
             (("last", last), ("mean", means)), targets, (None, *varied)
         ):
             which = {"perturbation": kind, "epochs": epochs, "target": target, "fixed": fixed}
-            which |= {"runs": len(chosen), "settings": len({row["setting"] for row in chosen})}
-            for name, tau in correlate(chosen, TARGETS[target], seed, fixed).items():
-                summaries.append({**which, "quantity": name, **tau})
+            which |= {"runs": len(chosen), "settings": chosen["setting"].nunique()}
+            share = explained(TARGETS[target](chosen), chosen["setting"])
+            which["reachable"] = ceiling(share) if not fixed else math.nan
+            for name, found in correlate(chosen, TARGETS[target], seed, fixed).items():
+                summaries.append({**which, "quantity": name, **found})
     return summaries
-
-
-def _means(rows):
-    return {key: np.mean([row[key] for row in rows]) for key in MEASURES}

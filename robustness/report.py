@@ -49,8 +49,8 @@ def show(results, differences, markdown):
             lines.append([model, benchmark, points(d["difference"]), interval, p_value])
     if differences:
         print(
-            f"\nAgainst {next(iter(results))}, on the same images (bootstrap interval, McNemar's "
-            f"exact test):\n"
+            f"\nAgainst {next(iter(results))}, on the same images (Tango's interval, McNemar's "
+            f"test):\n"
         )
         report.table(lines, markdown)
 
@@ -302,26 +302,35 @@ def _draw_ours(top, bottom, r, name, colour):
 def show_correlations(correlations):
     """Print Kendall's tau of every quantity with each target; "-" is what there is not."""
     fixed = list(dict.fromkeys(c["fixed"] for c in correlations if c["fixed"]))
-    head = ["perturbation", "epochs", "quantity", "runs", "tau", "95 %", "above flatness", "95 %"]
+    head = ["perturbation", "epochs", "quantity", "tau", "above flatness"]
     names = ("perturbation", "epochs", "quantity")
     for target, shown in (("accuracy", "test accuracy"), ("-gap", "a small generalisation gap")):
-        lines = [head + [f"{key} fixed" for key in fixed]]
+        lines = [[*head, *(f"{key} fixed" for key in fixed), "runs", "tau of runs", "at most"]]
         of_target = [c for c in correlations if c["target"] == target]
-        taus = {(*(c[name] for name in names), c["fixed"]): c["tau"] for c in of_target}
+        by_fixed = {(*(c[name] for name in names), c["fixed"]): c for c in of_target}
         for c in (c for c in of_target if not c["fixed"]):
-            which = [c[name] for name in names]
-            cells = [f"{c['tau']:+.2f}", f"{c['low']:+.2f} to {c['high']:+.2f}"]
-            cells.append(f"{c['above_rival']:+.2f}")
-            cells.append(f"{c['above_low']:+.2f} to {c['above_high']:+.2f}")
-            cells += [f"{taus.get((*which, key), math.nan):+.2f}" for key in fixed]
-            cells = ["-" if "nan" in cell else cell for cell in cells]
-            lines.append([*which, str(c["runs"]), *cells])
+            which = tuple(c[name] for name in names)
+            cells = [tested(c["tau"], c["p_value"]), tested(c["above_rival"], c["above_p"])]
+            for key in fixed:
+                within = by_fixed[(*which, key)]
+                cells.append(tested(within["tau"], within["p_value"]))
+            cells += [str(c["runs"]), tested(c["tau_runs"]), tested(c["reachable"])]
+            lines.append([*which, *cells])
         if of_target:
             print(
-                f"\nKendall's tau with {shown} (bootstrap intervals over settings, each with all "
-                f"its seeds):\n"
+                f"\nKendall's tau with {shown}, of settings by the means over their seeds (p of "
+                f"permuting them;\nlast, of single runs, and the most that their settings tell):\n"
             )
             report.table(lines, False)
+
+
+def tested(value, p_value=None) -> str:
+    """A tau, or a difference of two, with its p value if there is one; "-" if it is NaN."""
+    if math.isnan(value):
+        return "-"
+    if p_value is None or math.isnan(p_value):
+        return f"{value:+.2f}"
+    return f"{value:+.2f} (p {p_value:.2f})" if p_value >= 0.01 else f"{value:+.2f} (p < 0.01)"
 
 
 def forgetting_styles(rows):
@@ -378,8 +387,8 @@ def draw_forgetting(measured, rows, correlations, thresholds, folder):
         report.save(figure, folder / name, caption)
 
     def against_accuracy(name, kinds, xlabel, quantity, value):
-        caption = "A marker is a run, after its last epoch; Kendall's tau has a 95 % bootstrap "
-        caption += "interval over settings."
+        caption = "A marker is a run, after its last epoch; Kendall's tau is of settings, by the "
+        caption += "means over their seeds."
 
         def draw(axis, kind, by_run):
             for row in by_run.values():
@@ -429,7 +438,7 @@ def _curves(measured, rows, thresholds):
 
 
 def described(correlations, kind, quantity) -> str:
-    """A tau after the last epoch, with its interval, or why there is none."""
+    """A tau after the last epoch, with its p value, or why there is none."""
     which = {"perturbation": kind, "epochs": "last", "quantity": quantity}
     which |= {"target": "accuracy", "fixed": None}
     c = next((c for c in correlations if which.items() <= c.items()), None)
@@ -437,7 +446,4 @@ def described(correlations, kind, quantity) -> str:
         return "is not there: too few runs"
     if np.isnan(c["tau"]):
         return "is not there: all values are equal"
-    interval = f"{c['low']:+.2f} to {c['high']:+.2f}"
-    if np.isnan(c["low"]):
-        interval = "too few settings for an interval"
-    return f"{c['tau']:+.2f} ({interval})"
+    return tested(c["tau"], c["p_value"])

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import page
 from experiments.forgetting import tables
+from robustness import rank_correlations
 
 
 def measurements(seeds, kinds, forgetting) -> list[dict]:
@@ -35,7 +36,7 @@ def measurements(seeds, kinds, forgetting) -> list[dict]:
 def data(tmp_path, monkeypatch):
     """Data in which own forgetting goes with accuracy after the last epoch, and obf's is double."""
     monkeypatch.setattr(tables, "DATA", tmp_path)
-    monkeypatch.setattr(tables.rank_correlations, "RESAMPLES", 20)
+    monkeypatch.setattr(tables.rank_correlations, "DRAWS", 99)
 
     def usual(accuracy, kind, epoch):
         return accuracy * (2 if kind == "obf" else 1) if epoch == 20 else -3 * accuracy
@@ -71,18 +72,36 @@ def cells(rows, name) -> list[str]:
 
 
 def test_correlations(data):
-    plus, minus, zero = (f"{t:+.2f} ({t:+.2f} to {t:+.2f})" for t in (1, -1, 0))
-    twice, less = plus.replace("1", "2"), minus.replace("1", "2")
     own, flat = "forgetting, the run's own", "flatness, -lambda_max"
-    on_accuracy = tables.correlations_table("train")
-    # In the mean over epochs forgetting falls with accuracy, as flatness does.
-    assert cells(on_accuracy, own) == [plus, twice, plus, plus, plus, minus, zero]
-    assert cells(on_accuracy, flat) == [minus, "", minus, minus, minus, minus]
+    on_accuracy, on_gap = (tables.correlations_table("train", t) for t in ("accuracy", "-gap"))
+
+    def numbers(rows, name):
+        return [float(cell.split()[0]) if cell else None for cell in cells(rows, name)]
+
+    # All pairs, three times some fixed, above flatness', mean over epochs, above, single models. In
+    # the mean over epochs forgetting falls with accuracy, as flatness does.
+    assert numbers(on_accuracy, own) == [1, 1, 1, 1, 2, -1, 0, 1]
+    assert numbers(on_accuracy, flat) == [-1, -1, -1, -1, None, -1, None, -1]
     # The gap rises with accuracy.
-    on_gap = tables.correlations_table("train", "-gap")
-    assert cells(on_gap, own) == [minus, less, minus, minus, minus, plus, zero]
+    assert numbers(on_gap, own) == [-1, -1, -1, -1, -2, 1, 0, -1]
     # Of one epoch there is no mean; flatness is that of the other measurement, not of this one.
-    assert cells(on_accuracy, "forgetting, the same for all") == [minus, zero, minus, minus, minus]
+    row = next(row for row in on_accuracy if "forgetting, the same for all" in row.values())
+    assert "mean over epochs" not in row and row["above flatness'"].startswith("+0.00")
+    assert row["all pairs"] == "-1.00 (p 0.01)"  # the least that 99 draws can tell
+
+
+def test_what_settings_and_methods_explain(data):
+    rows = {row["quantity"]: row for row in tables.explained_table()}
+    by_setting = "explained by the setting"
+    values = pd.DataFrame(measurements(range(2), ("own",), lambda a, *_: a)).query("epoch == 20")
+    share = rank_correlations.explained(values["accuracy"], values["setting"])
+    for name in ("accuracy on test", "forgetting, the run's own", "lambda_max"):
+        assert rows[name][by_setting] == f"{share:.0%}"
+    by_method = rank_correlations.explained(values["accuracy"], values["method"])
+    assert rows["accuracy on test"]["by the method alone"] == f"{by_method:.0%}"
+    assert by_method < share
+    highest = rows["lambda_max"]["highest τ with single models"]
+    assert highest == f"{rank_correlations.ceiling(share):.2f}"
 
 
 @pytest.mark.pictures
@@ -112,29 +131,26 @@ def test_perturbations_of_equal_rho_are_compared_on_the_same_weights(data):
 def test_other_predictors_take_the_place_of_flatness(data, monkeypatch):
     rows = [row for row in measurements(range(2), ("own",), lambda *_: 0) if row["epoch"] == 20]
     out = ("sam", 32, 0.1)
-    for row in rows:  # the method decides accuracy, then the seed; one setting forgets the less
-        row["accuracy"] = {"sam": 0.2, "obf": 0.1}[row["method"]] + row["seed"] / 1000
-        sign = -1 if (row["method"], row["m"], row["rho"]) == out else 1
+    for row in rows:  # the method decides accuracy, then m and rho; one setting forgets the less
+        inside = row["trained_rho"] + row["trained_m"] / 1000
+        row["accuracy"] = {"sam": 2, "obf": 1}[row["method"]] + inside
+        sign = -1 if (row["method"], row["trained_m"], row["trained_rho"]) == out else 1
         row["forgetting"] = sign * row["accuracy"]
     monkeypatch.setattr(tables, "OUTLYING", out)
     page.write(data / "train.csv", rows)
     page.write(data / "test.csv", [row | {"lambda_max": row["accuracy"]} for row in rows])
     forget_cache()
     table = tables.references_table()
-
-    def numbers(name):
-        return [float(cell.split()[0]) if cell else None for cell in cells(table, name)[:2]]
-
-    # Of the pairs of different settings 256 differ in method; of the others 112 in seed.
-    alone = numbers("the method alone: SAM above OBF")
-    others = numbers("test accuracy of the setting's other seeds")
-    flat = numbers("flatness, on test images")
-    assert alone[0] == pytest.approx((256 / 368) ** 0.5, abs=0.01)
-    assert others[0] == pytest.approx((256 - 112) / 368, abs=0.01)
-    assert flat[0] == -1
-    assert sum(alone) == pytest.approx(sum(others), abs=0.02) == pytest.approx(sum(flat), abs=0.02)
-    assert 0 < sum(flat) < 1
-    assert numbers("forgetting, the run's own, on 30 models") == [1, None]
+    # Of the 120 pairs of settings 64 differ in method.
+    alone = cells(table, "the method alone: SAM above OBF")
+    assert float(alone[0].split()[0]) == pytest.approx((64 / 120) ** 0.5, abs=0.01)
+    assert alone[1] == "-"
+    flat = cells(table, "flatness, on test images")
+    assert flat[0].startswith("-1.00") and flat[1].startswith("-1.00")
+    own = float(alone[0].split()[0]) + float(alone[2].split()[0])  # the same whatever is beside it
+    assert own == pytest.approx(-1 + float(flat[2].split()[0]), abs=0.02) and 0 < own < 1
+    rest = cells(table, "forgetting, the run's own, on 30 models")
+    assert rest[0].startswith("+1.00") and rest[2] == ""
 
 
 @pytest.mark.slow

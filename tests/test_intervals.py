@@ -4,9 +4,8 @@ import itertools
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
-from scipy.stats import binom, chi2, kendalltau, norm, t
+from scipy.stats import binom, chi2, norm, t
 
 from robustness import intervals
 
@@ -121,57 +120,3 @@ def test_interval_over_images_covers_what_it_says_by_exact_enumeration():
 
 def test_holm_multiplies_the_least_by_their_number_and_keeps_the_order():
     assert intervals.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-
-
-def test_kendall_is_scipys_and_counts_pairs_of_one_stratum_alone():
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 8, 40), rng.integers(0, 8, 40)
-    assert intervals.kendall(x, y, np.zeros(40)) == pytest.approx(kendalltau(x, y).statistic)
-    # Rising inside each stratum, falling from one to the other.
-    assert intervals.kendall([1, 2, 3, 4], [3, 4, 1, 2], ["a", "a", "b", "b"]) == 1
-    assert intervals.kendall([1, 2, 3, 4], [3, 4, 1, 2], np.zeros(4)) < 0
-
-
-def made(x, y, method, seeds=3):
-    """Runs of settings, whose seeds differ from the mean by amounts that cancel."""
-    luck = np.tile(np.linspace(-1, 1, seeds), len(x))
-    columns = {"setting": np.repeat(np.arange(len(x)), seeds), "method": np.repeat(method, seeds)}
-    return pd.DataFrame(
-        columns | {"x": np.repeat(x, seeds) + luck, "y": np.repeat(y, seeds) - luck}
-    )
-
-
-def test_kendall_over_settings_has_the_exact_permutation_p_value():
-    x, y, method = [1.0, 2, 3, 4], [1.0, 3, 2, 4], [0, 0, 0, 0]
-    found = intervals.kendall_test(made(x, y, method), "x", "y", "method", resamples=20_000)
-    taus = [abs(kendalltau(order, y).statistic) for order in itertools.permutations(x)]
-    exact = np.mean(np.array(taus) >= abs(kendalltau(x, y).statistic) - 1e-12)
-    assert found["tau"] == pytest.approx(kendalltau(x, y).statistic) and found["settings"] == 4
-    assert found["p_value"] == pytest.approx(exact, abs=0.01)
-
-
-def test_what_the_method_alone_explains_is_not_found_within_methods():
-    rng, found = np.random.default_rng(1), {"method": 0, "all": 0}
-    for _ in range(60):
-        method = np.repeat([0, 1], 10)
-        runs = made(
-            3 * method + rng.normal(size=20), 3 * method + rng.normal(size=20), method, seeds=2
-        )
-        for within in found:
-            test = intervals.kendall_test(runs.assign(all=0), "x", "y", within, resamples=199)
-            found[within] += test["p_value"] <= 0.05
-    assert found["method"] <= 6 and found["all"] > 30
-
-
-def test_variance_explained_and_the_ceiling_of_tau_are_those_of_simulated_settings():
-    rng = np.random.default_rng(2)
-    settings = rng.normal(size=4000)
-    luck = 0.8 * rng.normal(size=(4000, 3))
-    runs = pd.DataFrame(
-        {"setting": np.repeat(np.arange(4000), 3), "y": (settings[:, None] + luck).ravel()}
-    )
-    share = intervals.explained(runs, "y")
-    assert share == pytest.approx(1 / 1.64, abs=0.02)
-    tau = kendalltau(settings, settings + luck[:, 0]).statistic
-    assert intervals.ceiling(share) == pytest.approx(tau, abs=0.02)
-    assert intervals.ceiling(1.0) == 1 and intervals.ceiling(0.0) == 0

@@ -250,17 +250,16 @@ def test_pictures_of_forgetting_tell_methods_m_rho_and_seeds_apart(drawn, tmp_pa
         table += [forgetting_row(str(i), method, m, rho, epoch, i + 10 * epoch) for epoch in (1, 2)]
         records = [{"perturbations": {"sam": {"by_threshold": [i + epoch, i]}}} for epoch in (1, 2)]
         measured += [({"folder": str(i)}, None, record) for record in records]
-    tau = {"perturbation": "sam", "epochs": "last", "tau": 0.25, "low": -0.1, "high": 0.5}
+    tau = {"perturbation": "sam", "epochs": "last", "tau": 0.25, "p_value": 0.2}
     tau |= {"target": "accuracy", "fixed": None}
     found = [
         tau | {"quantity": "forgetting"},
-        tau | {"quantity": "flatness", "low": np.nan, "high": np.nan},
+        tau | {"quantity": "flatness", "tau": np.nan, "p_value": np.nan},
     ]
     report.draw_forgetting(measured, table, found, [0.3, 0.6], tmp_path)
     figure, _ = drawn["forgetting_accuracy"]
     assert (
-        figure.axes[0].get_title()
-        == "perturbation: sam, n = 4 runs\nKendall's tau +0.25 (-0.10 to +0.50)"
+        figure.axes[0].get_title() == "perturbation: sam, n = 4 runs\nKendall's tau +0.25 (p 0.20)"
     )
     styles = [
         (line.get_color(), line.get_marker(), line.get_markersize())
@@ -274,7 +273,7 @@ def test_pictures_of_forgetting_tell_methods_m_rho_and_seeds_apart(drawn, tmp_pa
         drawn["flatness_accuracy"][0]
         .axes[0]
         .get_title()
-        .endswith("+0.25 (too few settings for an interval)")
+        .endswith("is not there: all values are equal")
     )
     epochs, thresholds = (drawn[f"forgetting_{x}s"][0].axes[0] for x in ("epoch", "threshold"))
     assert (
@@ -339,23 +338,27 @@ def test_measures_and_differences_stand_in_their_columns(capsys):
 def test_correlations_stand_in_their_columns(capsys):
     found = {
         "perturbation": "sam", "epochs": "last", "quantity": "forgetting", "runs": 12, "tau": 0.5,
-        "low": 0.1,
+        "p_value": 0.03, "above_rival": -0.25, "above_p": 0.004, "tau_runs": 0.4, "reachable": 0.6,
+        "target": "accuracy", "fixed": None,
     }  # fmt: skip
-    found |= {"high": 0.7, "above_rival": -0.25, "above_low": -0.4, "above_high": float("nan")}
-    found |= {"target": "accuracy", "fixed": None}
-    others = [found | {"fixed": "m", "tau": 0.75}, found | {"epochs": "mean", "above_high": -0.05}]
+    nan = float("nan")
+    of_m = found | {"fixed": "m", "tau": 0.75, "p_value": 0.2, "reachable": nan}
+    flat = {"quantity": "flatness", "tau": 0.75, "above_rival": 0.0, "above_p": nan}
+    nothing = dict.fromkeys(("tau", "p_value", "tau_runs"), nan)
     gap = found | {"target": "-gap", "tau": -0.5}
-    report.show_correlations([found, *others, gap])
+    rows = [found, of_m, found | flat, of_m | flat | nothing, gap, gap | {"fixed": "m"}]
+    report.show_correlations(rows)
     of_accuracy, of_gap = capsys.readouterr().out.split("Kendall's tau with ")[1:]
-    assert of_accuracy.startswith("test accuracy") and of_gap.startswith(
-        "a small generalisation gap"
-    )
+    assert of_accuracy.startswith("test accuracy")
+    assert of_gap.startswith("a small generalisation gap")
     head, line, other = of_accuracy.strip().splitlines()[-3:]
-    row = {"tau": "+0.50", "95 %": "+0.10 to +0.70", "above flatness": "-0.25", "m fixed": "+0.75"}
+    row = {
+        "tau": "+0.50 (p 0.03)", "above flatness": "-0.25 (p < 0.01)", "m fixed": "+0.75 (p 0.20)",
+        "runs": "12", "tau of runs": "+0.40", "at most": "+0.60",
+    }  # fmt: skip
     for name, value in row.items():
-        assert f"{line} "[head.index(f" {name}") + 1 :].startswith(f"{value} "), name
-    assert line.split()[-2:] == ["-", "+0.75"]  # of the second interval, one end is not a number
-    assert other.endswith("-0.40 to -0.05  -")  # nothing fixed
+        assert f"{line}  "[head.index(f" {name}") + 1 :].startswith(f"{value}  "), name
+    assert other.split()[3:] == ["+0.75", "(p", "0.03)", "+0.00", "-", "12", "+0.40", "+0.60"]
     assert " -0.50 " in of_gap
 
 

@@ -15,9 +15,9 @@ import pandas as pd
 from scipy.stats import kendalltau
 
 from common import report
-from experiments.page import fill, interval, read, spread, write
+from experiments.page import fill, read, spread, write
 from robustness import rank_correlations
-from robustness.report import forgetting_styles
+from robustness.report import forgetting_styles, tested
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -50,7 +50,7 @@ OUTLYING = (
     32,
     0.2,
 )  # the setting whose models are the least accurate though they forget much
-SEED = 0  # of the bootstrap
+SEED = 0  # of the tests
 
 
 def collect(outputs: Path):
@@ -121,43 +121,36 @@ def several_epochs(split: str, kind: str) -> bool:
     return rows.loc[rows["perturbation"] == kind, "epoch"].nunique() > 1
 
 
-def shown(tau: dict) -> str:
-    """A tau with its interval."""
-    return interval(tau["tau"], tau["low"], tau["high"])
-
-
-def above_flatness(tau: dict) -> str:
-    """By how much a tau exceeds flatness', or whatever took its place, with the interval."""
-    return interval(tau["above_rival"], tau["above_low"], tau["above_high"])
-
-
 def correlations_table(split: str, target: str = "accuracy") -> list[dict]:
     """Kendall's tau of every quantity with a target."""
     tau, rows = taus(split), []
     for name, kind, quantity in compared(split):
         last = tau(quantity, kind, target=target)
-        row = {TARGETS[target]: name, "all pairs": shown(last)}
-        row["above flatness'"] = "" if quantity == "flatness" else above_flatness(last)
-        for fixed in ("m", "rho", "method"):
-            row[f"{fixed} fixed"] = shown(tau(quantity, kind, target=target, fixed=fixed))
+        row = {TARGETS[target]: name, "all pairs": tested(last["tau"], last["p_value"])}
+        for fixed in ("method", "m", "rho"):
+            within = tau(quantity, kind, target=target, fixed=fixed)
+            row[f"{fixed} fixed"] = tested(within["tau"], within["p_value"])
+        row["above flatness'"] = above_flatness(last)
         if split == "train" and several_epochs(split, kind):
             mean = tau(quantity, kind, "mean", target)
-            row["mean over epochs"] = shown(mean)
-            if quantity != "flatness":
-                row["above flatness', mean over epochs"] = above_flatness(mean)
+            row["mean over epochs"] = tested(mean["tau"], mean["p_value"])
+            row["above flatness', mean over epochs"] = above_flatness(mean)
+        row["of single models"] = tested(last["tau_runs"])
         rows.append(row)
     return rows
+
+
+def above_flatness(tau: dict) -> str:
+    """By how much a tau exceeds flatness', or whatever took its place."""
+    return "" if tau["quantity"] == "flatness" else tested(tau["above_rival"], tau["above_p"])
 
 
 def predictors() -> dict[str, pd.Series]:
     """Simpler predictors of accuracy, by name: a value for each run."""
     rows = measured("train")
     runs, on_test = last_epoch(rows, "own"), last_epoch(measured("test"), "own")
-    seeds = runs.groupby("setting")["accuracy"]
-    of_others = (seeds.transform("sum") - runs["accuracy"]) / (seeds.transform("count") - 1)
     found = {
         "the method alone: SAM above OBF": (runs["method"] == "sam").astype(float),
-        "test accuracy of the setting's other seeds": of_others.round(9),  # ties stay ties
         "accuracy on the training images": runs["measured_accuracy"],
         "flatness, on test images": -on_test["lambda_max"],
     }
@@ -182,10 +175,37 @@ def references_table() -> list[dict]:
         row = {"predictor": name}
         for target, title in TARGETS.items():
             function = rank_correlations.TARGETS[target]
-            found = rank_correlations.correlate(of.to_dict("records"), function, SEED)
-            row[title] = shown(found[quantity])
-            own = "" if quantity == "forgetting" else above_flatness(found["forgetting"])
-            row[f"own forgetting above it ({'accuracy' if target == 'accuracy' else 'gap'})"] = own
+            everywhere = rank_correlations.correlate(of, function, SEED)
+            within = rank_correlations.correlate(of, function, SEED, "method")[quantity]
+            found = everywhere[quantity]
+            row[title] = tested(found["tau"], found["p_value"])
+            row[f"{title}, method fixed"] = tested(within["tau"], within["p_value"])
+            own = everywhere["forgetting"]
+            lead = "" if own is found else tested(own["above_rival"], own["above_p"])
+            row[f"own forgetting above it ({'accuracy' if target == 'accuracy' else 'gap'})"] = lead
+        rows.append(row)
+    return rows
+
+
+def explained_table() -> list[dict]:
+    """How much of the variance of each quantity settings and methods explain, and what that means
+    for tau.
+    """
+    runs, own = last_epoch(measured("train"), "sam"), last_epoch(measured("train"), "own")
+    values = {
+        "accuracy on test": runs["accuracy"],
+        "generalisation gap": -rank_correlations.TARGETS["-gap"](runs),
+        "forgetting, the run's own": own["forgetting"],
+        "forgetting, steepest ascent": runs["forgetting"],
+        "lambda_max": runs["lambda_max"],
+    }
+    rows = []
+    for name, of in values.items():
+        by_setting = rank_correlations.explained(of, runs["setting"])
+        row = {"quantity": name, "explained by the setting": f"{by_setting:.0%}"}
+        by_method = rank_correlations.explained(of, runs["method"])
+        row["by the method alone"] = f"{by_method:.0%}"
+        row["highest τ with single models"] = f"{rank_correlations.ceiling(by_setting):.2f}"
         rows.append(row)
     return rows
 
@@ -201,7 +221,7 @@ def estimates_table(kind: str) -> list[dict]:
         row = {f"estimate (n = {len(runs)})": title, "bits": f"{own['forgetting'].mean():+.3f}"}
         row["τ with the first"] = f"{kendalltau(own['forgetting'], first)[0]:+.2f}"
         for target, head in TARGETS.items():
-            values = [rank_correlations.TARGETS[target](run) for run in own.to_dict("records")]
+            values = rank_correlations.TARGETS[target](own)
             row[head] = f"{kendalltau(own['forgetting'], values)[0]:+.2f}"
         rows.append(row)
     return rows
@@ -244,7 +264,8 @@ def draw_scatter(path):
         for run in runs:
             point = [rank_correlations.QUANTITIES[quantity](run)], [100 * run["accuracy"]]
             axis.plot(*point, linestyle="", alpha=0.8, **style(run["method"], run["m"], run["rho"]))
-        axis.set_title(f"{name}\nKendall's τ {shown(tau(quantity, kind))}", fontsize=10)
+        found = tau(quantity, kind)
+        axis.set_title(f"{name}\nKendall's τ {tested(found['tau'], found['p_value'])}", fontsize=10)
         axis.set(xlabel="-lambda_max" if quantity == "flatness" else "forgetting, bits")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="top-1 on test, %")
@@ -257,35 +278,25 @@ def draw_taus(path):
     names = compared("train")
     shape = {"figsize": (11, 6.5), "sharey": True, "sharex": True, "layout": "constrained"}
     figure, axes = plt.subplots(1, len(SPLITS), **shape)
-    pairs = {"all pairs": None, "m fixed": "m", "rho fixed": "rho", "method fixed": "method"}
+    pairs = {"all pairs": None, "method fixed": "method", "m fixed": "m", "rho fixed": "rho"}
     for axis, (split, title) in zip(axes, SPLITS.items()):
         tau, there = taus(split), compared(split)
+        shown = [(i, name) for i, name in enumerate(names) if name in there]
         for j, (label, fixed) in enumerate(pairs.items()):
-            style = {
-                "fmt": "os^D"[j],
-                "markersize": 4,
-                "color": f"C{j}",
-                "capsize": 2,
-                "label": label,
-            }
-            for i, name in enumerate(names):
-                if name in there:
-                    found = tau(name[2], name[1], fixed=fixed)
-                    ends = [[found["tau"] - found["low"]], [found["high"] - found["tau"]]]
-                    place = i + 0.2 * (j - 1.5)
-                    axis.errorbar([found["tau"]], [place], xerr=np.maximum(ends, 0), **style)
-                    style["label"] = ""  # once in the legend
+            found = [tau(quantity, kind, fixed=fixed) for _, (_, kind, quantity) in shown]
+            places = [i + 0.15 * (j - 1.5) for i, _ in shown]
+            values = [f["tau"] for f in found]
+            style = {"color": f"C{j}", "marker": "os^D"[j], "linestyle": ""}
+            axis.plot(values, places, fillstyle="none", label=label, **style)
+            sure = [(v, p) for v, p, f in zip(values, places, found) if f["p_value"] < 0.05]
+            axis.plot(*zip(*sure) if sure else ([], []), **style)
         axis.axvline(0, color="0.6", linewidth=1, zorder=0)
         axis.set(xlabel=f"Kendall's {TARGETS['accuracy']}", title=f"measured on {title}")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(yticks=range(len(names)), yticklabels=[name for name, *_ in names])
     axes[0].set(ylim=(len(names) - 0.5, -0.5))
     axes[1].legend(frameon=False, fontsize=9)
-    report.save(
-        figure,
-        path,
-        "Whiskers are 95 % bootstrap intervals over settings, each with all its seeds.",
-    )
+    report.save(figure, path, "Of settings. Filled markers: p below 0.05, uncorrected.")
 
 
 def draw_epochs(path):
@@ -327,8 +338,8 @@ TABLES = {
     "correlations_gap": lambda: correlations_table("train", "-gap"),
     "correlations_held_out": lambda: correlations_table("test"),
     "references": references_table,
+    "explained": explained_table,
     "estimates_own": lambda: estimates_table("own"),
-    "estimates_sam": lambda: estimates_table("sam"),
     "equal_rho": equal_rho_table,
 }
 
