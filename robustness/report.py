@@ -171,20 +171,22 @@ def _as_flags(setting):
 def show_effective(effective, markdown):
     """Print ``published.effective_robustness`` of every model under every shift."""
     head = ["model", "benchmark", "clean %", "top-1 %", "line %", "points above", "95 %"]
-    lines = [[*head, "timm's models"]]
+    lines = [[*head, "timm's near it"]]
     for model, shifts in effective.items():
         for shift, r in shifts.items():
             accuracies = [percent(r[key]) for key in ("clean", "shifted", "expected")]
             interval = f"{points(r['low'])} to {points(r['high'])}"
-            spread = f"± {percent(r['spread'])}"
-            lines.append([model, shift, *accuracies, points(r["above"]), interval, spread])
+            usual = f"{points(r['usual_low'])} to {points(r['usual_high'])}"
+            lines.append([model, shift, *accuracies, points(r["above"]), interval, usual])
     print(
         "\nEffective robustness: above the line through timm's models trained on ImageNet-1k alone"
-        "\n(bootstrap interval over images and over these models; last, the models' own standard"
-        "\ndeviation around the line):\n"
+        "\n(bootstrap interval over images and over these models; last, where 95 % of the"
+        f"\n{published.NEIGHBOURS} whose clean accuracy is nearest lie):\n"
     )
     report.table(lines, markdown)
     for model, shifts in effective.items():
+        for shift in (shift for shift, r in shifts.items() if r["unusual"]):
+            print(f"{model} on {shift}: unusual among timm's models of its accuracy")
         for shift in (shift for shift, r in shifts.items() if r["extrapolated"]):
             print(
                 f"{model} on {shift}: the line is extrapolated, as no model of timm's has such a "

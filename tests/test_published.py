@@ -71,7 +71,9 @@ def test_the_table_is_gathered_from_timms_files(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "model, alone",
     [
-        ("resnet50.a1_in1k", True), ("beitv2_base_patch16_224.in1k_ft_in1k", True),
+        ("resnet50.a1_in1k", True), ("beitv2_base_patch16_224.in1k_ft_in1k", False),
+        ("resnetv2_50x1_bit.goog_distilled_in1k", False), ("edgenext_base.usi_in1k", False),
+        ("xcit_nano_12_p8_224.fb_dist_in1k", True), ("repvit_m1.dist_in1k", True),
         ("tf_efficientnet_b5.in1k", True),
         ("vit_small_patch32_224.augreg_in21k_ft_in1k", False),
         ("convnext_base.in12k_ft_in1k", False), ("convnext_base.in22k_ft_in1k", False),
@@ -120,9 +122,9 @@ def test_points_above_a_line_that_timms_models_lie_on(monkeypatch, above):
     assert found["above"] == pytest.approx(above, abs=1e-4) and found["expected"] == pytest.approx(
         on_it
     )
-    assert (found["clean"], found["extrapolated"]) == (0.75, False) and found[
-        "spread"
-    ] == pytest.approx(0, abs=1e-9)
+    assert (found["clean"], found["extrapolated"]) == (0.75, False)
+    assert [found["usual_low"], found["usual_high"]] == pytest.approx([0, 0], abs=1e-9)
+    assert found["unusual"] == (above != 0)
     # Without an uncertain line, the errors of two proportions remain, one of them carried
     # through the line.
     slope = 1.2 * on_it * (1 - on_it) / (0.75 * 0.25)
@@ -143,6 +145,31 @@ def test_the_interval_holds_the_lines_own_uncertainty(monkeypatch):
     error = 0.3 * math.sqrt(1 / 400 + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
     error *= found["expected"] * (1 - found["expected"])
     assert (found["high"] - found["low"]) / (2 * 1.96) == pytest.approx(error, rel=0.12)
+
+
+@pytest.mark.parametrize("protocol", published.SHIFTS)
+def test_what_is_usual_holds_95_percent_of_timms_models_at_every_accuracy(protocol):
+    models = published.baseline(protocol)
+    models = models[np.argsort(models[:, 0])]
+    above = models[:, 1] - published.expected(models[:, 0], *published.line(protocol))
+    ranges = np.array([published.usual(clean, protocol) for clean in models[:, 0]])
+    within = (ranges[:, 0] <= above) & (above <= ranges[:, 1])
+    for fifth in np.array_split(within, 5):
+        assert 0.9 < fifth.mean() < 0.99
+
+
+def test_what_is_usual_is_that_of_models_of_nearly_the_same_accuracy(monkeypatch):
+    monkeypatch.setattr(published, "NEIGHBOURS", 41)
+    clean = np.linspace(0.3, 0.85, 400)
+    far = np.where(clean > 0.6, 0.1, 0.01)  # they scatter ten times as much above 0.6
+    made_up(monkeypatch, clean, clean + far * np.resize([-1, 1], 400))
+    monkeypatch.setattr(published, "line", lambda _: (1.0, 0.0))
+    for at, scatter in ((0.45, 0.01), (0.75, 0.1)):
+        assert published.usual(at, "v2") == pytest.approx((-scatter, scatter))
+    found = published.effective_robustness(answers(0.45, 10**6), answers(0.5, 10**6), "v2")
+    assert found["unusual"] and found["low"] > found["usual_high"]
+    found = published.effective_robustness(answers(0.75, 10**6), answers(0.8, 10**6), "v2")
+    assert not found["unusual"] and found["low"] > 0
 
 
 def test_a_model_counts_once_and_what_timm_lacks_not_at_all(monkeypatch):

@@ -149,6 +149,28 @@ def test_the_picture_of_effective_robustness_has_every_model_where_it_is(
     assert legends[1][2:] == ["a: +2.00 (+1.00 to +3.00)"] and legends[0][0] == "timm's 4 models"
 
 
+def test_effective_robustness_has_its_table_and_says_what_is_unusual(capsys):
+    found = {
+        "clean": 0.8, "shifted": 0.7, "expected": 0.68, "above": 0.02, "low": 0.01, "high": 0.03,
+        "usual_low": -0.012, "usual_high": 0.013, "unusual": False, "extrapolated": False,
+    }  # fmt: skip
+    unusual = found | {"usual_high": 0.008, "unusual": True}
+    report.show_effective({"a": {"v2": found, "sketch": unusual}}, markdown=True)
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    row = [cell.strip() for cell in lines[-2].strip("|").split("|")]
+    assert row == [
+        "a",
+        "v2",
+        "80.00",
+        "70.00",
+        "68.00",
+        "+2.00",
+        "+1.00 to +3.00",
+        "-1.20 to +1.30",
+    ]
+    assert last == "a on sketch: unusual among timm's models of its accuracy"
+
+
 def rows(run, values, **others):
     lines = [
         {"epoch": i + 1, "validation": v, "loss": 1.0, "run": run, **others}

@@ -450,6 +450,7 @@ def test_effective_robustness_is_that_of_both_sets_in_table_record_and_picture(t
         f"{100 * (0.94 - expected):+.2f}" in printed
         and "right on v2: the line is extrapolated" in printed
     )
+    assert "right on v2: unusual" not in printed
     pictures = [tmp_path / "out" / f"effective_robustness.{ending}" for ending in ("png", "svg")]
     assert all(picture.exists() for picture in pictures)
     evaluate(tmp_path, ["v2"], places[0])
