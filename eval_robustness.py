@@ -23,6 +23,7 @@ from common.device import announce, use_fast_kernels
 from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import some
 from robustness import (
+    calibration,
     corruptions,
     labels,
     mistakes,
@@ -354,7 +355,7 @@ def predict(accelerator, model, config, which, ds, args):
                 add_batch(columns, wrong, which, batch, logits, names)
                 bar.update(len(batch["key"]) * accelerator.num_processes)
     check_none_lost(which, args, total, sent, received, len(unreadable))
-    tables = merge_processes(which, columns)
+    tables = {p: scale(table) for p, table in merge_processes(which, columns).items()}
     return tables, merge_mistakes(wrong), sorted(gather_object(unreadable))
 
 
@@ -418,7 +419,7 @@ def add_batch(columns, wrong, which, batch, logits, names):
         for name, outputs, answers in labels.right_answers(benchmark, batch):
             protocol = Protocol(name, corruption, severity)
             scores = columns.setdefault(protocol, {})
-            kept = add_scores(scores, logits, outputs, answers, batch["key"])
+            kept = add_scores(scores, logits, outputs, answers, batch["key"], bool(corruption))
             if kept and not batch["corruption"]:
                 own_names = names if outputs is None else [names[i] for i in outputs]
                 add_names(scores, kept, batch["path"], answers, own_names)
@@ -446,10 +447,11 @@ def check_none_lost(which, args, total, sent, received, unreadable):
         )
 
 
-def add_scores(columns, logits, outputs, answers, keys) -> list[int]:
+def add_scores(columns, logits, outputs, answers, keys, corrupted=False) -> list[int]:
     """Append the scores of the images that have a right answer; their places in the batch.
 
-    ``label`` is the right answer, or -1 if there are several.
+    ``label`` is the right answer, or -1 if there are several. What ``scale`` needs is not kept of
+    corrupted images, which are many.
     """
     kept = [i for i, right in enumerate(answers) if right]
     if not kept:
@@ -458,13 +460,25 @@ def add_scores(columns, logits, outputs, answers, keys) -> list[int]:
     right = torch.zeros(logits.shape, dtype=torch.bool)
     for row, i in enumerate(kept):
         right[row, answers[i]] = True
-    scores = statistics.score(logits, right.to(logits.device))
+    right = right.to(logits.device)
+    scores = statistics.score(logits, right)
     columns.setdefault("key", []).extend(keys[i] for i in kept)
     only = [answers[i][0] if len(answers[i]) == 1 else -1 for i in kept]
     columns.setdefault("label", []).extend(only)
     for name, values in scores.items():
         columns.setdefault(name, []).extend(values.tolist())
+    if not corrupted:
+        for name, values in calibration.at_temperatures(logits, right).items():
+            columns.setdefault(f"{name}_by_temperature", []).extend(values)
     return kept
+
+
+def scale(table: dict) -> dict:
+    """Replace what ``calibration.at_temperatures`` says by the confidence after scaling."""
+    names = [f"{name}_by_temperature" for name in ("confidence", "nll")]
+    if set(names) <= table.keys():
+        table["scaled"] = calibration.scaled_confidence(*(table.pop(name) for name in names))
+    return table
 
 
 def add_names(columns, kept, files, answers, names):
@@ -755,8 +769,14 @@ def effective_robustness(tables, pairs) -> dict:
 
 
 def measures(table, names) -> dict:
-    """``statistics.classification`` of a table, without a top-5 that is always right."""
+    """``statistics.classification`` of a table, without a top-5 that is always right.
+
+    ``ece_scaled``, with ends of an interval, is the ECE after temperature scaling.
+    """
     found = statistics.classification(table)
+    scaled = calibration.calibration_error(table["scaled"], table["top1"])
+    found |= {"ece_scaled": scaled["ece"]}
+    found |= {f"ece_scaled_{end}": scaled[end] for end in ("low", "high")}
     if len(names) <= 5:
         del found["top5"]
     return found

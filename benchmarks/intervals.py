@@ -5,13 +5,15 @@ python benchmarks/intervals.py    # a minute; prints Markdown tables
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
+from scipy.special import expit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from robustness import intervals, rank_correlations
+from robustness import calibration, intervals, rank_correlations
 
 # Of differences between two methods on CIFAR-10 (SAM, ASAM and OBF against base; five seeds, 10,000
 # images): the variance that an image has for all seeds alike, and that a seed has on one image; the
@@ -47,6 +49,22 @@ def outcome(gained: int, lost: int, size: int) -> dict:
     other[:gained] = True
     first[gained : gained + lost] = True
     return intervals.over_images(first, other)
+
+
+def calibration_error(rng, too_sure: float, size: int, rounds: int) -> tuple[float, float, float]:
+    """Of a model whose logits are too large by a factor: its true calibration error, what is measured
+    on average, and how often the interval holds the truth.
+    """
+    logits = rng.normal(1.5, 1.5, 10**6)
+    confidence, chance = expit(logits), expit(logits / too_sure)
+    truth, held, measured = calibration.calibration_error(confidence, chance)["ece"], 0, 0.0
+    for _ in range(rounds):
+        drawn = rng.integers(10**6, size=size)
+        right = rng.random(size) < chance[drawn]
+        found = calibration.calibration_error(confidence[drawn], right)
+        held += found["low"] <= truth <= found["high"]
+        measured += found["ece"]
+    return truth, measured / rounds, held / rounds
 
 
 def correlation(rng, strength: float, rounds: int, seeds: int = 3) -> dict[str, float]:
@@ -105,6 +123,13 @@ def main():
         "McNemar's test rejects a true 0",
     ]
     print_table("Two models on the same images", head, rows)
+    cases = list(itertools.product((1.0, 1.1, 1.3, 2.0), (2000, 10_000)))
+    rows = [
+        (*case, *(f"{share:.1%}" for share in calibration_error(rng, *case, max(1, rounds // 4))))
+        for case in cases
+    ]
+    head = ["logits too large by", "images", "true ECE", "measured, mean", "holds the truth"]
+    print_table("Calibration error", head, rows)
     rows = [
         (s, *(f"{share:.1%}" for share in correlation(rng, s, max(1, rounds // 4)).values()))
         for s in (0.0, 0.4, 0.6)

@@ -14,7 +14,9 @@ from robustness.labels import right_answers
 from robustness.sets import Pass, Protocol
 
 # What a pass knows of each image, beside names; "file", "true" and "predicted" are on the disk.
+# Images as they are have also SCALED, the confidence after temperature scaling.
 COLUMNS = ("key", "label", "prediction", "top1", "top5", "nll", "confidence")
+SCALED = "scaled"
 
 
 def folder_of(output: str, model_name: str) -> Path:
@@ -39,7 +41,10 @@ def finished(folder: Path, which: Pass, request: dict):
         for protocol in protocols(which, corrupted=bool(request["corrupt"])):
             if str(protocol) in record["protocols"]:
                 file = folder / f"{protocol}.parquet"
-                table = pq.read_table(file, columns=list(COLUMNS)).to_pydict()
+                wanted = [*COLUMNS, SCALED] if not protocol.corruption else [*COLUMNS]
+                if not set(wanted) <= set(pq.read_schema(file).names):
+                    return None, record, ["what is measured"]
+                table = pq.read_table(file, columns=wanted).to_pydict()
                 tables[protocol] = {key: np.asarray(values) for key, values in table.items()}
                 record["classes"][protocol.name]  # older passes have none
     except (OSError, ValueError, KeyError, TypeError):
@@ -58,9 +63,9 @@ def protocols(which: Pass, corrupted: bool) -> list[Protocol]:
 
 
 def without_names(tables: dict) -> dict:
-    """A pass's tables with ``COLUMNS`` alone, since names of many images are long."""
+    """A pass's tables without names, since those of many images are long."""
     return {
-        protocol: {key: table[key] for key in COLUMNS if key in table}
+        protocol: {key: table[key] for key in (*COLUMNS, SCALED) if key in table}
         for protocol, table in tables.items()
     }
 

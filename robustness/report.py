@@ -33,12 +33,19 @@ def show(results, differences, markdown):
     """Print every model's measures by benchmark, and the differences to the first model."""
     rows = [(m, b, r) for m, benchmarks in results.items() for b, r in benchmarks.items()]
     top5 = ["top-5 %"] if any("top5" in r for *_, r in rows) else []
-    lines = [["model", "benchmark", "images", "top-1 %", "95 %", *top5, "NLL", "ECE %"]]
+    head = ["model", "benchmark", "images", "top-1 %", "95 %", *top5, "NLL", "95 %"]
+    lines = [[*head, "ECE %", "95 %", "scaled ECE %", "95 %"]]
     for model, benchmark, r in rows:
         cells = [model, benchmark, str(r["examples"]), percent(r["top1"])]
         cells.append(f"{percent(r['top1_low'])} to {percent(r['top1_high'])}")
         cells += [percent(r["top5"]) if "top5" in r else "-"] if top5 else []
-        lines.append([*cells, f"{r['nll']:.3f}", percent(r["ece"])])
+        cells += [f"{r['nll']:.3f}", f"{r['nll_low']:.3f} to {r['nll_high']:.3f}"]
+        for name in ("ece", "ece_scaled"):
+            cells += [
+                percent(r[name]),
+                f"{percent(r[f'{name}_low'])} to {percent(r[f'{name}_high'])}",
+            ]
+        lines.append(cells)
     print()
     report.table(lines, markdown)
     lines = [["model", "benchmark", "top-1 points", "95 %", "p"]]

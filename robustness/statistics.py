@@ -7,8 +7,7 @@ import torch
 from scipy.stats import binomtest
 
 from common.metrics import in_memory
-
-BINS = 15  # of the expected calibration error, as in Guo et al. 2017
+from robustness.calibration import calibration_error
 
 
 def score(logits: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -39,7 +38,8 @@ def score(logits: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
 class Classification(evaluate.Metric):
     """Top-1, top-5, negative log-likelihood and expected calibration error, of ``score``'s columns.
 
-    ``top1_low`` and ``top1_high`` are the ends of the 95 % Wilson interval of top-1.
+    The ends of 95 % intervals are ``top1_low`` and ``top1_high`` (Wilson's), ``nll_low`` and
+    ``nll_high`` (the normal one), ``ece_low`` and ``ece_high`` (of ``calibration_error``).
     """
 
     def _info(self):
@@ -54,15 +54,18 @@ class Classification(evaluate.Metric):
 
     def _compute(self, top1, top5, nll, confidence):
         interval = binomtest(int(top1.sum()), len(top1)).proportion_ci(0.95, method="wilson")
-        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-        gaps = np.bincount(bins, confidence, BINS) - np.bincount(bins, top1, BINS)
+        likelihood, error = mean(nll), calibration_error(confidence, top1)
         return {
             "top1": float(top1.mean()),
             "top1_low": float(interval.low),
             "top1_high": float(interval.high),
             "top5": float(top5.mean()),
-            "nll": float(nll.mean()),
-            "ece": float(np.abs(gaps).sum() / len(top1)),
+            "nll": likelihood["mean"],
+            "nll_low": likelihood["low"],
+            "nll_high": likelihood["high"],
+            "ece": error["ece"],
+            "ece_low": error["low"],
+            "ece_high": error["high"],
             "examples": len(top1),
         }
 

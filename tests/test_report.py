@@ -329,7 +329,8 @@ def measures(top1):
     low_and_high = {"top1_low": top1 - 0.01, "top1_high": top1 + 0.03}
     return {
         "examples": 50, "top1": top1, **low_and_high, "top5": top1 + 0.1, "nll": 1.5,
-        "ece": 0.045,
+        "ece": 0.045, "nll_low": 1.4, "nll_high": 1.6, "ece_low": 0.04, "ece_high": 0.05,
+        "ece_scaled": 0.015, "ece_scaled_low": 0.0, "ece_scaled_high": 0.02,
     }  # fmt: skip
 
 
@@ -344,14 +345,17 @@ def test_measures_and_differences_stand_in_their_columns(capsys):
     report.show(RESULTS, differences, markdown=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert cells(lines[0]) == [
-        *"model benchmark images".split(), "top-1 %", "95 %", "top-5 %", "NLL", "ECE %",
+        *"model benchmark images".split(), "top-1 %", "95 %", "top-5 %", "NLL", "95 %", "ECE %",
+        "95 %", "scaled ECE %", "95 %",
     ]  # fmt: skip
     assert set(cells(lines[1])) == {"---"}
     assert cells(lines[2]) == [
-        *"one v2 50 50.00".split(), "49.00 to 53.00", *"60.00 1.500 4.50".split(),
+        *"one v2 50 50.00".split(), "49.00 to 53.00", "60.00",
+        "1.500", "1.400 to 1.600", "4.50", "4.00 to 5.00", "1.50", "0.00 to 2.00",
     ]  # fmt: skip
     assert cells(lines[5]) == [
-        *"two r 50 25.00".split(), "24.00 to 28.00", *"35.00 1.500 4.50".split(),
+        *"two r 50 25.00".split(), "24.00 to 28.00", "35.00",
+        "1.500", "1.400 to 1.600", "4.50", "4.00 to 5.00", "1.50", "0.00 to 2.00",
     ]  # fmt: skip
     assert cells(lines[6]) == ["model", "benchmark", "top-1 points", "95 %", "p"]
     assert cells(lines[8]) == ["two", "v2", "+10.00", "+2.00 to +18.00", "0.0321"]
@@ -388,7 +392,7 @@ def test_a_top5_that_is_always_right_is_not_shown(capsys):
     few = {key: value for key, value in measures(0.5).items() if key != "top5"}
     report.show({"m": {"few": few}}, {}, markdown=True)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert "top-5 %" not in cells(lines[0]) and len(cells(lines[2])) == 7
+    assert "top-5 %" not in cells(lines[0]) and len(cells(lines[2])) == 11
     report.show({"m": {"few": few, "many": measures(0.5)}}, {}, markdown=True)
     lines = capsys.readouterr().out.strip().splitlines()
     place = cells(lines[0]).index("top-5 %")

@@ -257,17 +257,14 @@ def test_wilson_interval_equals_its_formula():
     )
 
 
-def test_calibration_error_equals_a_loop_over_bins():
-    rng = np.random.default_rng(0)
-    confidence = rng.random(500)
-    right = rng.random(500) < 1 - confidence  # too sure in some bins, not sure enough in others
-    expected = 0.0
-    for low in range(15):
-        inside = (confidence * 15 >= low) & (confidence * 15 < low + 1)
-        if inside.any():
-            expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-    columns = {"top1": right, "top5": right, "nll": confidence, "confidence": confidence}
-    assert statistics.classification(columns)["ece"] == pytest.approx(expected)
+def test_the_interval_of_the_likelihood_is_the_normal_one():
+    logits, labels = random_logits(300)
+    scores = statistics.score(logits, one_hot(labels))
+    result, nll = statistics.classification(scores), scores["nll"].numpy()
+    half = 1.96 * nll.std() / math.sqrt(300)
+    assert (result["nll_low"], result["nll_high"]) == pytest.approx(
+        (nll.mean() - half, nll.mean() + half), rel=1e-5
+    )
 
 
 def test_the_likelihood_is_that_of_all_right_answers_together():
