@@ -52,8 +52,8 @@ def outcome(gained: int, lost: int, size: int) -> dict:
 
 
 def calibration_error(rng, too_sure: float, size: int, rounds: int) -> tuple[float, float, float]:
-    """Of a model whose logits are too large by a factor: its true calibration error, what is measured
-    on average, and how often the interval holds the truth.
+    """The true calibration error if logits are too large by a factor, the one that is measured on
+    average, and how often its interval holds the truth.
     """
     logits = rng.normal(1.5, 1.5, 10**6)
     confidence, chance = expit(logits), expit(logits / too_sure)

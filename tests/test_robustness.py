@@ -711,6 +711,19 @@ def test_images_that_changed_in_place_are_evaluated_anew(tmp_path, predictions, 
     assert predictions == ["v2", "v2"] and saved["results"]["right"]["v2"]["top1"] == 0.5
 
 
+def test_a_pass_of_which_less_was_measured_is_made_anew_and_says_so(tmp_path, capsys):
+    v2 = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
+    found = evaluate(tmp_path, ["v2"], f"v2={v2}")
+    (file,) = (tmp_path / "out" / "predictions").glob("*/v2.parquet")
+    table = pq.read_table(file)
+    pq.write_table(table.drop_columns(["scaled"]), file)
+    capsys.readouterr()
+    assert evaluate(tmp_path, ["v2"], f"v2={v2}") == found
+    printed = capsys.readouterr().out
+    assert "right on v2: anew, as these have changed since: what is measured\n" in printed
+    assert pq.read_table(file).equals(table)
+
+
 def test_models_are_compared_on_the_images_that_both_have_seen():
     first = {"key": np.array(["a", "b", "d"]), "top1": np.array([True, False, True])}
     other = {"key": np.array(["b", "c", "d"]), "top1": np.array([True, True, False])}
