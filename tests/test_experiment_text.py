@@ -69,6 +69,25 @@ def test_the_best_lies_inside_the_grid_or_the_grid_grows(tmp_path):
     assert len(taken_over) == 30 and {p["part"] for p in taken_over} == {"seeds"}
 
 
+def test_runs_in_the_data_files_are_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "DATA", tmp_path)
+    there = tmp_path / "outputs" / "text"
+    make_all(there, "trec-1000", lambda point: 1 / (1 + point["lr"] + point["rho"]) - 1e-6)
+    tables.collect(tmp_path / "outputs")
+    elsewhere = tmp_path / "elsewhere"
+    run.restore(elsewhere, tmp_path)
+    points = run.points_of(elsewhere, "trec-1000")
+    assert points == run.points_of(there, "trec-1000")
+    for point in points:
+        assert run.result_of(elsewhere, point)["accuracy"] == pytest.approx(
+            run.result_of(there, point)["accuracy"], abs=1e-6
+        )
+    kept = run.file_of(elsewhere, points[0])
+    kept.write_text(json.dumps({"accuracy": 0.0}))  # what is made here is not replaced
+    run.restore(elsewhere, tmp_path)
+    assert run.result_of(elsewhere, points[0]) == {"accuracy": 0.0}
+
+
 def test_of_equals_the_least(tmp_path):
     tries = make_all(tmp_path, "trec-1000", lambda point: 0.5)
     assert tries["SAM"] == [0.01, 0.02, 0.05, 0.1, 0.2, 0.005, 0.002, 0.001]

@@ -2,7 +2,8 @@
 
     python -m experiments.text.run --model MODEL --trec TREC --sst5 SST5 --output outputs/text
 
-Start it again to go on, and as often as there are cores: the workers share the output folder.
+Start it again to go on, and as often as there are cores: the workers share the output folder. Runs
+that are in data/ are not made again.
 ``--stop-after SETTING`` ends after that setting.
 """
 
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from datasets import ClassLabel, Dataset, load_dataset
@@ -29,6 +31,7 @@ from transformers import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(__file__).resolve().parent / "data"
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from hf_trainer import SAMTrainer  # noqa: E402
 
@@ -78,6 +81,18 @@ def result_of(output: Path, point: dict) -> dict | None:
     """A run's result, if it is made."""
     file = file_of(output, point)
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def restore(output: Path, data: Path = DATA):
+    """Write the results that are in data/, since their folder may have been on another machine."""
+    for part in ("tune", "seeds"):
+        rows = pd.read_csv(data / f"{part}.csv").to_dict("records")
+        for result in rows:
+            result = {key: value for key, value in result.items() if not pd.isna(value)}
+            file = file_of(output, result | {"part": part})
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(result | {"part": part}, indent=1) + "\n")
 
 
 def next_value(values: list[float], up: bool) -> float:
@@ -289,6 +304,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    restore(args.output)
     settings = list(SETTINGS)[: list(SETTINGS).index(args.stop_after) + 1]
     while True:
         points = [point for setting in settings for point in points_of(args.output, setting)]
