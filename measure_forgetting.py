@@ -4,6 +4,7 @@ Of both it says how well they go with generalisation.
 """
 
 import argparse
+import collections
 import csv
 import hashlib
 import itertools
@@ -30,11 +31,17 @@ from common.folders import class_name, some
 from common.methods import METHODS
 from common.report import pairs
 from forgetting import conditional_entropy, forgetting, label_patterns
-from robustness import flatness, rank_correlations, report
+from robustness import features, flatness, rank_correlations, report, sharpness
 from robustness.rank_correlations import MIN_RUNS
 from sam_obf import SAM
 
 SATURATED = 0.95  # of the bits that there can be
+LINKS = {"ce": "softmax", "bce": "sigmoid"}  # in which a loss makes predictions from logits
+KEPT = 2**30  # bytes of normalised images that are kept; more are made anew for each perturbation
+HESSIAN_BATCH = 128  # at most: second derivatives take more memory, and on a CPU this is fastest
+# Of adaptive sharpness: Andriushchenko et al. 2023 take as many images and examples that share a
+# perturbation, and 20 steps. In five the loss rises by 98 % of what it does in 60, on CIFAR-10.
+SHARPNESS_IMAGES, SHARPNESS_M, STEPS, DRAWS = 1024, 128, 5, 5
 
 
 def parser() -> settings.Parser:
@@ -54,19 +61,20 @@ def parser() -> settings.Parser:
         "epoch)"
     )
     g.add_argument("--rho", type=float, help=text)
-    g.add_argument("--m", type=int, help="examples that share a perturbation (the run's own)")
+    text = "examples that share a perturbation (the run's own; 128 for adaptive sharpness)"
+    g.add_argument("--m", type=int, help=text)
     text = "OBF: 1 pushes to uniform, 0 only lowers the target (%(default)s)"
     g.add_argument("--gamma", type=float, default=1.0, help=text)
     text = "OBF: target's probability up to which gamma does not act (1 / classes)"
     g.add_argument("--lam", type=float, help=text)
     text = "perturbations to average over (%(default)s)"
-    g.add_argument("--micro-batches", type=int, default=8, help=text)
+    g.add_argument("--micro-batches", type=int, default=16, help=text)
     g = p.add_argument_group("measurement")
     thresholds = [i / 20 for i in range(1, 20)]
     options = {"default": thresholds, "help": "of predictions, probabilities (0.05 0.10 ... 0.95)"}
     g.add_argument("--thresholds", nargs="+", type=float, **options)
-    options = {"default": "sigmoid", "help": "from logits to predictions (%(default)s)"}
-    g.add_argument("--link", choices=["sigmoid", "softmax"], **options)
+    text = "from logits to predictions (softmax if the run's loss is ce, sigmoid if bce)"
+    g.add_argument("--link", choices=["sigmoid", "softmax"], help=text)
     g.add_argument("--miller-madow", action="store_true", help="correct the entropies' bias (no)")
     text = (
         "thresholds of the perturbed model at which it predicts as many labels, not the same ones "
@@ -77,8 +85,12 @@ def parser() -> settings.Parser:
     g.add_argument("--split", default="train", help=text)
     text = "of these images, all classes alike (%(default)s)"
     g.add_argument("--examples", type=int, default=8192, help=text)
-    text = "how many of them for lambda_max (all)"
-    g.add_argument("--hessian-examples", type=int, help=text)
+    text = "how many of them for lambda_max and the trace (%(default)s)"
+    g.add_argument("--hessian-examples", type=int, default=2048, help=text)
+    text = "average-case sharpness: a weight's noise, in units of the weight (%(default)s)"
+    g.add_argument("--average-rho", type=float, default=0.1, help=text)
+    text = "worst-case sharpness: how far a weight may move, in units of it (%(default)s)"
+    g.add_argument("--worst-rho", type=float, default=0.002, help=text)
     g.add_argument("--batch-size", type=int, default=256, help="images at once (%(default)s)")
     g.add_argument("--workers", type=int, default=settings.WORKERS, help=settings.WORKERS_HELP)
     g.add_argument("--channels-last", action=optional, help=settings.CHANNELS_LAST_HELP)
@@ -100,6 +112,7 @@ def parse(argv=None):
     ranges |= dict.fromkeys(("micro_batches", "examples", "hessian_examples"), "[1, inf)")
     for key in ("rho", "m", "gamma", "lam", "batch_size", "workers", "seed"):
         ranges[key] = settings.RANGES[key]
+    ranges |= dict.fromkeys(("average_rho", "worst_rho"), settings.RANGES["rho"])
     settings.check_ranges(args, ranges)
     settings.check_once("--runs", [Path(folder).expanduser().resolve() for folder in args.runs])
     for key in ("perturbations", "thresholds", "epochs"):
@@ -310,31 +323,64 @@ def open_batches(args, accelerator, split, model, cache):
 
 
 @torch.no_grad()
-def predict(model, batches, link):
-    """Predictions (examples, classes) in float64: in single precision many confident ones are 1."""
+def logits_of(model, batches):
+    """Logits (examples, classes) in float64: in single precision many confident predictions are 1.
+
+    Raises:
+        ValueError: they are not finite.
+    """
     logits = torch.cat([model(images) for images, _ in batches]).double()
     if not logits.isfinite().all():
         raise ValueError("its logits are not finite: leave the run out, or lower --rho")
+    return logits
+
+
+def predictions(logits, link):
+    """What a link makes of logits (examples, classes): as many numbers between 0 and 1."""
     return logits.sigmoid() if link == "sigmoid" else logits.softmax(-1)
 
 
-def measure(args, run, epoch: int, model, batches) -> dict:
-    """All that is measured on one model, saved after ``epoch``, in bits and units of the loss."""
-    model.eval().requires_grad_()
-    criterion, size = build.build_criterion(run["settings"]), args.examples
-    flat = min(args.hessian_examples or size, size)
-    thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
+def all_batches(batches, size):
+    """The batches of all images: a list in memory, unless they exceed ``KEPT``."""
+    ((image, _),) = batches(0, 1)
     everything = batches(0, size)
+    return list(everything) if image.nbytes * size <= KEPT else everything
+
+
+def measure(args, run, epoch: int, model, batches) -> dict:
+    """All that is measured on one model, saved after ``epoch``.
+
+    Args:
+        batches: returns batches of the ``args.examples`` images and labels, from ``open_batches``.
+
+    Returns:
+        Of the model: ``link``; ``information``, in bits at each threshold; ``measured_accuracy``
+        and ``measured_loss``, by the run's own loss; ``feature_rank``; and what ``curvature`` and
+        ``adaptive_sharpness`` return. ``perturbations`` has by name what ``perturb`` returns.
+
+    Raises:
+        ValueError: its logits or its curvature are not finite.
+    """
+    model.eval().requires_grad_()
+    trained, size = run["settings"], args.examples
+    criterion, link = build.build_criterion(trained), args.link or LINKS[trained.loss]
+    everything = all_batches(batches, size)
     labels = torch.cat([y for _, y in everything])
-    clean = predict(model, everything, args.link)
-    information = conditional_entropy(label_patterns(clean, thresholds), labels)
+    with features.recorded(classifier_of(model)) as seen:
+        logits = logits_of(model, everything)
+    clean = predictions(logits, link)
+    thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
     result = {
-        "lambda_max": flatness.largest_eigenvalue(model, criterion, batches(0, flat), flat),
-        "perturbations": {},
+        "link": link,
+        "information": conditional_entropy(label_patterns(clean, thresholds), labels).tolist(),
         "measured_accuracy": (clean.argmax(-1) == labels).double().mean().item(),
-        "information": information.tolist(),
+        "measured_loss": criterion(logits, labels).item(),
+        "feature_rank": features.rank(torch.cat(seen).flatten(1)),
+        **curvature(args, model, criterion, batches),
+        **adaptive_sharpness(args, model, batches),
+        "perturbations": {},
     }
-    kinds = perturbations(args, run, rho_at(run["settings"], epoch, run["images"]))
+    kinds = perturbations(args, run, rho_at(trained, epoch, run["images"]))
     for kind, changed in kinds.items():
         # The own perturbation of a run with SAM is steepest ascent.
         twin = next((done for done in result["perturbations"] if kinds[done] == changed), None)
@@ -342,28 +388,71 @@ def measure(args, run, epoch: int, model, batches) -> dict:
             result["perturbations"][kind] = result["perturbations"][twin]
             continue
         torch.manual_seed(args.seed)
-        averages = perturb(args, changed, model, criterion, batches, clean, labels)
+
+        def forgotten():
+            """What the model forgets with its weights as they are, beside ``clean``."""
+            perturbed = predictions(logits_of(model, everything), link)
+            options = {"miller_madow": args.miller_madow, "adjust": args.adjust_thresholds}
+            return forgetting([(clean, perturbed, labels)], thresholds, **options)
+
+        averages = perturb(args, changed, model, criterion, batches, forgotten)
         result["perturbations"][kind] = {"rho": changed.rho, "m": changed.m, **averages}
     return result
 
 
-def perturb(args, changed, model, criterion, batches, clean, labels) -> dict:
+def classifier_of(model):
+    """The layer that makes logits of features; the first of several, as distilled models have."""
+    classifier = model.get_classifier()
+    return classifier[0] if isinstance(classifier, tuple) else classifier
+
+
+def curvature(args, model, criterion, batches) -> dict:
+    """``flatness.curvature`` of the run's own loss."""
+    examples = min(args.hessian_examples, args.examples)
+
+    def small_batches(start, stop):
+        return batches(start, stop, min(args.batch_size, HESSIAN_BATCH))
+
+    return flatness.curvature(model, criterion, small_batches, examples, args.seed)
+
+
+def adaptive_sharpness(args, model, batches) -> dict:
+    """Adaptive sharpness of the model, averaged over micro-batches: see ``sharpness``.
+
+    The micro-batches and the noise are the same for all models.
+
+    Returns:
+        ``average_sharpness`` and ``worst_sharpness``, in units of the loss; and with ``_se`` their
+        standard errors over micro-batches.
+    """
+    m = min(args.m or SHARPNESS_M, args.examples)
+    count = max(1, min(SHARPNESS_IMAGES, args.examples) // m)
+    params = list(model.parameters())
+    generator = torch.Generator(params[0].device).manual_seed(args.seed)
+    rises = {"average_sharpness": [], "worst_sharpness": []}
+    for x, y in batches(0, count * m, m):
+        loss = sharpness.loss_of(model, x, y)
+        average = sharpness.average_case(params, loss, args.average_rho, DRAWS, generator)
+        rises["average_sharpness"].append(average)
+        rises["worst_sharpness"].append(sharpness.worst_case(params, loss, args.worst_rho, STEPS))
+    return mean_and_error({key: torch.tensor(values) for key, values in rises.items()})
+
+
+def perturb(args, changed, model, criterion, batches, forgotten) -> dict:
     """What a perturbation with the settings ``changed`` does, averaged over micro-batches.
 
     Args:
-        clean: (examples, classes), the predictions of the model as it is.
-        labels: (examples,)
+        forgotten: returns what the model forgets with its weights as they are: ``forgetting``'s.
 
     Returns:
-        ``forgetting`` and, ``by_threshold``, what it is the mean of; ``relevant_change`` of
-        I(Y; Y_tau), all in bits; and ``sam_gap``, by how much the micro-batch's loss grows.
+        ``forgetting``, in bits; ``relevant_change`` of I(Y; Y_tau), in bits; ``sam_gap``, by how
+        much the micro-batch's loss grows; with ``_se`` their standard errors over micro-batches,
+        None for a single one; and ``by_threshold``, what forgetting is the mean of.
     """
     adaptive = changed.adaptive if "adaptive" in METHODS[changed.method][1] else None
     optimizer = SAM(torch.optim.SGD(model.parameters()), model, changed.rho, adaptive=adaptive)
     objective = build.build_objective(changed, criterion, optimizer)
     part = build.ascending(changed, changed.m)
-    thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
-    options = {"miller_madow": args.miller_madow, "adjust": args.adjust_thresholds}
     measures = []
     warnings.filterwarnings("ignore", "the block left no gradient")  # these blocks only look
     whole = args.examples // changed.m * changed.m
@@ -372,15 +461,23 @@ def perturb(args, changed, model, criterion, batches, clean, labels) -> dict:
             before = criterion(model(x), y)
         with optimizer.perturbed(lambda: objective(model, x[:part], y[:part])), torch.no_grad():
             gap = criterion(model(x), y) - before
-            perturbed = predict(model, batches(0, args.examples), args.link)
-        info = forgetting([(clean, perturbed, labels)], thresholds, **options)
+            info = forgotten()
         lost = info["information"] - info["information_perturbed"]
         gained = info["relevant_perturbed"] - info["relevant"]
         measures.append({"by_threshold": lost, "relevant_change": gained.mean(), "sam_gap": gap})
+    values = {key: torch.stack([m[key].double() for m in measures]) for key in measures[0]}
+    by_threshold = values.pop("by_threshold")
+    values["forgetting"] = by_threshold.mean(1)
+    return {"by_threshold": by_threshold.mean(0).tolist(), **mean_and_error(values)}
+
+
+def mean_and_error(values: dict[str, torch.Tensor]) -> dict:
+    """The mean of each (n,), and under the name with ``_se`` its standard error."""
     averages = {}
-    for key in measures[0]:
-        averages[key] = torch.stack([m[key].double() for m in measures]).mean(0).tolist()
-    return averages | {"forgetting": float(np.mean(averages["by_threshold"]))}
+    for key, of_micro_batches in values.items():
+        averages[key] = of_micro_batches.mean().item()
+        averages[f"{key}_se"] = flatness.standard_error(of_micro_batches)
+    return averages
 
 
 def measure_all(args, accelerator, runs, split):
@@ -494,7 +591,8 @@ def table_of(measured) -> list[dict]:
         row |= {"method": shared["method"], "trained_m": shared["m"], "trained_rho": shared["rho"]}
         for kind, values in record["perturbations"].items():
             measures = {key: value for key, value in values.items() if key != "by_threshold"}
-            measures |= {key: record[key] for key in ("lambda_max", "measured_accuracy")}
+            own = {"request", "perturbations", "information"}
+            measures |= {key: value for key, value in record.items() if key not in own}
             measures["information"] = float(np.mean(record["information"]))
             which = {"epoch": int(epoch.name), "perturbation": kind}
             rows.append({**row, **which, **measures, "accuracy": run["accuracy"]})
@@ -564,9 +662,18 @@ def _plain(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def link_remark(links) -> str:
+    """In which link forgetting was measured."""
+    counts = collections.Counter(links)
+    if len(counts) == 1:
+        return f"forgetting is of {next(iter(counts))} predictions (--link)"
+    shares = " and ".join(f"{link} predictions for {count}" for link, count in counts.items())
+    return f"forgetting is of {shares} models, as they were trained: give --link to compare them"
+
+
 def remarks(args, measured, summaries, labels) -> list[str]:
     """What the user should know about the results."""
-    lines = []
+    lines = [link_remark(record["link"] for *_, record in measured)]
     if full := saturated(measured, args.thresholds, labels):
         lines.append(
             f"at thresholds {', '.join(map(str, full))} some model predicts labels of their own "

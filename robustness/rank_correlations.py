@@ -12,13 +12,18 @@ import pandas as pd
 
 MIN_RUNS = 4  # for a rank correlation
 DRAWS = 1999  # of each test
-MEASURES = ("forgetting", "relevant_change", "lambda_max", "sam_gap")  # of a model
-# What is compared with test accuracy; flat models have a small largest eigenvalue, and a small gap.
+# What is compared with test accuracy: columns, and a sign with which more should be better. Flat
+# models have a small largest eigenvalue.
 QUANTITIES = {
-    "forgetting": lambda runs: runs["forgetting"],
-    "relevant_change": lambda runs: runs["relevant_change"],
-    "flatness": lambda runs: -runs["lambda_max"],
-    "-sam_gap": lambda runs: -runs["sam_gap"],
+    "forgetting": ("forgetting", 1),
+    "relevant_change": ("relevant_change", 1),
+    "flatness": ("lambda_max", -1),
+    "-trace": ("trace", -1),
+    "-average_sharpness": ("average_sharpness", -1),
+    "-worst_sharpness": ("worst_sharpness", -1),
+    "-sam_gap": ("sam_gap", -1),
+    "-feature_rank": ("feature_rank", -1),
+    "-measured_loss": ("measured_loss", -1),
 }
 # What they are compared with: good models have high accuracy on test, and a small gap to that on
 # training images.
@@ -125,10 +130,10 @@ def ceiling(share: float) -> float:
 
 
 def correlate(runs: pd.DataFrame, target, seed: int, fixed: str | None = None) -> dict[str, dict]:
-    """How well each of ``QUANTITIES`` ranks runs and settings by a target.
+    """How well each of ``QUANTITIES`` that runs have ranks them and their settings by a target.
 
     Args:
-        runs: a row for each run.
+        runs: a row for each run, with flatness among its columns.
         target: a function of them, as of ``TARGETS``.
         fixed: None, or one of ``FIXED``: pairs share its value, as in the conditional measures of
             Jiang et al. 2020.
@@ -140,15 +145,15 @@ def correlate(runs: pd.DataFrame, target, seed: int, fixed: str | None = None) -
         values of what is equal in all runs, and the rival's own ``above_p``.
     """
     stratum = runs[FIXED[fixed]].astype(str) if fixed else pd.Series("", runs.index)
-    columns = {name: quantity(runs) for name, quantity in QUANTITIES.items()}
-    columns |= {"target": target(runs), "setting": runs["setting"], "stratum": stratum}
-    single = pd.DataFrame(columns)
+    quantities = {name: sign * runs[of] for name, (of, sign) in QUANTITIES.items() if of in runs}
+    others = {"target": target(runs), "setting": runs["setting"], "stratum": stratum}
+    single = pd.DataFrame(quantities | others)
     means = single.groupby(["stratum", "setting"], as_index=False).mean()
     of_settings, strata = means["target"].to_numpy(), means["stratum"]
     between = equal(single["stratum"]) & ~equal(single["setting"])
     rival = kendall(means["flatness"], of_settings, equal(strata))
     found = {}
-    for name in QUANTITIES:
+    for name in quantities:
         tau = kendall(means[name], of_settings, equal(strata))
         values = {
             "tau_runs": kendall(single[name], single["target"], between),
@@ -180,7 +185,8 @@ def table(rows: list[dict], seed: int, gap: bool = True) -> list[dict]:
         last = last.set_index("run")
         if len(last) < MIN_RUNS:
             continue
-        means = last.assign(**measured.groupby("run")[list(MEASURES)].mean())
+        measures = [column for column, _ in QUANTITIES.values() if column in measured]
+        means = last.assign(**measured.groupby("run")[measures].mean())
         varied = [key for key, column in FIXED.items() if last[column].nunique(dropna=False) > 1]
         for (epochs, chosen), target, fixed in itertools.product(
             (("last", last), ("mean", means)), targets, (None, *varied)

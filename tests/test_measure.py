@@ -22,66 +22,17 @@ import yaml
 from helpers import small_recipe, write_folder
 from scipy.stats import kendalltau
 from test_forgetting import counted_entropy
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+from timm.loss import LabelSmoothingCrossEntropy
 
 import measure_forgetting
 import train_imagenet
 from common import data, loaders, loop, report
 from common.errors import InputError
 from forgetting import forgetting
-from robustness import flatness, rank_correlations
+from robustness import features, flatness, rank_correlations, sharpness
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = [i / 50 for i in range(1, 50)]
-
-
-def small_network(norm):
-    torch.manual_seed(0)
-    layers = [torch.nn.Conv2d(3, 4, 3), norm(4) if norm else torch.nn.Identity(), torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(16, 3)).double()
-    return model.eval() if norm is None else _with_statistics(model)
-
-
-def _with_statistics(model):
-    model.train()(torch.randn(64, 3, 4, 4, dtype=torch.float64) * 2 + 1)
-    return model.eval()
-
-
-@pytest.mark.parametrize("norm", [None, torch.nn.BatchNorm2d])
-@pytest.mark.parametrize(
-    "criterion", [LabelSmoothingCrossEntropy(0.1), BinaryCrossEntropy(0.0, sum_classes=True)]
-)
-@pytest.mark.parametrize("sizes", [[12], [5, 5, 2]])
-def test_largest_eigenvalue_is_that_of_the_explicit_hessian(norm, criterion, sizes):
-    model = small_network(norm)
-    x, y = torch.randn(12, 3, 4, 4, dtype=torch.float64), torch.arange(12) % 3
-    names, params = zip(*model.named_parameters())
-
-    def loss(flat):
-        parts = torch.split(flat, [p.numel() for p in params])
-        named = {name: part.reshape(p.shape) for name, part, p in zip(names, parts, params)}
-        return criterion(torch.func.functional_call(model, named, (x,)), y)
-
-    flat = torch.cat([p.detach().flatten() for p in params])
-    hessian = torch.autograd.functional.hessian(loss, flat)
-    expected = torch.linalg.eigvalsh(hessian)[-1].item()
-    batches = list(zip(x.split(sizes), y.split(sizes)))
-    assert flatness.largest_eigenvalue(model, criterion, batches, 12) == pytest.approx(
-        expected, rel=1e-4
-    )
-
-
-@pytest.mark.slow
-def test_a_measurement_prints_no_warning_that_a_user_cannot_act_on():
-    code = (
-        "import torch; from robustness import flatness; model = torch.nn.Linear(3, 2);"
-        "batch = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]));"
-        "loss = torch.nn.functional.cross_entropy;"
-        "flatness.largest_eigenvalue(model, loss, [batch], 4)"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +68,9 @@ def measure(runs, tmp_path, *flags):
 
 @pytest.fixture
 def curvature_aside(monkeypatch):
-    """Lanczos' method takes most of the time of a measurement; here it is about something else."""
-    monkeypatch.setattr(
-        measure_forgetting, "flatness", argparse.Namespace(largest_eigenvalue=lambda *_: 1.0)
-    )
+    """The Hessian takes most of the time of a measurement; here it is about something else."""
+    found = {"lambda_max": 1.0, "lambda_max_se": 0.1, "trace": 2.0, "trace_se": 0.2}
+    monkeypatch.setattr(measure_forgetting, "curvature", lambda *_: found)
 
 
 def rows(tmp_path):
@@ -261,7 +211,10 @@ def test_finished_measurements_are_not_made_again(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(measure_forgetting, "measure", lambda *_: pytest.fail("measured again"))
     measure(runs[:1], tmp_path, "--micro-batches", "1")
     assert (tmp_path / "out" / "measurements.csv").read_text() == before
-    for other in (["2"], ["1", "--no-channels-last"]):
+    others = [["2"], ["1", "--no-channels-last"], ["1", "--average-rho", "0.2"]]
+    others += [["1", "--worst-rho", "0.1"], ["1", "--link", "sigmoid"]]
+    others += [["1", "--hessian-examples", "5"]]
+    for other in others:
         with pytest.raises(pytest.fail.Exception):
             measure(runs[:1], tmp_path, "--micro-batches", *other)
 
@@ -282,6 +235,33 @@ def test_a_table_of_other_runs_is_not_replaced_without_a_word(runs, tmp_path, ca
     said += f"{', '.join(lost)}, "
     assert said + f"{runs[2].resolve()}" in capsys.readouterr().out
     assert {row["run"] for row in rows(tmp_path)} == {str(run) for run in runs[:2]}
+
+
+MEASURES = ("lambda_max", "trace", "average_sharpness", "worst_sharpness")
+
+
+def test_the_table_has_all_measures_and_their_standard_errors(runs, tmp_path, capsys):
+    measure(runs[1:2], tmp_path, "--perturbations", "sam", "--m", "4", "--micro-batches", "3")
+    assert "forgetting is of softmax predictions" in capsys.readouterr().out
+    for row in rows(tmp_path):
+        for key in ("forgetting", "relevant_change", "sam_gap", *MEASURES):
+            assert math.isfinite(float(row[key])) and float(row[f"{key}_se"]) >= 0
+        assert row["link"] == "softmax" and int(row["feature_rank"]) >= 1
+        assert float(row["measured_loss"]) > 0
+
+
+@pytest.mark.usefixtures("curvature_aside")
+def test_what_was_measured_before_there_were_these_measures_is_measured_anew(runs, tmp_path):
+    flags = ["--micro-batches", "1", "--perturbations", "sam", "--epochs", "2"]
+    measure(runs[1:2], tmp_path, *flags)
+    (file,) = (tmp_path / "out" / "measurements").glob("*.json")
+    record = json.loads(file.read_text())
+    for key in ("average_rho", "worst_rho"):
+        del record["request"][key]
+    del record["worst_sharpness"]
+    file.write_text(json.dumps(record))
+    measure(runs[1:2], tmp_path, *flags)
+    assert float(rows(tmp_path)[0]["worst_sharpness"]) >= 0
 
 
 @pytest.mark.usefixtures("curvature_aside")
@@ -402,6 +382,8 @@ def test_a_runs_own_momentum_is_not_saved(runs, tmp_path):
         (["--thresholds", "0.5", "1"], r"thresholds is 1.0; it must lie in"),
         (["--examples", "1"], "--examples 1 cannot hold one of each of 2 classes"),
         (["--micro-batches", "0"], "micro_batches is 0"),
+        (["--average-rho", "-1"], "average_rho is -1"),
+        (["--worst-rho", "-1"], "worst_rho is -1"),
         (["--perturbations", "asam"], "invalid choice"),
     ],
 )
@@ -421,17 +403,6 @@ def test_a_model_that_diverged_is_named_and_what_was_measured_is_kept(runs, tmp_
     assert len(list((tmp_path / "out" / "measurements").glob("*.json"))) == 1
 
 
-def test_a_model_that_torch_cannot_differentiate_twice_is_named(tmp_path, images):
-    options = {
-        "model": "test_efficientnet",
-        "save_interval": 1,
-        "method": "sam",
-    }  # its SiLU has no forward derivative
-    train_imagenet.main(small_recipe(tmp_path, images, **options))
-    with pytest.raises(InputError, match=r"cannot measure .*0001.*forward AD"):
-        measure([tmp_path / "run"], tmp_path)
-
-
 # --------------------------------------------------------------------------------------------------
 # What the run itself used
 
@@ -442,7 +413,7 @@ def test_own_ascends_on_the_runs_share_of_a_micro_batch_and_sam_on_all_of_it(
 ):
     run = altered(runs[1], tmp_path, perturb_fraction=0.5, rho=0.3)
     flags = ["--m", "4", "--micro-batches", "3", "--thresholds", *map(str, THRESHOLDS)]
-    flags += ["--rho", "0.3"]
+    flags += ["--rho", "0.3", "--link", "sigmoid"]
     measure([run], tmp_path, *flags, "--perturbations", "own", "sam")
     for row in rows(tmp_path):
         epoch, ascending = (
@@ -601,22 +572,6 @@ def test_what_there_is_not_is_said_and_is_null_in_json(runs, tmp_path, capsys):
     assert flat and all(one["above_p"] is None and one["runs"] == 4 for one in flat)
 
 
-def test_a_loss_without_curvature_has_no_largest_eigenvalue():
-    model, batch = torch.nn.Linear(3, 2), (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
-    with pytest.raises(ValueError, match="no largest eigenvalue of the Hessian"):
-        flatness.largest_eigenvalue(model, lambda logits, _: logits.mean(), [batch], 4)
-
-
-def test_the_largest_eigenvalue_is_not_that_of_largest_magnitude():
-    model, eye = torch.nn.Linear(3, 3, bias=False).double(), torch.eye(3, dtype=torch.float64)
-
-    def saddle(logits, _):
-        return (logits**2 @ torch.tensor([1.0, -5.0, 2.0], dtype=torch.float64)).mean()
-
-    found = flatness.largest_eigenvalue(model, saddle, [(eye, torch.arange(3))], 3)
-    assert found == pytest.approx(2 * 2 / 3)
-
-
 def test_a_sweeps_table_has_the_mean_over_seeds(capsys):
     rows = [
         {"point": {"seed": i}, "results": {"test": value}} for i, value in enumerate((0.5, 0.6))
@@ -633,6 +588,7 @@ def measured(trained=None, **changes):
     """``measure`` of a linear model, and what it needs."""
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3).double()
+    model.get_classifier = lambda: model
     x, y = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
     usual = {
         "examples": 12,
@@ -643,6 +599,9 @@ def measured(trained=None, **changes):
     }
     usual |= {
         "micro_batches": 2,
+        "batch_size": 5,
+        "average_rho": 0.1,
+        "worst_rho": 0.01,
         "seed": 3,
         "miller_madow": True,
         "perturbations": ["own"],
@@ -773,8 +732,113 @@ def test_curvature_is_that_of_the_examples_asked_for():
     for count in (4, 12):
         result, model, x, y = measured(hessian_examples=count)
         batch = [(x[:count], y[:count])]
-        expected = flatness.largest_eigenvalue(model, LabelSmoothingCrossEntropy(0.1), batch, count)
-        assert result["lambda_max"] == pytest.approx(expected, rel=1e-4)
+        own = flatness.curvature(model, LabelSmoothingCrossEntropy(0.1), lambda *_: batch, count)
+        assert result["lambda_max"] == pytest.approx(own["lambda_max"], rel=1e-4)
+
+
+def test_standard_errors_are_over_micro_batches():
+    def forgotten(batches):
+        return measured(micro_batches=batches)[0]["perturbations"]["own"]
+
+    one, two = forgotten(1), forgotten(2)
+    for key in ("forgetting", "relevant_change", "sam_gap"):
+        other = 2 * two[key] - one[key]  # of the second micro-batch
+        assert abs(one[key] - other) > 1e-4
+        assert two[f"{key}_se"] == pytest.approx(abs(one[key] - other) / 2)
+        assert one[f"{key}_se"] is None
+
+
+@pytest.mark.parametrize("flag, m, count", [(None, 4, 3), (5, 5, 2), (20, 12, 1)])
+def test_adaptive_sharpness_is_the_mean_over_micro_batches(monkeypatch, flag, m, count):
+    monkeypatch.setattr(measure_forgetting, "SHARPNESS_M", 4)
+    changes = {"m": flag} if flag != 20 else {"m": 20, "perturbations": []}
+    result, model, x, y = measured(**changes)
+    params, generator = list(model.parameters()), torch.Generator().manual_seed(3)
+    average, worst = [], []
+    for start in range(0, m * count, m):
+        loss = sharpness.loss_of(model, x[start : start + m], y[start : start + m])
+        draws, steps = measure_forgetting.DRAWS, measure_forgetting.STEPS
+        average.append(sharpness.average_case(params, loss, 0.1, draws, generator))
+        worst.append(sharpness.worst_case(params, loss, 0.01, steps))
+    for key, values in (("average_sharpness", average), ("worst_sharpness", worst)):
+        assert result[key] == pytest.approx(np.mean(values))
+        error = np.std(values, ddof=1) / math.sqrt(count) if count > 1 else None
+        assert result[f"{key}_se"] == pytest.approx(error)
+
+
+def test_of_many_images_adaptive_sharpness_takes_some(monkeypatch):
+    monkeypatch.setattr(measure_forgetting, "SHARPNESS_M", 4)
+    every = measured()[0]["worst_sharpness"]
+    monkeypatch.setattr(measure_forgetting, "SHARPNESS_IMAGES", 9)  # two micro-batches
+    some = measured()[0]["worst_sharpness"]
+    assert some != every and some == measured(examples=8)[0]["worst_sharpness"]
+
+
+@pytest.mark.parametrize("setting, measure", [("average", "average"), ("worst", "worst")])
+def test_each_sharpness_has_a_rho_of_its_own(setting, measure):
+    usual, other = (measured(**{f"{setting}_rho": rho})[0] for rho in (0.01, 0.05))
+    changed = {key for key in usual if usual[key] != other[key]}
+    assert changed == {f"{measure}_sharpness"} and other[f"{measure}_sharpness"] != 0
+
+
+def test_loss_and_feature_rank_are_of_the_images_measured():
+    result, model, x, y = measured()
+    expected = LabelSmoothingCrossEntropy(0.1)(model(x), y).item()
+    assert result["measured_loss"] == pytest.approx(expected)
+    assert result["feature_rank"] == features.rank(x)
+    few = measured(examples=3)[0]  # span two dimensions
+    assert few["feature_rank"] == 2 != result["feature_rank"]
+
+
+@pytest.mark.parametrize(
+    "loss, flag, link",
+    [
+        ("ce", None, "softmax"),
+        ("bce", None, "sigmoid"),
+        ("ce", "sigmoid", "sigmoid"),
+        ("bce", "softmax", "softmax"),
+    ],
+)
+def test_predictions_are_in_the_link_of_the_runs_loss_unless_one_is_given(loss, flag, link):
+    result, model, x, y = measured({"loss": loss}, link=flag)
+    function = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}[link]
+    expected = [counted_entropy(function(model(x)), y, t) for t in (0.2, 0.35, 0.5)]
+    assert result["link"] == link and result["information"] == pytest.approx(expected)
+
+
+def test_a_shift_of_logits_that_softmax_ignores_changes_no_forgetting_by_default():
+    def forgotten(shift, **changes):
+        with pytest.MonkeyPatch.context() as patch:
+            usual = measure_forgetting.logits_of
+            shifted = lambda *of: usual(*of) + shift  # noqa: E731
+            patch.setattr(measure_forgetting, "logits_of", shifted)
+            return measured(**changes)[0]["perturbations"]["own"]["forgetting"]
+
+    assert forgotten(1.0, link=None) == pytest.approx(forgotten(0.0, link=None))
+    assert forgotten(1.0, link="sigmoid") != pytest.approx(forgotten(0.0, link="sigmoid"))
+
+
+def test_images_that_are_made_anew_for_each_perturbation_give_the_same(monkeypatch):
+    kept = measured()[0]
+    monkeypatch.setattr(measure_forgetting, "KEPT", 0)
+    assert measured()[0] == kept
+
+
+def test_the_first_classifier_of_a_distilled_model_counts():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=2)
+    assert measure_forgetting.classifier_of(model) is model.head
+
+
+def test_the_link_is_said():
+    assert "of softmax predictions" in measure_forgetting.link_remark(["softmax"] * 2)
+    both = measure_forgetting.link_remark(["softmax", "sigmoid", "softmax"])
+    assert "softmax predictions for 2 and sigmoid predictions for 1 models" in both
+    assert "give --link" in both
+
+
+def test_defaults_are_those_of_the_page():
+    args = measure_forgetting.parse(["--runs", "run"])
+    assert (args.micro_batches, args.hessian_examples, args.link) == (16, 2048, None)
 
 
 def test_noise_depends_on_the_seed_alone():

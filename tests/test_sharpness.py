@@ -1,4 +1,4 @@
-"""Sharpness relative to the weights against closed forms, and the rank of features."""
+"""Sharpness relative to the weights, against closed forms."""
 
 import pytest
 import torch
@@ -62,12 +62,16 @@ def test_normalized_logits_do_not_tell_confidence():
     assert torch.allclose(sharpness.normalized(logits).std(-1, correction=0), torch.ones(2))
 
 
-@pytest.mark.parametrize("share, rank", [(0.99, 3), (0.7, 2), (0.5, 1)])
-def test_feature_rank_counts_components_up_to_a_share_of_variance(share, rank):
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
-    scores = torch.linalg.qr(torch.randn(50, 3, generator=generator) - 0.0)[0]
-    scores = torch.linalg.qr(scores - scores.mean(0))[0]
-    sizes = torch.tensor([0.6, 0.3, 0.1]).sqrt()  # shares of the variance
-    assert sharpness.feature_rank((scores * sizes) @ basis[:3] + 5.0, share) == rank
-    assert sharpness.feature_rank(torch.ones(4, 3)) == 0
+def test_a_weight_that_the_loss_does_not_see_changes_nothing():
+    w, _, loss = quadratic()
+    unseen = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    assert sharpness.worst_case([w, unseen], loss, 0.1) == sharpness.worst_case([w], loss, 0.1)
+
+
+def test_the_loss_is_the_cross_entropy_of_normalized_logits():
+    model, y = torch.nn.Linear(3, 4), torch.tensor([0, 3])
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    logits = model(x)
+    scaled = (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, correction=0, keepdim=True)
+    expected = -scaled.log_softmax(-1)[[0, 1], y].mean()
+    assert torch.allclose(sharpness.loss_of(model, x, y)(), expected)

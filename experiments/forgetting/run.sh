@@ -19,7 +19,8 @@ train experiments/forgetting/random.yaml $out/random
 measure() {
     local name=$1 && shift
     torchrun --standalone --nproc_per_node 2 -- measure_forgetting.py --runs $models/runs/* \
-        --perturbations own sam --micro-batches 4 --examples 5000 --hessian-examples 16 --output "$out/$name" "$@"
+        --perturbations own sam --micro-batches 4 --link sigmoid --examples 5000 --hessian-examples 16 \
+        --output "$out/$name" "$@"
 }
 measure train --hessian-examples 256
 measure test --hessian-examples 256 --epochs 30 --split test

@@ -262,7 +262,8 @@ def draw_scatter(path):
         runs = runs.assign(m=runs["trained_m"], rho=runs["trained_rho"]).to_dict("records")
         style, handles = forgetting_styles(runs)
         for run in runs:
-            point = [rank_correlations.QUANTITIES[quantity](run)], [100 * run["accuracy"]]
+            column, sign = rank_correlations.QUANTITIES[quantity]
+            point = [sign * run[column]], [100 * run["accuracy"]]
             axis.plot(*point, linestyle="", alpha=0.8, **style(run["method"], run["m"], run["rho"]))
         found = tau(quantity, kind)
         axis.set_title(f"{name}\nKendall's τ {tested(found['tau'], found['p_value'])}", fontsize=10)
