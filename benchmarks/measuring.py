@@ -1,9 +1,9 @@
 # Copyright 2026 The sam-obf authors. Licensed under the Apache License, Version 2.0.
 """What measuring a model costs with every measure, beside an earlier commit with fewer of them.
 
-The earlier one takes 4 micro-batches and lambda_max of 256 images, as ``experiments/forgetting`` was
-made; and, without a target, as much as is the default now. Whole commands for one saved model of a
-run, one thread each; they take turns.
+The earlier one takes 4 micro-batches and lambda_max of 256 images, as ``experiments/forgetting``
+was made; and, without a target, as much as is the default now. Whole commands for one saved model
+of a run, one thread each; they take turns.
 
     mkdir before && git archive 259f06c | tar -x -C before
     python train_imagenet.py --recipe recipes/cifar/scratch.yaml --method obf --rho 0.1 --epochs 9 \
