@@ -232,6 +232,13 @@ def test_without_a_benchmark_those_that_fit_are_listed(
         evaluate(label_names, list(range(outputs)))
 
 
+@pytest.mark.slow
+def test_the_digits_sketch_is_not_imagenets(evaluate, capsys):
+    evaluate([str(i) for i in range(10)], list(range(10)), "--benchmarks", "digits")
+    printed = capsys.readouterr().out
+    assert " sketch " in printed and "effective robustness" not in printed
+
+
 def test_a_cifar_model_on_the_digits_is_refused(evaluate):
     with pytest.raises(
         InputError,
