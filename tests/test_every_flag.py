@@ -5,6 +5,7 @@ its own.
 ``test_every_setting.py`` does this for training. A new flag needs a row in its script's table.
 """
 
+import argparse
 import contextlib
 import csv
 import io
@@ -24,12 +25,13 @@ from oracle import write_folders
 from PIL import Image
 from safetensors.torch import save_file
 from test_every_setting import same, write_hub_dataset
+from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
 import eval_robustness
 import measure_forgetting
 import train_imagenet
-from common import loaders
+from common import data, loaders
 from common.errors import InputError
 from robustness import predictions, sets
 from robustness.labels import WORDNET
@@ -411,6 +413,8 @@ class Measuring:
         for name in ("measure", "predict"):
             own = getattr(measure_forgetting, name)
             monkeypatch.setattr(measure_forgetting, name, getattr(self, name)(own))
+        # Lanczos' method takes most of the time; a loss depends on the same.
+        monkeypatch.setattr(measure_forgetting.flatness, "largest_eigenvalue", mean_loss)
 
     def measure(self, own):
         def seen(args, run, epoch, model, batches, *rest):
@@ -444,6 +448,11 @@ class Measuring:
         self.parts["correlations"].append(saved["correlations"])
         for path in sorted(folder.glob("measurements/*.json")):
             self.parts["records"].append(json.loads(path.read_text()))
+
+
+@torch.no_grad()
+def mean_loss(model, criterion, batches, size):
+    return sum(len(y) * criterion(model(x), y).item() for x, y in batches) / size
 
 
 @pytest.fixture(scope="module")
@@ -537,3 +546,28 @@ def test_a_finished_measurement_is_known_by_each_key_of_its_request(run_once, tm
         measure_forgetting.write_record(file, {**record, "request": other})
         assert not measure_forgetting.is_measured(file, record["request"]), other
         measure_forgetting.write_record(file, record)
+
+
+OTHER_CONFIG = {
+    "input_size": (3, 12, 12), "interpolation": "nearest", "crop_pct": 0.5, "crop_mode": "border",
+    "mean": (0.1, 0.1, 0.1), "std": (0.5, 0.5, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*resolve_data_config(model=tiny_net()), "no key"])
+def test_models_of_another_preprocessing_share_no_images_that_were_read(key, places, accelerator):
+    hub = data.Names(dataset_config="one", image_key="image", label_key="label")
+    split = data.load(str(places / "data"), names=hub)["train"]
+    args = argparse.Namespace(workers=0, batch_size=16, channels_last=None)
+    models = [tiny_net(), tiny_net()]
+    if key != "no key":
+        models[1].pretrained_cfg = models[1].pretrained_cfg | {key: OTHER_CONFIG[key]}
+
+    def seen(model, cache):
+        batches = measure_forgetting.open_batches(args, accelerator, split, model, cache)
+        return next(iter(batches(0, 16)))[0]
+
+    cache = {}
+    first = seen(models[0], cache)
+    assert same(seen(models[1], cache), seen(models[1], {}))
+    assert same(seen(models[1], cache), first) == (key == "no key")
