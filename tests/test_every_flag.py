@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import shutil
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from flags import flags_of
 from helpers import fresh_process, tiny_net
 from oracle import write_folders
@@ -29,9 +31,11 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
 import eval_robustness
+import finetune_cifar
 import measure_forgetting
+import sweep
 import train_imagenet
-from common import data, loaders
+from common import data, loaders, settings
 from common.errors import InputError
 from robustness import predictions, sets
 from robustness.labels import WORDNET
@@ -462,10 +466,10 @@ def trained_runs(places):
     usual |= {"label_key": "label", "model": "tiny_net", "epochs": 2, "batch_size": 8, "m": 4}
     usual |= {"lr": 0.3, "save_interval": 1}
     own = {"one": {"method": "sam", "rho": 0.3}, "two": {"method": "obf", "rho": 0.2, "seed": 1}}
-    for name, settings in own.items():
+    for name, changes in own.items():
         fresh_process()
         output = {"output": str(places / f"run_{name}")}
-        train_imagenet.main(argv(train_imagenet, {**usual, **settings, **output}, places))
+        train_imagenet.main(argv(train_imagenet, {**usual, **changes, **output}, places))
 
 
 MEASURE = {
@@ -571,3 +575,116 @@ def test_models_of_another_preprocessing_share_no_images_that_were_read(key, pla
     first = seen(models[0], cache)
     assert same(seen(models[1], cache), seen(models[1], {}))
     assert same(seen(models[1], cache), first) == (key == "no key")
+
+
+# ------------------------------------------------------------------------------------------------
+# sweep.py
+
+
+class Sweeping:
+    """Records what sweep.py does; training is a run's settings, and results that depend on them."""
+
+    # What each part has a bearing on, if it changes.
+    BEARING = {  # noqa: RUF012
+        "refused": ("scripts", "points", "trained", "table", "files", "printed", "place"),
+        "scripts": ("trained", "table", "printed"),
+        "points": ("trained", "table", "files", "printed"),  # what each has of its own
+        "trained": ("table", "files", "printed"),  # the settings of each run
+        "table": ("printed",),
+        "files": (),
+        "printed": (),
+        "place": (),
+    }
+
+    def __init__(self, monkeypatch, parts):
+        self.parts = parts
+        for script in (train_imagenet, finetune_cifar):
+            monkeypatch.setattr(script, "main", self.main(script))
+        own = sweep.check_points
+        monkeypatch.setattr(sweep, "check_points", self.check_points(own))
+
+    def main(self, script):
+        def end_run(flags):
+            args = settings.parse(script.parser(), flags)
+            _, _, args.m = loaders.split_batch(args, 1)
+            run, kept = Path(args.output), settings.resolved(args)
+            run.mkdir(parents=True)
+            (run / "settings.yaml").write_text(yaml.safe_dump(kept))
+            del kept["output"]
+            self.parts["scripts"] = [script.__name__]
+            self.parts["trained"].append(kept)
+            top1 = zlib.crc32(repr(kept).encode()) / 2**32
+            results = {"last": {"validation": top1, "test": 1 - top1}}
+            (run / "results.json").write_text(json.dumps(results))
+            line = {"epoch": 1, "loss": top1, "train": top1, "validation": top1, "lr": 0.1}
+            (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+        return end_run
+
+    def check_points(self, own):
+        def seen(found, script, commands, processes):
+            self.parts["points"].append(list(commands))
+            return own(found, script, commands, processes)
+
+        return seen
+
+    def end(self, folder):
+        for path in folder.glob("sweep.csv"):
+            self.parts["table"].append(path.read_text().replace(str(folder), "OUTPUT"))
+
+
+SWEPT = {"sweep": "<sweep.yaml>"}
+SWEEP_ROWS = {
+    "sweep": Row("<other_sweep.yaml>", "trained"),
+    "script": Row("finetune_cifar", "scripts"),
+    "trials": Row(2, "points"),
+    "trial_seed": Row(1, "points", {"trials": 3}),
+    "list": Row(True, "trained scripts"),
+    "output": Row("<root>-elsewhere", "place"),
+}
+POINTS = {"method": ["sam", "obf"], "lr": [0.1, 0.2, 0.3], "seed": [0, 1]}
+SHARED = {"dataset": "digits", "model": "tiny_net", "epochs": 2, "batch_size": 8, "rho": 0.1}
+
+
+@pytest.fixture(scope="module")
+def sweeps(places):
+    """Two sweeps that differ in a setting of all runs."""
+    for name, clip in (("sweep", 1.0), ("other_sweep", 2.0)):
+        content = {"settings": SHARED | {"clip_grad": clip}, "grids": [POINTS]}
+        (places / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_every_flag_of_sweeps_has_a_row():
+    check_every_flag_has_a_row(sweep, SWEEP_ROWS)
+
+
+@pytest.mark.usefixtures("sweeps")
+@pytest.mark.parametrize("key", SWEEP_ROWS)
+def test_a_flag_of_sweeps_changes_what_it_is_about(key, run_once):
+    row = SWEEP_ROWS[key]
+    base = {**SWEPT, **row.base}
+    usual = run_once(sweep, Sweeping, base)
+    other = run_once(sweep, Sweeping, {**base, key: row.value})
+    assert len(usual.parts["trained"]) == (12 if "trials" not in row.base else 2)
+    check_row(key, row, usual.parts, other.parts, Sweeping.BEARING)
+
+
+@pytest.mark.usefixtures("sweeps")
+@pytest.mark.parametrize("key", [key for key in SWEEP_ROWS if key != "output"])
+def test_points_of_another_flag_are_not_taken_for_a_sweeps_own(key, run_once, places, tmp_path):
+    """The table is that of a new folder, or the folder is refused, whichever came first."""
+    row = SWEEP_ROWS[key]
+    base = {**SWEPT, **row.base}
+    runs = [base, {**base, key: row.value}]
+    for number, (first, then) in enumerate((runs, runs[::-1])):
+        earlier, fresh = (run_once(sweep, Sweeping, flags) for flags in (first, then))
+        late = again(sweep, Sweeping, then, places, earlier, tmp_path / str(number))
+        if late.parts["refused"]:
+            assert key in ("sweep", "script")  # the others only choose points
+            assert contents(late.folder) == contents(earlier.folder)
+            continue
+        assert late.parts["points"] == fresh.parts["points"]
+        # One that lists leaves the table as it is.
+        expected = earlier if then.get("list") else fresh
+        runs_in = (str(earlier.folder), "OUTPUT")
+        assert [text.replace(*runs_in) for text in late.parts["table"]] == expected.parts["table"]
