@@ -26,7 +26,7 @@ from helpers import fresh_process, tiny_net
 from oracle import write_folders
 from PIL import Image
 from safetensors.torch import save_file
-from test_every_setting import same, write_hub_dataset
+from test_every_setting import SETTINGS, same, write_hub_dataset
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
@@ -688,3 +688,40 @@ def test_points_of_another_flag_are_not_taken_for_a_sweeps_own(key, run_once, pl
         expected = earlier if then.get("list") else fresh
         runs_in = (str(earlier.folder), "OUTPUT")
         assert [text.replace(*runs_in) for text in late.parts["table"]] == expected.parts["table"]
+
+
+def a_sweep(folder, changes, axis):
+    """The file of a sweep over two values of ``axis``, with these settings for all points."""
+    shared = {key: value for key, value in changes.items() if value is not None}
+    content = {"settings": shared, "grids": [{axis: [1, 2] if axis == "seed" else [0.3, 0.4]}]}
+    folder.mkdir()
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
+    return {"sweep": str(folder / "sweep.yaml")}
+
+
+@pytest.mark.parametrize("key", [action.dest for action in flags_of(train_imagenet)])
+def test_each_setting_reaches_the_points_of_a_sweep_and_is_its_folders(key, places, tmp_path):
+    """Of a sweep with one setting changed, an earlier one's folder is refused, unless the setting
+    changes no result; so is a point that was trained with it.
+    """
+    if key in (*settings.NOT_SETTINGS, "output", "decoder"):
+        return  # torchcodec, the other decoder, need not be there
+    row, axis = SETTINGS[key], "lr" if key == "seed" else "seed"
+    base = {**SHARED, "m": 4, "streaming": key == "train_num_samples", **row.base}
+    both = [base, {**base, **row.beside, key: row.value}]
+    flags = [a_sweep(tmp_path / f"of_{i}", changes, axis) for i, changes in enumerate(both)]
+    fresh = [
+        watched(sweep, Sweeping, f, places, tmp_path / f"own_{i}") for i, f in enumerate(flags)
+    ]
+    for run, changes in zip(fresh, both):
+        expected = settings.parse(
+            train_imagenet.parser(), settings.as_flags(train_imagenet.parser(), changes, "a test")
+        )
+        assert len(run.parts["trained"]) == 2
+        assert all(kept[key] == settings.resolved(expected)[key] for kept in run.parts["trained"])
+    assert fresh[0].parts["trained"] != fresh[1].parts["trained"]
+    for first, then in ((0, 1), (1, 0)):
+        late = again(sweep, Sweeping, flags[then], places, fresh[first], tmp_path / f"late_{first}")
+        assert not late.parts["trained"]
+        refused = "".join(late.parts["refused"])
+        assert ("was trained with" in refused) == (key not in settings.FREE_ON_RESUME)
