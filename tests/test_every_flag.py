@@ -690,6 +690,21 @@ def test_points_of_another_flag_are_not_taken_for_a_sweeps_own(key, run_once, pl
         assert [text.replace(*runs_in) for text in late.parts["table"]] == expected.parts["table"]
 
 
+def test_a_sweeps_folder_is_known_by_each_of_its_settings():
+    """Another value, a key that only the folder has, and one that only the sweep has."""
+    kept = settings.resolved(settings.parse(train_imagenet.parser(), []))
+    sweep.check_same("here", kept, dict(kept))
+    free = {"momentum"}
+    for other in other_records(kept):
+        (key,) = {k for k in {**kept, **other} if kept.get(k) != other.get(k)}
+        for earlier, now in ((kept, other), (other, kept)):
+            if key in (*free, *settings.FREE_ON_RESUME):
+                sweep.check_same("here", earlier, now, free)
+                continue
+            with pytest.raises(InputError, match=f"here was trained with {key} "):
+                sweep.check_same("here", earlier, now, free)
+
+
 def a_sweep(folder, changes, axis):
     """The file of a sweep over two values of ``axis``, with these settings for all points."""
     shared = {key: value for key, value in changes.items() if value is not None}

@@ -15,6 +15,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from accelerate.tracking import GeneralTracker, on_main_process
@@ -27,7 +28,7 @@ from timm.models import save_for_hf
 
 import finetune_cifar
 import train_imagenet
-from common import loop, report, run, settings
+from common import checkpoints, loop, report, run, settings
 from common.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -256,6 +257,7 @@ def places(tmp_path_factory):
     for seed, name in enumerate(("trained", "other_trained", "averaged")):
         torch.manual_seed(seed)
         model = tiny_net(num_classes=3)
+        model(torch.randn(8, 3, 16, 16))  # moves batch norm's statistics
         save_for_hf(model, root / name, safe_serialization=True)
         found[name] = root / name
         weights.append(model.state_dict())
@@ -452,6 +454,8 @@ def test_a_setting_changes_what_it_is_about_and_nothing_else(
     (usual, _), (other, output) = run_once(world, row.base), run_once(world, changes)
     written = yaml.safe_load((output / "settings.yaml").read_text())
     assert written[key] == places.get(str(row.value), row.value)
+    opened = timm.create_model(f"local-dir:{output / 'last'}", pretrained=True)
+    assert same(flat(opened), other["weights"][-1])
     differ = {part for part in BEARING if not same(usual[part], other[part])}
     expected = {part for part in row.parts.split() if part in BEARING}
     possible = {part.removesuffix("?") for part in row.parts.split()}
@@ -461,6 +465,32 @@ def test_a_setting_changes_what_it_is_about_and_nothing_else(
     follow = {part for cause in expected | possible for part in BEARING[cause]}
     follow |= expected | possible
     assert differ <= follow, f"{key} changes {differ - follow} too"
+
+
+GIVEN = {
+    "trained": {},
+    "weights": {"model": "tiny_net", "checkpoint": "<weights>"},
+    "averaged": {"model": "tiny_net", "checkpoint": "<both_weights>", "use_ema": True},
+}
+
+
+@pytest.mark.parametrize("source", GIVEN)
+def test_fine_tuning_begins_with_the_weights_and_statistics_that_it_was_given(
+    source, places, run_once
+):
+    """But for the classifier; a trial of the model leaves no trace."""
+    (first, *_) = run_once(STREAM, GIVEN[source])[0]["first_weights"]
+    folder = {"weights": "other_trained"}.get(source, source)
+    given = load_file(Path(places[f"<{folder}>"]) / "model.safetensors")
+    names = [name for name in tiny_net().state_dict() if not name.startswith("fc.")]
+    expected = torch.cat([given[name].reshape(-1).double() for name in names])
+    assert same(first[: len(expected)], expected)
+
+
+def test_training_from_scratch_begins_with_the_weights_of_its_seed(run_once):
+    (first, *_) = run_once(STORED, {"seed": 3})[0]["first_weights"]
+    torch.manual_seed(3)
+    assert same(first, flat(tiny_net(num_classes=2)))
 
 
 def contents(folder):
@@ -512,6 +542,28 @@ def test_a_run_goes_on_with_its_own_settings_only(key, world, places, run_once, 
         assert same(metrics(folder), metrics(fresh))
         weights = [load_file(run / "last" / "model.safetensors") for run in (folder, fresh)]
         assert same(*weights)
+
+
+def test_a_checkpoint_is_known_by_each_of_its_settings(run_once, tmp_path):
+    """Another value, a key that only the checkpoint has, and one that only the run has."""
+    _, folder = run_once(STORED, {})
+    path = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints.find("auto", folder / "checkpoints"), path)
+    record = json.loads((path / "progress.json").read_text())
+    kept = record["settings"]
+    assert checkpoints.read(path, kept) == record["progress"]
+    others = [{**kept, "another": 1}, {**kept, "label_names": ["cat", "wolf"]}]
+    for key in kept.keys() - {"label_names"}:
+        others.append({**kept, key: [kept[key], "other"]})
+        if kept[key] is not None:  # which also stands for no entry
+            others.append({name: value for name, value in kept.items() if name != key})
+    for other in others:
+        with pytest.raises(InputError, match="is of a run with"):
+            checkpoints.read(path, other)
+        (path / "progress.json").write_text(json.dumps({**record, "settings": other}))
+        with pytest.raises(InputError, match="is of a run with"):
+            checkpoints.read(path, kept)
+        (path / "progress.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize("world", WORLDS)
