@@ -819,7 +819,8 @@ def write_results(output, summary, notes):
     draft = output / "results.json.draft"
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(output / "results.json")
-    for pattern in ("effective_robustness.*", "corrupted-*"):  # pictures of other results
+    # Tables and pictures of other results.
+    for pattern in ("results-*.csv", "accuracy.*", "effective_robustness.*", "corrupted-*"):
         for old in output.glob(pattern):
             old.unlink()
 

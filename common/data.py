@@ -411,6 +411,10 @@ def hub(path: str, name: str, config: str | None = None, **options):
     place = Path(name).expanduser()
     if not place.exists():
         _refuse_missing_folder(name, place)
+    elif not options.get("data_files") and glob.has_magic(str(place.absolute())):
+        raise InputError(
+            f"{name}: 🤗 datasets takes *, ? and [ in the path of a folder for patterns: rename it"
+        )
     try:
         with _quiet(place.exists()):
             return datasets.load_dataset(path, **options | ({"name": config} if config else {}))

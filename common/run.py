@@ -23,6 +23,7 @@ from common.metrics import Top1, in_memory
 from common.settings import resolved, shared_on_resume
 
 MODELS = ("last", "last_ema", "best", "epochs")  # folders of them in the output folder
+TRACKED = "sam-obf"  # trackers' name for runs; TensorBoard's is a folder beside these
 # Of a run, beside its settings.
 FILES = ("metrics.jsonl", "results.json", "curves.png", "curves.svg")
 LOCK_WAIT = 20  # seconds, since loader workers of a killed run hold its lock for some
@@ -105,7 +106,7 @@ def start(job: Job) -> Progress:
         save_checkpoint(job, progress)  # for --resume auto
     plain = (int, float, str)  # what every tracker takes
     config = {k: v if isinstance(v, plain) else str(v) for k, v in resolved(args).items()}
-    accelerator.init_trackers("sam-obf", config)
+    accelerator.init_trackers(TRACKED, config)
     return progress
 
 
@@ -142,7 +143,7 @@ def find_checkpoint(args) -> Path | None:
 def prepare_folder(output: Path, settings: dict, epoch: int | None) -> None:
     """Keep of an earlier run what it wrote in its first ``epoch`` ones, or nothing if None."""
     if epoch is None:
-        for name in ("checkpoints", *MODELS):
+        for name in ("checkpoints", TRACKED, *MODELS):
             shutil.rmtree(output / name, ignore_errors=True)
         for name in FILES:
             (output / name).unlink(missing_ok=True)

@@ -52,6 +52,14 @@ def finished(folder: Path, which: Pass, request: dict):
     return tables, record, []
 
 
+def protocols_of(record_file: Path) -> list[str]:
+    """The protocols of a finished pass; none if there is no such record."""
+    try:
+        return json.loads(record_file.read_text())["protocols"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def protocols(which: Pass, corrupted: bool) -> list[Protocol]:
     """All protocols that a pass may have."""
     kinds = [(which.corruption, which.severity)]
@@ -88,13 +96,19 @@ def save(
 ) -> dict:  # fmt: skip
     """Write each protocol's columns as Parquet, and last the record that the pass is finished.
 
+    What an earlier request of the pass left is removed, its pictures too.
+
     Args:
         classes: their names by the protocol's.
         root: the folder that holds the images; files are named below it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record_file = folder / f"{which}.json"
+    earlier = protocols_of(record_file)
     record_file.unlink(missing_ok=True)  # it speaks for the tables, which are about to change
+    for name in earlier:
+        for file in (f"{name}.parquet", f"mistakes-{name}.png", f"confusion-{name}.png"):
+            (folder / file).unlink(missing_ok=True)
     for protocol, table in tables.items():
         pq.write_table(as_arrow(table, root), folder / f"{protocol}.parquet")
     names = [str(protocol) for protocol in tables]

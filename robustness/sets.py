@@ -1,6 +1,7 @@
 """The robustness sets: where each is found, and its images, each once."""
 
 import dataclasses
+import glob
 import hashlib
 import itertools
 from pathlib import Path
@@ -290,7 +291,7 @@ def open_set(
     if (tars and path.exists()) or path.suffix in (".tar", ".zip") or local:
         names.refuse(place, "a folder or archive")
     if tars and path.exists():
-        files = {"test": [str(tar) for tar in tars]}
+        files = {"test": [glob.escape(str(tar)) for tar in tars]}
         ds = data.hub("webdataset", place, data_files=files, streaming=True)["test"]
     elif path.suffix in (".tar", ".zip") and not path.exists():
         raise InputError(f"there is no file {place}")

@@ -174,6 +174,25 @@ def test_what_is_drawn_depends_on_seed_epoch_and_number(accelerator, images):
     assert not torch.equal(other[1], whole[1])
 
 
+def test_no_seed_epoch_or_micro_batch_shares_its_draws_with_another(
+    accelerator, images, monkeypatch
+):
+    """Seed 0's epoch 1 is not seed 1's epoch 0, say."""
+    drawn = []
+
+    def draw(pixels, labels):
+        drawn.append(np.random.rand())
+        return pixels, labels
+
+    monkeypatch.setattr(loaders, "Mixup", lambda **_: draw)
+    flags = ["--batch-size", "8", "--m", "2", "--mixup", "0.5"]
+    for seed in range(3):
+        batches = mixed(accelerator, images, *flags, "--seed", str(seed))
+        for epoch in range(3):
+            all_of(batches, epoch=epoch)
+    assert len(set(drawn)) == len(drawn) == 9 * 8
+
+
 def test_what_a_process_loads_at_once_changes_nothing(accelerator, images):
     flags = ["--batch-size", "8", "--m", "2", "--mixup", "0.5"]
     one = all_of(mixed(accelerator, images, *flags))

@@ -104,6 +104,48 @@ def test_rotations_go_to_either_side_and_squares_anywhere(severity):
     assert len(places) > 10
 
 
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_squares_reach_every_edge(severity):
+    tops, lefts = set(), set()
+    side = round(6 * STRENGTHS["occlude"][severity - 1])
+    for seed in range(150):
+        black = torch.zeros(3, 6, 7, dtype=torch.uint8)
+        rows, columns = corrupt(black, "occlude", severity, seed)[0].nonzero().T
+        tops.add(rows.min().item())
+        lefts.add(columns.min().item())
+    assert (tops, lefts) == (set(range(6 - side + 1)), set(range(7 - side + 1)))
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_rotations_are_pils_bilinear_ones(severity):
+    picture, degrees = photograph(), STRENGTHS["rotate"][severity - 1]
+    turned = corrupt(pixels(picture), "rotate", severity, 0).float()
+    differences = []
+    for angle in (degrees, -degrees):
+        expected = pixels(picture.rotate(angle, Image.BILINEAR)).float()
+        inside = (slice(None), slice(16, 48), slice(16, 48))
+        differences.append((turned - expected)[inside].abs().max().item())
+    assert min(differences) <= 2 < 50 < max(differences)
+
+
+# Top-1 error of AlexNet in %, as the paper's table 3 prints it (Hendrycks and Dietterich 2019).
+ALEXNET = {
+    "gaussian_noise": 88.6, "shot_noise": 89.4, "impulse_noise": 92.3, "defocus_blur": 82.0,
+    "glass_blur": 82.6, "motion_blur": 78.6, "zoom_blur": 79.8, "snow": 86.7, "frost": 82.7,
+    "fog": 81.9, "brightness": 56.5, "contrast": 85.3, "elastic_transform": 64.6,
+    "pixelate": 71.8, "jpeg_compression": 60.7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("corruption", ALEXNET)
+def test_each_corruptions_error_counts_against_alexnets_own(corruption):
+    top1 = {name: dict.fromkeys("12345", 1.0) for name in ALEXNET}
+    for severity, value in zip("12345", (0.9, 0.7, 0.5, 0.3, 0.1)):
+        top1[corruption][severity] = value
+    expected = 0.5 / (ALEXNET[corruption] / 100) / 15
+    assert corruptions.mce(top1) == pytest.approx(expected, rel=0.05 / 56)
+
+
 def test_jpeg_is_that_of_its_quality():
     x = pixels(photograph())
     for quality, severity in zip(STRENGTHS["jpeg"], SEVERITIES):

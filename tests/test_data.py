@@ -103,6 +103,24 @@ def test_shifts_change_every_image_and_keep_its_label(digits):
     assert (occluded >= 100).all()
 
 
+def test_squares_lie_everywhere_and_rotations_mix_colours(digits):
+    places = set()
+    for image in pixels(digits["occluded"]):
+        rows, columns = (image == 128).all(-1).nonzero().T
+        if len(rows) == 100:  # no grey pixel beside the square
+            assert rows.max() - rows.min() == columns.max() - columns.min() == 9
+            places |= {("top", rows.min().item()), ("left", columns.min().item())}
+    assert places == {(side, place) for side in ("top", "left") for place in range(4, 19)}
+    plain, rotated = (pixels(digits[split]) for split in ("test", "rotated"))
+    mixed = []  # the nearest pixel alone would give no colour that was not there
+    for before, after in zip(plain, rotated):
+        colours = [
+            {tuple(colour) for colour in image.reshape(-1, 3).tolist()} for image in (before, after)
+        ]
+        mixed.append(len(colours[1] - colours[0]) > 20)
+    assert np.mean(mixed) > 0.8
+
+
 def test_digits_are_deterministic_by_seed(digits):
     made_anew = digits_module.digits.__wrapped__
     again, other = made_anew(), made_anew(seed=1)
@@ -255,6 +273,37 @@ def test_processes_and_workers_share_a_stream_without_overlap(workers, shards):
     assert (
         shards == 1 or len({frozenset(order[:30]) for order in orders}) > 1
     )  # a process has others every time
+
+
+def test_no_seed_epoch_process_batch_or_place_shares_its_draws_with_another():
+    """Seed 0's epoch 1 is not seed 1's epoch 0, say."""
+    draw = {"transform": lambda image: torch.rand(2, dtype=torch.float64)}
+    drawn = []
+    for seed, epoch, process in itertools.product(range(3), range(3), range(2)):
+        ds = stream(training=True, seed=seed, process=process, processes=2, **draw)
+        ds.epoch = epoch
+        for batch in itertools.islice(ds, 4):
+            drawn += [tuple(draws.tolist()) for draws in batch["image"]]
+    assert len(set(drawn)) == len(drawn) == 18 * 4 * 5
+    split, drawn = datasets.Dataset.from_dict({"image": [0, 0], "label": [0, 0]}), []
+    for seed, epoch in itertools.product(range(3), range(3)):
+        options = {"decode": lambda image: image}
+        examples = loaders.Images(split, draw["transform"], seed, **options)
+        for example in examples.__getitems__([(epoch, 0), (epoch, 1)]):
+            drawn.append(tuple(example["image"].tolist()))
+    assert len(set(drawn)) == len(drawn) == 18
+
+
+def test_no_seed_and_epoch_share_their_order_with_another():
+    orders = []
+    for seed, epoch in itertools.product(range(3), range(3)):
+        sampler = loaders.EpochSampler(60, 5, seed)
+        sampler.set_epoch(epoch)
+        orders.append(tuple(index for _, index in sampler))
+        ds = stream(training=True, seed=seed)
+        ds.epoch = epoch
+        orders.append(tuple(itertools.chain.from_iterable(take(ds, 0, 12))))
+    assert len(set(orders)) == len(orders) == 18
 
 
 def test_every_image_of_a_stream_is_seen_alike_often_over_the_epochs():

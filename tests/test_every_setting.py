@@ -5,6 +5,8 @@ alone. A new flag needs a row in ``SETTINGS`` or ``RUN_FLAGS``.
 """
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,19 +15,20 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import LoggerType
 from flags import flags_of
-from helpers import fresh_process, tiny_net
+from helpers import fresh_process, metrics, tiny_net
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import finetune_cifar
 import train_imagenet
-from common import loop, report, run, settings
+from common import checkpoints, loop, report, run, settings
 from common.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -77,11 +80,15 @@ class Watch:
         watch = self
 
         class Tracker(GeneralTracker):
-            name, requires_logging_directory, tracker = "tensorboard", False, None
+            """Writes into a folder of the run's, as TensorBoard's does."""
+
+            name, requires_logging_directory, tracker = "tensorboard", True, None
 
             @on_main_process
-            def __init__(self, run_name, **_):
+            def __init__(self, run_name, logging_dir, **_):
                 super().__init__()
+                (Path(logging_dir) / run_name).mkdir(parents=True, exist_ok=True)
+                (Path(logging_dir) / run_name / "events").touch()
 
             def store_init_configuration(self, values):
                 pass
@@ -180,7 +187,7 @@ class Watch:
         files = sorted(str(path.relative_to(output)) for path in output.rglob("*"))
         self.add(files=[name for name in files if name != ".run.lock"])
         for name in ("images", "labels"):  # whatever the batches are
-            self.parts[name] = torch.cat(self.parts[name])
+            self.parts[name] = torch.cat(self.parts[name]) if self.parts[name] else []
         # However often they are evaluated.
         for name in ("held_out", "input", "layout"):
             kept = []
@@ -250,6 +257,7 @@ def places(tmp_path_factory):
     for seed, name in enumerate(("trained", "other_trained", "averaged")):
         torch.manual_seed(seed)
         model = tiny_net(num_classes=3)
+        model(torch.randn(8, 3, 16, 16))  # moves batch norm's statistics
         save_for_hf(model, root / name, safe_serialization=True)
         found[name] = root / name
         weights.append(model.state_dict())
@@ -389,7 +397,7 @@ OUTPUT = {
     "checkpoint_hist": Row(1, "files"),
     "val_interval": Row(2, "records"),
     "save_interval": Row(1, "files"),
-    "log_with": Row("tensorboard", "tracked"),
+    "log_with": Row("tensorboard", "tracked files"),
     "push_to_hub": Row("me/model", "uploaded"),
 }  # fmt: skip
 
@@ -412,15 +420,17 @@ def test_every_flag_has_a_row(script):
 
 
 @pytest.fixture(scope="module")
-def usual_run(places, tmp_path_factory):
-    """A function that gives the parts of a run with usual settings, each made once."""
+def run_once(places, tmp_path_factory):
+    """A function that gives the parts of a run with some settings, each made once, and its folder,
+    to be left as it is.
+    """
     made = {}
 
-    def run_with(world, base):
-        key = json.dumps([world, base], sort_keys=True)
+    def run_with(world, changes):
+        key = json.dumps([world, changes], sort_keys=True)
         if key not in made:
-            output = tmp_path_factory.mktemp("usual") / "run"
-            made[key] = watched_run(world, base, places, output)
+            output = tmp_path_factory.mktemp("made") / "run"
+            made[key] = watched_run(world, changes, places, output), output
         return made[key]
 
     return run_with
@@ -428,7 +438,7 @@ def usual_run(places, tmp_path_factory):
 
 @pytest.mark.parametrize("key, world", CASES)
 def test_a_setting_changes_what_it_is_about_and_nothing_else(
-    key, world, places, usual_run, tmp_path
+    key, world, places, run_once, tmp_path
 ):
     row, (script, _) = SETTINGS[key], WORLDS[world]
     if key not in [action.dest for action in flags_of(script)]:
@@ -441,9 +451,11 @@ def test_a_setting_changes_what_it_is_about_and_nothing_else(
             with pytest.raises(InputError, match=row.refused):
                 watched_run(world, changes, places, tmp_path / "run")
         return
-    usual, other = usual_run(world, row.base), watched_run(world, changes, places, tmp_path / "run")
-    written = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())
+    (usual, _), (other, output) = run_once(world, row.base), run_once(world, changes)
+    written = yaml.safe_load((output / "settings.yaml").read_text())
     assert written[key] == places.get(str(row.value), row.value)
+    opened = timm.create_model(f"local-dir:{output / 'last'}", pretrained=True)
+    assert same(flat(opened), other["weights"][-1])
     differ = {part for part in BEARING if not same(usual[part], other[part])}
     expected = {part for part in row.parts.split() if part in BEARING}
     possible = {part.removesuffix("?") for part in row.parts.split()}
@@ -455,11 +467,124 @@ def test_a_setting_changes_what_it_is_about_and_nothing_else(
     assert differ <= follow, f"{key} changes {differ - follow} too"
 
 
+GIVEN = {
+    "trained": {},
+    "weights": {"model": "tiny_net", "checkpoint": "<weights>"},
+    "averaged": {"model": "tiny_net", "checkpoint": "<both_weights>", "use_ema": True},
+}
+
+
+@pytest.mark.parametrize("source", GIVEN)
+def test_fine_tuning_begins_with_the_weights_and_statistics_that_it_was_given(
+    source, places, run_once
+):
+    """But for the classifier; a trial of the model leaves no trace."""
+    (first, *_) = run_once(STREAM, GIVEN[source])[0]["first_weights"]
+    folder = {"weights": "other_trained"}.get(source, source)
+    given = load_file(Path(places[f"<{folder}>"]) / "model.safetensors")
+    names = [name for name in tiny_net().state_dict() if not name.startswith("fc.")]
+    expected = torch.cat([given[name].reshape(-1).double() for name in names])
+    assert same(first[: len(expected)], expected)
+
+
+def test_training_from_scratch_begins_with_the_weights_of_its_seed(run_once):
+    (first, *_) = run_once(STORED, {"seed": 3})[0]["first_weights"]
+    torch.manual_seed(3)
+    assert same(first, flat(tiny_net(num_classes=2)))
+
+
+def contents(folder):
+    """A folder's files, without the time that was taken; those of torch are only named."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "metrics.jsonl":
+            found[name] = metrics(folder)
+        elif path.name == "progress.json":
+            found[name] = json.loads(path.read_text())
+            del found[name]["progress"]["seconds"], found[name]["files"]
+        elif path.is_file() and path.suffix not in (".bin", ".pkl", ".lock"):
+            found[name] = path.read_bytes()
+        else:
+            found[name] = None
+    return found
+
+
+@pytest.mark.parametrize("key, world", CASES)
+def test_a_run_goes_on_with_its_own_settings_only(key, world, places, run_once, tmp_path):
+    """Those that change no result are free; another of the rest is named, and nothing is done."""
+    row, (script, _) = SETTINGS[key], WORLDS[world]
+    known = [action.dest for action in flags_of(script)]
+    if key not in known or world not in row.worlds or key == "decoder":
+        return  # torchcodec, the other decoder, need not be there
+    parts = {part.removesuffix("?") for part in row.parts.split()}
+    free = parts <= {"layout", "compiled", "files", "tracked", "uploaded"}
+    settings_of_runs = [row.base, {**row.base, **row.beside, key: row.value}]
+    for number, changes in enumerate((settings_of_runs, settings_of_runs[::-1])):
+        (_, earlier), (_, fresh) = (run_once(world, change) for change in changes)
+        folder = tmp_path / str(number)
+        shutil.copytree(earlier, folder)
+        if not free:
+            before = contents(folder)
+            with pytest.raises(InputError, match="is of a run with") as refusal:
+                watched_run(world, changes[1], places, folder, "--resume", "auto")
+            named = re.search(r"with (\w+)", str(refusal.value))[1]
+            one, other = (
+                yaml.safe_load((f / "settings.yaml").read_text()) for f in (folder, fresh)
+            )
+            assert one[key] != other[key] and one[named] != other[named]
+            assert contents(folder) == before
+            continue
+        kept = sorted((folder / "checkpoints").iterdir())
+        for late in kept[-1:] if len(kept) > 1 else ():
+            shutil.rmtree(late)
+        watched_run(world, changes[1], places, folder, "--resume", "auto")
+        assert same(metrics(folder), metrics(fresh))
+        weights = [load_file(run / "last" / "model.safetensors") for run in (folder, fresh)]
+        assert same(*weights)
+
+
+def test_a_checkpoint_is_known_by_each_of_its_settings(run_once, tmp_path):
+    """Another value, a key that only the checkpoint has, and one that only the run has."""
+    _, folder = run_once(STORED, {})
+    path = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints.find("auto", folder / "checkpoints"), path)
+    record = json.loads((path / "progress.json").read_text())
+    kept = record["settings"]
+    assert checkpoints.read(path, kept) == record["progress"]
+    others = [{**kept, "another": 1}, {**kept, "label_names": ["cat", "wolf"]}]
+    for key in kept.keys() - {"label_names"}:
+        others.append({**kept, key: [kept[key], "other"]})
+        if kept[key] is not None:  # which also stands for no entry
+            others.append({name: value for name, value in kept.items() if name != key})
+    for other in others:
+        with pytest.raises(InputError, match="is of a run with"):
+            checkpoints.read(path, other)
+        (path / "progress.json").write_text(json.dumps({**record, "settings": other}))
+        with pytest.raises(InputError, match="is of a run with"):
+            checkpoints.read(path, kept)
+        (path / "progress.json").write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize("world", WORLDS)
-def test_flags_about_one_execution(world, places, usual_run, tmp_path, capsys):
+def test_a_folder_that_is_overwritten_is_a_fresh_runs(world, places, run_once, tmp_path):
+    """File by file, whatever the earlier run wrote."""
+    more = {"save_interval": 1, "checkpoint_interval": 1, "epochs": 3, "log_with": "tensorboard"}
+    (_, earlier), (_, fresh) = run_once(world, {**more, **EMA}), run_once(world, {})
+    shutil.copytree(earlier, tmp_path / "run")
+    assert contents(earlier).keys() > contents(fresh).keys()
+    watched_run(world, {}, places, tmp_path / "run", "--overwrite")
+    found, expected = contents(tmp_path / "run"), contents(fresh)
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"settings.yaml"}:  # which has the folder's name
+        assert found[name] == expected[name], name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_flags_about_one_execution(world, places, run_once, tmp_path, capsys):
     """The same run by a recipe; what replaces or continues it; what does not run at all."""
     script, own = WORLDS[world]
-    usual = usual_run(world, {})
+    usual, _ = run_once(world, {})
     given = {key: places.get(str(value), value) for key, value in {**BASE, **own}.items()}
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(given))

@@ -157,6 +157,18 @@ def test_a_shift_in_confidence_alone_is_no_forgetting():
     assert result["forgetting"].abs() < 1e-12
 
 
+def test_predictions_at_the_thresholds_are_counted_as_everywhere():
+    """A perturbation that changes nothing makes nothing forgotten, ties included."""
+    levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    clean = levels[torch.randint(3, (60, 4), generator=generator)]
+    target = torch.arange(60) % 4
+    result = forgetting([(clean, clean, target)], levels)
+    assert result["information"][0] > 0.1
+    for key in ("information", "relevant"):
+        torch.testing.assert_close(result[f"{key}_perturbed"], result[key])
+
+
 def test_forgetting_is_the_information_that_a_perturbation_removes():
     # Besides its class, an example shows one bit through the third output, at the same confidence
     # everywhere; the perturbation makes this output follow the class.

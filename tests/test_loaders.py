@@ -447,6 +447,7 @@ def batch_settings(**values):
         ({"m": 3, "batch_size": 60}, 4, (15, 1, 3)),
         ({"batch_size": 6}, 2, (3, 1, 3)),
         ({"m": 1, "batch_size": 1018}, 2, (1, 509, 1)),  # tiny, but asked for
+        ({"batch_size": 64 * 257}, 1, (64, 257, 64)),  # a quarter of what fits is not tiny
     ],
 )
 def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, split):
@@ -466,6 +467,11 @@ def test_batch_splits_into_loader_batches_and_micro_batches(values, processes, s
             {"m": 64, "batch_size": 384},
             4,
             "does not split over 4 processes: choose one of 1, 2, 3, 6 processes",
+        ),
+        (
+            {"batch_size": 32 * 257},
+            1,
+            "in loader batches of 32, .* choose batch_size 8225, or give",
         ),
         (
             {"batch_size": 1018},

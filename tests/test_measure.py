@@ -694,6 +694,15 @@ def test_the_same_thresholds_hold_for_the_perturbed_model_if_asked_for():
     assert corrected["perturbations"]["sam"]["by_threshold"] == pytest.approx(np.mean(lost, 0))
 
 
+@pytest.mark.parametrize("link", ["sigmoid", "softmax"])
+def test_confident_predictions_are_told_apart(link):
+    """In single precision they are all 1, and thresholds between them would see no difference."""
+    logits = torch.tensor([[20.0, 0.0], [25.0, 0.0], [30.0, 0.0], [35.0, 0.0]])
+    found = measure_forgetting.predict(torch.nn.Identity(), [(logits, None)], link)
+    sure = found[:, 0].tolist()
+    assert sorted(set(sure)) == sure and sure[-1] < 1
+
+
 def test_accuracy_on_the_images_measured_is_the_share_whose_most_likely_class_is_right():
     result, model, x, y = measured()
     assert result["measured_accuracy"] == (model(x).argmax(-1) == y).double().mean().item()

@@ -186,13 +186,14 @@ def test_normalisation_layers_only():
     torch.testing.assert_close(sum(e.square().sum() for e in eps).sqrt().item(), 0.3)
 
 
-def test_proportional_rho_is_linear_in_lr_and_constant_outside():
-    model = network()
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
-    for lr, rho in ((0.1, 0.2), (1.1, 0.7), (0.6, 0.45), (0.35, 0.325), (0.0, 0.2), (9.0, 0.7)):
-        optimizer.param_groups[0]["lr"] = lr
-        proportional_rho(optimizer, rho_min=0.2, rho_max=0.7, lr_min=0.1, lr_max=1.1)
-        assert optimizer.param_groups[0]["rho"] == pytest.approx(rho, rel=1e-12)
+def test_proportional_rho_is_linear_in_the_lr_of_each_group_and_constant_outside():
+    table = ((0.1, 0.2), (1.1, 0.7), (0.6, 0.45), (0.35, 0.325), (0.0, 0.2), (9.0, 0.7))
+    groups = [{"params": [torch.nn.Parameter(torch.ones(()))], "lr": lr} for lr, _ in table]
+    optimizer = torch.optim.SGD(groups)
+    proportional_rho(optimizer, rho_min=0.2, rho_max=0.7, lr_min=0.1, lr_max=1.1)
+    assert [group["rho"] for group in optimizer.param_groups] == pytest.approx(
+        [rho for _, rho in table], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("ranges", [(0.5, 0.1, 0, 1), (-0.1, 0.1, 0, 1), (0.1, 0.5, 1, 1)])

@@ -350,6 +350,48 @@ def test_a_group_with_rho_zero_is_trained_and_not_part_of_the_norm():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("factor", [1.0, float("nan"), float("inf")])
+def test_a_scaler_that_is_disabled_is_as_none(variant, factor):
+    """It would skip no step, so no gradient may become NaN for its sake."""
+    model, (x, y) = network(), batches(1)[0]
+    optimizer = SAM(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3, **VARIANTS[variant]
+    )
+    gradients = []
+    for scaler in (None, torch.amp.GradScaler("cpu", enabled=False)):
+        ascend = lambda: factor * F.cross_entropy(model(x), y)  # noqa: E731
+        with optimizer.perturbed(ascend, grad_scaler=scaler):
+            F.cross_entropy(model(x), y).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        optimizer.zero_grad()
+    assert_same(*gradients)
+    assert all(grad.isfinite().all() for grad in gradients[1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_of_the_optimizer_outside_the_model_are_as_those_inside(variant):
+    """Those of a loss, say: they are perturbed, keep what was accumulated, and get no g."""
+    gradients, perturbed = [], []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        model, head = network(), torch.nn.Linear(K, K).double()
+        modules = torch.nn.ModuleList([model, head])
+        base = torch.optim.SGD(modules.parameters(), lr=0.1)
+        optimizer = SAM(base, modules if inside else model, rho=0.3, **VARIANTS[variant])
+        start = weights(modules)
+        for x, y in batches(2):  # which accumulate
+            loss = lambda x=x, y=y: F.cross_entropy(head(model(x)), y)  # noqa: E731
+            with optimizer.perturbed(loss):
+                perturbed.append(weights(modules))
+                loss().backward()
+            assert_same(weights(modules), start)
+        gradients.append([p.grad for p in modules.parameters()])
+    assert_same(*gradients)
+    assert_same(perturbed[0], perturbed[2])
+    assert not torch.equal(perturbed[3][-1], start[-1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_non_finite_ascent_gradient_means_no_perturbation(variant, bad):
     model, (x, y) = network(), batches(1)[0]
