@@ -29,9 +29,10 @@ def loss_of(model, images: torch.Tensor, labels: torch.Tensor) -> Callable:
 def normalized(logits: torch.Tensor) -> torch.Tensor:
     """Logits (examples, classes) over their standard deviation in each example.
 
-    Without it, a network that is only more confident is sharper too. (The paper's code divides by
-    the norm of the centred logits, which is sqrt(classes) times as much. So its losses are others,
-    but they are as blind to confidence.)
+    Without it, a network that is only more confident is sharper too. Those of two classes are -1
+    and 1, so that only a change of the prediction is seen. (The paper's code divides by the norm of
+    the centred logits, which is sqrt(classes) times as much. So its losses are others, but they are
+    as blind to confidence.)
     """
     return logits / logits.std(-1, correction=0, keepdim=True).clamp_min(1e-12)
 

@@ -384,8 +384,13 @@ def test_a_finished_pass_is_known_by_each_key_of_its_request(run_once, places, t
 # ------------------------------------------------------------------------------------------------
 # measure_forgetting.py
 
-MEASURED = ("lambda_max", "measured_accuracy", "information", "forgetting", "relevant_change",
-            "sam_gap")  # fmt: skip
+OF_PERTURBATIONS = ("forgetting", "relevant_change", "sam_gap")
+SHARPNESS = ("average_sharpness", "worst_sharpness")
+CURVATURE = ("lambda_max", "trace")
+SPREADS = tuple(f"{name}_se" for name in (*OF_PERTURBATIONS, *SHARPNESS, *CURVATURE))
+OF_MODELS = (*CURVATURE, *SHARPNESS, "measured_accuracy", "measured_loss", "feature_rank",
+             "information")  # fmt: skip
+MEASURED = (*OF_MODELS, *OF_PERTURBATIONS, *SPREADS)
 REPORTS = ("correlations", "printed", "records")
 TABLE = ("rows", *MEASURED, *REPORTS)
 
@@ -400,10 +405,10 @@ class Measuring:
         "images": ("weights", *TABLE),  # as the models are given them, and their labels
         "batches": (),  # their sizes
         "layout": (),  # in memory, of images and weights
-        "weights": ("forgetting", "relevant_change", "sam_gap", *REPORTS),  # perturbed ones too
+        "weights": (*OF_PERTURBATIONS, *SPREADS, *REPORTS),  # perturbed ones too
         # Of the table: which run, epoch, perturbation, rho and m; then the columns' names.
         "rows": (*MEASURED, *REPORTS),
-        **dict.fromkeys(MEASURED, REPORTS),
+        **dict.fromkeys(MEASURED, (*SPREADS, *REPORTS)),
         "correlations": ("printed",),
         "records": (),  # what finished measurements are known by, and what else they hold
         "files": (),
@@ -414,11 +419,11 @@ class Measuring:
     def __init__(self, monkeypatch, parts):
         self.parts = parts
         monkeypatch.setattr(loaders, "IMAGES_PER_WORKER", 1)
-        for name in ("measure", "predict"):
+        for name in ("measure", "logits_of"):
             own = getattr(measure_forgetting, name)
             monkeypatch.setattr(measure_forgetting, name, getattr(self, name)(own))
-        # Lanczos' method takes most of the time; a loss depends on the same.
-        monkeypatch.setattr(measure_forgetting.flatness, "largest_eigenvalue", mean_loss)
+        # Second derivatives take most of the time; a loss depends on the same.
+        monkeypatch.setattr(measure_forgetting.flatness, "curvature", mean_loss)
 
     def measure(self, own):
         def seen(args, run, epoch, model, batches, *rest):
@@ -432,7 +437,7 @@ class Measuring:
 
         return seen
 
-    def predict(self, own):
+    def logits_of(self, own):
         def seen(model, *rest):
             self.parts["weights"].append(torch.cat([*map(flat, model.parameters())]))
             return own(model, *rest)
@@ -445,7 +450,7 @@ class Measuring:
         self.parts["rows"].append(list(table[0]))
         for row in table:
             for column in self.BEARING.keys() & row.keys():
-                self.parts[column].append(float(row[column]))
+                self.parts[column].append(float(row[column] or -1))
             keys = ("run", "setting", "seed", "epoch", "perturbation", "rho", "m")
             self.parts["rows"].append([row[key] for key in keys])
         saved = json.loads((folder / "correlations.json").read_text())
@@ -455,8 +460,10 @@ class Measuring:
 
 
 @torch.no_grad()
-def mean_loss(model, criterion, batches, size):
-    return sum(len(y) * criterion(model(x), y).item() for x, y in batches) / size
+def mean_loss(model, criterion, batches, size, seed):
+    losses = [len(y) * criterion(model(x), y).item() for x, y in batches(0, size)]
+    loss = sum(losses) / size
+    return dict.fromkeys(("lambda_max", "lambda_max_se", "trace", "trace_se"), loss)
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +481,8 @@ def trained_runs(places):
 
 MEASURE = {
     "runs": ["<run_one>"], "perturbations": ["sam", "obf", "random"], "micro_batches": 2,
-    "thresholds": [0.3, 0.5, 0.7], "examples": 16, "batch_size": 8, "workers": 0,
+    "thresholds": [0.3, 0.5, 0.7], "examples": 16, "batch_size": 8, "workers": 0, "m": 4,
+    "link": "sigmoid",
 }  # fmt: skip
 # Fewer images than there are.
 SOME = {"examples": 10}
@@ -493,10 +501,14 @@ MEASURING_ROWS = {
     "adjust_thresholds": Row(False, "forgetting relevant_change"),
     "split": Row("validation", "images batches"),
     "examples": Row(10, "images batches"),
-    "hessian_examples": Row(8, "lambda_max"),
+    "hessian_examples": Row(8, "lambda_max trace"),
+    "average_rho": Row(0.3, "average_sharpness"),
+    "worst_rho": Row(0.01, "worst_sharpness?"),  # of two classes there is none
     "batch_size": Row(4, "batches"),
     "workers": Row(1, NOTHING),  # the images are the same, in the same order
-    "channels_last": Row(True, "layout weights?"),  # noise is drawn in memory's order
+    "channels_last": Row(
+        True, "layout weights? average_sharpness?"
+    ),  # noise is drawn in memory's order
     "seed": Row(1, "images", SOME),
     "output": Row("<root>-elsewhere", "place"),
 }

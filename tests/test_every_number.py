@@ -294,7 +294,11 @@ def test_the_tables_of_an_evaluation_have_the_same_numbers(evaluated):
             line for line in map(str.split, printed.splitlines()) if line[:2] == [model, "own"]
         )
         rest = ["to", f"{100 * found['top1_high']:.2f}"]
-        rest += [f"{found['nll']:.3f}", f"{100 * found['ece']:.2f}"]
+        for name, factor, digits in (("nll", 1, 3), ("ece", 100, 2), ("ece_scaled", 100, 2)):
+            middle, low, high = (
+                f"{factor * found[f'{name}{end}']:.{digits}f}" for end in ("", "_low", "_high")
+            )
+            rest += [middle, low, "to", high]
         assert line == [model, "own", *map(str, cells), *rest]
 
 
