@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 BINS = 15  # of the expected calibration error, as in Guo et al. 2017
-TEMPERATURES = np.geomspace(0.2, 8, 48)  # a step is 8 %, which moves a calibration error by little
+TEMPERATURES = np.geomspace(1 / 8, 8, 49)  # the middle one is 1
 DRAWS = 2000
 
 
@@ -32,16 +32,30 @@ def scaled_confidence(confidence: np.ndarray, nll: np.ndarray) -> np.ndarray:
     """Confidences (examples,) after temperature scaling, of every second example by the temperature
     that is likeliest on the others.
 
-    So no example has a part in its own temperature, and no other images are needed.
+    So no example has a part in its own temperature, and no other images are needed. A single
+    example keeps its confidence.
 
     Args:
         confidence, nll: (examples, ``TEMPERATURES``), from ``at_temperatures``.
     """
-    scaled = confidence[:, np.abs(TEMPERATURES - 1).argmin()].copy()
+    scaled = confidence[:, len(TEMPERATURES) // 2].copy()
     for half in (0, 1):
         if len(others := nll[1 - half :: 2]):
-            scaled[half::2] = confidence[half::2, others.mean(0, dtype=float).argmin()]
+            place = _least(others.mean(0, dtype=float))
+            below = min(int(place), len(TEMPERATURES) - 2)
+            low, high = confidence[half::2, below], confidence[half::2, below + 1]
+            scaled[half::2] = low + (place - below) * (high - low)
     return scaled
+
+
+def _least(values: np.ndarray) -> float:
+    """Where values (n,) are least: between two of them, by the parabola through three."""
+    least = int(values.argmin())
+    if not 0 < least < len(values) - 1:
+        return float(least)
+    before, at, after = values[least - 1 : least + 2]
+    bend = before - 2 * at + after
+    return least + (before - after) / (2 * bend) if bend > 0 else float(least)
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:

@@ -90,16 +90,12 @@ def test_correlations(data):
     assert row["all pairs"] == "-1.00 (p 0.01)"  # the least that 99 draws can tell
 
 
-def test_what_settings_and_methods_explain(data):
+def test_what_settings_explain(data):
     rows = {row["quantity"]: row for row in tables.explained_table()}
-    by_setting = "explained by the setting"
     values = pd.DataFrame(measurements(range(2), ("own",), lambda a, *_: a)).query("epoch == 20")
     share = rank_correlations.explained(values["accuracy"], values["setting"])
     for name in ("accuracy on test", "forgetting, the run's own", "lambda_max"):
-        assert rows[name][by_setting] == f"{share:.0%}"
-    by_method = rank_correlations.explained(values["accuracy"], values["method"])
-    assert rows["accuracy on test"]["by the method alone"] == f"{by_method:.0%}"
-    assert by_method < share
+        assert rows[name]["share of variance"] == f"{share:.0%}"
     highest = rows["lambda_max"]["highest τ with single models"]
     assert highest == f"{rank_correlations.ceiling(share):.2f}"
 

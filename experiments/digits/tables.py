@@ -66,7 +66,16 @@ def differences_table() -> list[dict]:
     for (name, split), one, p in zip(cells, found, holm([one["p_value"] for one in found])):
         text = interval(one["mean"], one["low"], one["high"])
         rows[name][split] = f"**{text}**" if p < 0.05 else text
+    for name, runs in by_seed.items():
+        one = over_seeds(100 * (runs["test"] - base_at(runs["lr"].iloc[0])["test"]))
+        rows[name]["test, base at the same lr"] = interval(one["mean"], one["low"], one["high"])
     return list(rows.values())
+
+
+def base_at(lr: str) -> pd.DataFrame:
+    """Base's runs of an lr, by seed."""
+    runs = read(DATA / "methods.csv")
+    return runs[(runs["method"] == "base") & (runs["lr"] == lr)].set_index("seed")
 
 
 TABLES = {"methods": methods_table, "differences": differences_table}

@@ -188,9 +188,7 @@ def references_table() -> list[dict]:
 
 
 def explained_table() -> list[dict]:
-    """How much of the variance of each quantity settings and methods explain, and what that means
-    for tau.
-    """
+    """How much of the variance of each quantity settings explain, and what that means for tau."""
     runs, own = last_epoch(measured("train"), "sam"), last_epoch(measured("train"), "own")
     values = {
         "accuracy on test": runs["accuracy"],
@@ -202,9 +200,7 @@ def explained_table() -> list[dict]:
     rows = []
     for name, of in values.items():
         by_setting = rank_correlations.explained(of, runs["setting"])
-        row = {"quantity": name, "explained by the setting": f"{by_setting:.0%}"}
-        by_method = rank_correlations.explained(of, runs["method"])
-        row["by the method alone"] = f"{by_method:.0%}"
+        row = {"quantity": name, "share of variance": f"{by_setting:.0%}"}
         row["highest τ with single models"] = f"{rank_correlations.ceiling(by_setting):.2f}"
         rows.append(row)
     return rows
