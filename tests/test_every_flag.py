@@ -37,6 +37,7 @@ import sweep
 import train_imagenet
 from common import data, loaders, settings
 from common.errors import InputError
+from common.methods import METHODS
 from robustness import predictions, sets
 from robustness.labels import WORDNET
 
@@ -752,3 +753,10 @@ def test_each_setting_reaches_the_points_of_a_sweep_and_is_its_folders(key, plac
         assert not late.parts["trained"]
         refused = "".join(late.parts["refused"])
         assert ("was trained with" in refused) == (key not in settings.FREE_ON_RESUME)
+        # Also before any point is finished; there a method's own may differ between points.
+        shutil.rmtree(late.folder / "runs")
+        values = {**flags[then], "list": True, "output": str(late.folder)}
+        refused = "".join(watched(sweep, Sweeping, values, places, late.folder).parts["refused"])
+        methods = itertools.chain.from_iterable(own for _, own in METHODS.values())
+        free = {"m", *methods, *settings.FREE_ON_RESUME}
+        assert ("was trained with" in refused) == (key not in free)

@@ -58,7 +58,7 @@ def rows_of(ds):
     found = []
     for row in ds:
         image = row["image"]
-        told = image["bytes"] if image["bytes"] else Path(image["path"]).name
+        told = image["bytes"] if image["bytes"] else Path(image["path"].split("::")[0]).name
         found.append((row["label"], told))
     assert found
     return found
@@ -150,3 +150,26 @@ def test_the_order_of_images_is_not_the_file_systems(tmp_path, reversed_listing,
             reversed_listing(on)
             found.append(read(tmp_path / layout))
         assert found[0] == found[1], layout
+
+
+def test_images_are_in_the_order_of_their_classes_and_names(tmp_path):
+    """Whatever the order in which an archive or a metadata file has them."""
+    for order in (False, True):
+        with zipfile.ZipFile(tmp_path / f"{order}.zip", "w") as archive:
+            folder = write_folder(tmp_path / f"of_{order}", splits=("",), images=4)
+            for path in sorted(folder.rglob("*.png"), reverse=order):
+                archive.write(path, f"{path.parent.name}/{path.name}")
+    found = [
+        rows_of(sets.open_set(sets.Pass("own", ("own",)), str(tmp_path / name), allow_partial=True))
+        for name in ("False.zip", "True.zip", "of_True")
+    ]
+    assert found[0] == found[1] == found[2] == sorted(found[0])
+    for split in ("train", "val"):
+        (tmp_path / "listed" / split).mkdir(parents=True)
+        lines = ["file_name,label"]
+        for number, name in enumerate(["dog", "cat", "dog", "cat"]):
+            Image.new("RGB", (8, 8)).save(tmp_path / "listed" / split / f"{number}.png")
+            lines.append(f"{number}.png,{name}")
+        (tmp_path / "listed" / split / "metadata.csv").write_text("\n".join(lines))
+    expected = [(0, "1.png"), (0, "3.png"), (1, "0.png"), (1, "2.png")]
+    assert trained(tmp_path / "listed") == {"train": expected, "validation": expected}
