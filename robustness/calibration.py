@@ -38,6 +38,7 @@ def scaled_confidence(confidence: np.ndarray, nll: np.ndarray) -> np.ndarray:
     Args:
         confidence, nll: (examples, ``TEMPERATURES``), from ``at_temperatures``.
     """
+    confidence = confidence.astype(float)  # so that what is read back is counted alike
     scaled = confidence[:, len(TEMPERATURES) // 2].copy()
     for half in (0, 1):
         if len(others := nll[1 - half :: 2]):

@@ -698,7 +698,8 @@ def test_the_same_thresholds_hold_for_the_perturbed_model_if_asked_for():
 def test_confident_predictions_are_told_apart(link):
     """In single precision they are all 1, and thresholds between them would see no difference."""
     logits = torch.tensor([[20.0, 0.0], [25.0, 0.0], [30.0, 0.0], [35.0, 0.0]])
-    found = measure_forgetting.predict(torch.nn.Identity(), [(logits, None)], link)
+    found = measure_forgetting.logits_of(torch.nn.Identity(), [(logits, None)])
+    found = measure_forgetting.predictions(found, link)
     sure = found[:, 0].tolist()
     assert sorted(set(sure)) == sure and sure[-1] < 1
 
