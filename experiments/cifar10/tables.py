@@ -416,17 +416,22 @@ def m_table() -> list[dict]:
 
 
 def m_compared_table() -> list[dict]:
-    """What a small m brings to SAM, beside a large one and beside twice the epochs."""
+    """What a small m brings to SAM, beside a large one, base, and base for twice the epochs."""
     runs, rows = read(DATA / "m.csv").astype({"rho": float}), []
-    twice = {seed: np.mean(right) for seed, right in per_image("right")[TWICE].items()}
+    rivals = {"above base": "base", "above base for twice the epochs": TWICE}
+    by_seed = {  # accuracies of the rivals
+        head: pd.Series({seed: np.mean(right) for seed, right in per_image("right")[row].items()})
+        for head, row in rivals.items()
+    }
     runs = runs[(runs["method"] == "sam") & (runs["rho"] <= 0.1)]
     for rho, of_rho in runs.groupby("rho"):
         accuracies = of_rho.pivot(index="seed", columns="m", values="test")
         for m in accuracies.columns[accuracies.notna().all()][:-1]:
-            above = accuracies[m] - accuracies.iloc[:, -1], accuracies[m] - pd.Series(twice)
+            others = {f"above m {accuracies.columns[-1]}": accuracies.iloc[:, -1]} | by_seed
             row = {"SAM": f"rho {rho:g}, m {m}"}
-            heads = (f"above m {accuracies.columns[-1]}", "above base for twice the epochs")
-            rows.append(row | {h: points(over_seeds(d.dropna())) for h, d in zip(heads, above)})
+            for head, other in others.items():
+                row[head] = points(over_seeds((accuracies[m] - other).dropna()))
+            rows.append(row)
     return rows
 
 
