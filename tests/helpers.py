@@ -181,7 +181,7 @@ def short_run(tmp_path, images, **changes):
     if changes or images not in TRAINED:
         in_process(path, tmp_path / "run")
     if not changes:
-        kept = TRAINED.setdefault(images, images.parent / "short_run")
+        kept = TRAINED.setdefault(images, images.with_name(f"{images.name}_short_run"))
         source, target = (tmp_path / "run", kept) if not kept.exists() else (kept, tmp_path / "run")
         shutil.copytree(source, target)
     return path, tmp_path / "run"
