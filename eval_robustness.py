@@ -734,7 +734,12 @@ def matched(first: dict, other: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shifts_with_line(args, evaluated):
-    """The protocols under shift that have a line, with the clean one of each; words on others."""
+    """The protocols under shift that have a line, with the clean one of each; words on others.
+
+    The digits have none: their sketch is another one.
+    """
+    if "digits" in args.benchmarks:
+        return {}, []
     shifts = {
         shifted: clean for shifted, (clean, *_) in published.SHIFTS.items() if shifted in evaluated
     }
@@ -802,7 +807,7 @@ def summarise(args, tables, classes):
         for name, mean_by_image in means.get(model, {}).items():
             ours, theirs = matched(means[first][name], mean_by_image)
             on_corrupted[model][name]["difference_to_first"] = statistics.mean(theirs - ours)
-    pairs, words = shifts_with_line(args, clean[first] if "digits" not in args.benchmarks else {})
+    pairs, words = shifts_with_line(args, clean[first])
     summary = {
         "results": results,
         "differences_to_first": differences,

@@ -380,6 +380,13 @@ def measure(args, run, epoch: int, model, batches) -> dict:
         **adaptive_sharpness(args, model, batches),
         "perturbations": {},
     }
+
+    def forgotten():
+        """What the model forgets with its weights as they are, beside ``clean``."""
+        perturbed = predictions(logits_of(model, everything), link)
+        options = {"miller_madow": args.miller_madow, "adjust": args.adjust_thresholds}
+        return forgetting([(clean, perturbed, labels)], thresholds, **options)
+
     kinds = perturbations(args, run, rho_at(trained, epoch, run["images"]))
     for kind, changed in kinds.items():
         # The own perturbation of a run with SAM is steepest ascent.
@@ -388,13 +395,6 @@ def measure(args, run, epoch: int, model, batches) -> dict:
             result["perturbations"][kind] = result["perturbations"][twin]
             continue
         torch.manual_seed(args.seed)
-
-        def forgotten():
-            """What the model forgets with its weights as they are, beside ``clean``."""
-            perturbed = predictions(logits_of(model, everything), link)
-            options = {"miller_madow": args.miller_madow, "adjust": args.adjust_thresholds}
-            return forgetting([(clean, perturbed, labels)], thresholds, **options)
-
         averages = perturb(args, changed, model, criterion, batches, forgotten)
         result["perturbations"][kind] = {"rho": changed.rho, "m": changed.m, **averages}
     return result

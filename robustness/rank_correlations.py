@@ -54,7 +54,7 @@ def kendall(x, y, pairs) -> np.ndarray:
 
 def equal(values) -> np.ndarray:
     """(n, n), which pairs of values are equal."""
-    codes = pd.factorize(pd.Series(values))[0]
+    codes = _codes(values)
     return codes[:, None] == codes
 
 
@@ -85,7 +85,8 @@ def swap_test(x, rival, y, strata, seed: int) -> float:
     swapped = rng.random((DRAWS, len(x))) < 0.5
     swapped[0] = False
     firsts, others = np.where(swapped, rival, x), np.where(swapped, x, rival)
-    difference = kendall(firsts, y, equal(codes)) - kendall(others, y, equal(codes))
+    pairs = equal(codes)
+    difference = kendall(firsts, y, pairs) - kendall(others, y, pairs)
     return _two_sided(difference[0], difference[1:])
 
 
@@ -151,10 +152,11 @@ def correlate(runs: pd.DataFrame, target, seed: int, fixed: str | None = None) -
     means = single.groupby(["stratum", "setting"], as_index=False).mean()
     of_settings, strata = means["target"].to_numpy(), means["stratum"]
     between = equal(single["stratum"]) & ~equal(single["setting"])
-    rival = kendall(means["flatness"], of_settings, equal(strata))
+    pairs = equal(strata)
+    rival = kendall(means["flatness"], of_settings, pairs)
     found = {}
     for name in quantities:
-        tau = kendall(means[name], of_settings, equal(strata))
+        tau = kendall(means[name], of_settings, pairs)
         values = {
             "tau_runs": kendall(single[name], single["target"], between),
             "tau": tau,

@@ -22,6 +22,15 @@ def flags_of(script) -> list[argparse.Action]:
     return [action for action in script.parser()._actions if action.dest != "help"]
 
 
+def check_every_flag_has_a_row(script, rows, file: str):
+    """Assert that a test's tables, in ``file``, know each flag of a script."""
+    new = [action.dest for action in flags_of(script) if action.dest not in rows]
+    assert not new, (
+        f"{', '.join(new)}: add a row to the table of {script.__name__} in {file}, which says what "
+        f"the flag changes"
+    )
+
+
 def explained(action) -> str:
     """A flag's help, as ``--help`` shows it."""
     return action.help % {"default": action.default}

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from flags import flags_of
+from flags import check_every_flag_has_a_row, flags_of
 from helpers import fresh_process, tiny_net
 from oracle import write_folders
 from PIL import Image
@@ -158,8 +158,32 @@ def watched(script, watch_class, values, places, folder):
     return Watched(parts, folder)
 
 
-def check_row(key, row, usual, other, bearing):
-    """Assert that what differs between two runs is what a row says, and what follows from it."""
+class Script(NamedTuple):
+    """A script, what watches it, the usual flags, and its table."""
+
+    module: object
+    watch: type
+    usual: dict
+    rows: dict
+
+
+def two_runs(script, key) -> list[dict]:
+    """The flags of a row's two runs."""
+    row = script.rows[key]
+    base = {**script.usual, **row.base}
+    return [base, {**base, key: row.value}]
+
+
+def check_row(script, key, run_once):
+    """Assert that what differs between two runs is what a row says, and what follows from it.
+
+    Returns:
+        The parts of the run with the usual value.
+    """
+    row, bearing = script.rows[key], script.watch.BEARING
+    usual, other = (
+        run_once(script.module, script.watch, flags).parts for flags in two_runs(script, key)
+    )
     differ = {part for part in bearing if not same(usual[part], other[part])}
     expected = {part for part in row.parts.split() if part in bearing}
     possible = {part.removesuffix("?") for part in row.parts.split()}
@@ -168,14 +192,7 @@ def check_row(key, row, usual, other, bearing):
     follow = expected | possible
     follow |= {part for cause in follow for part in bearing[cause]}
     assert differ <= follow, f"{key} changes {differ - follow} too"
-
-
-def check_every_flag_has_a_row(script, rows):
-    new = [action.dest for action in flags_of(script) if action.dest not in rows]
-    assert not new, (
-        f"{', '.join(new)}: add a row to the table of {script.__name__} in "
-        "tests/test_every_flag.py, which says what the flag changes"
-    )
+    return usual
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +214,16 @@ def again(script, watch_class, values, places, earlier, folder):
     """Run a script on flags in a copy of an earlier run's folder."""
     shutil.copytree(earlier.folder, folder)
     return watched(script, watch_class, {**values, "output": str(folder)}, places, folder)
+
+
+def in_either_order(script, key, run_once):
+    """Of a row's two runs, whichever is the later: its flags, what the earlier one did, and what it
+    does itself in a new folder. ``output`` is the folder itself, so there both are the same.
+    """
+    runs = two_runs(script, key) if key != "output" else two_runs(script, key)[:1] * 2
+    for first, then in (runs, runs[::-1]):
+        earlier, fresh = (run_once(script.module, script.watch, flags) for flags in (first, then))
+        yield then, earlier, fresh
 
 
 # ------------------------------------------------------------------------------------------------
@@ -315,28 +342,22 @@ EVALUATION_ROWS = {
 }  # fmt: skip
 
 
+EVALUATING = Script(eval_robustness, Evaluation, EVALUATED, EVALUATION_ROWS)
+
+
 def test_every_flag_of_evaluation_has_a_row():
-    check_every_flag_has_a_row(eval_robustness, EVALUATION_ROWS)
+    check_every_flag_has_a_row(eval_robustness, EVALUATION_ROWS, __file__)
 
 
 @pytest.mark.parametrize("key", EVALUATION_ROWS)
 def test_a_flag_of_evaluation_changes_what_it_is_about(key, run_once):
-    row = EVALUATION_ROWS[key]
-    base = {**EVALUATED, **row.base}
-    usual = run_once(eval_robustness, Evaluation, base)
-    other = run_once(eval_robustness, Evaluation, {**base, key: row.value})
-    check_row(key, row, usual.parts, other.parts, Evaluation.BEARING)
+    check_row(EVALUATING, key, run_once)
 
 
 @pytest.mark.parametrize("key", EVALUATION_ROWS)
 def test_what_was_evaluated_with_another_flag_is_not_taken_for_it(key, run_once, places, tmp_path):
     """A folder of results is as if it were new, whichever of the two runs came first."""
-    row = EVALUATION_ROWS[key]
-    base = {**EVALUATED, **row.base}
-    changed = {key: row.value} if key != "output" else {}  # which is the folder itself
-    runs = [base, base | changed]
-    for number, (first, then) in enumerate((runs, runs[::-1])):
-        earlier, fresh = (run_once(eval_robustness, Evaluation, flags) for flags in (first, then))
+    for number, (then, earlier, fresh) in enumerate(in_either_order(EVALUATING, key, run_once)):
         if earlier.parts["refused"] or fresh.parts["refused"]:
             continue
         folder = tmp_path / str(number)
@@ -515,29 +536,24 @@ MEASURING_ROWS = {
 }
 
 
+MEASURES = Script(measure_forgetting, Measuring, MEASURE, MEASURING_ROWS)
+
+
 def test_every_flag_of_measuring_has_a_row():
-    check_every_flag_has_a_row(measure_forgetting, MEASURING_ROWS)
+    check_every_flag_has_a_row(measure_forgetting, MEASURING_ROWS, __file__)
 
 
 @pytest.mark.usefixtures("trained_runs")
 @pytest.mark.parametrize("key", MEASURING_ROWS)
 def test_a_flag_of_measuring_changes_what_it_is_about(key, run_once):
-    row = MEASURING_ROWS[key]
-    base = {**MEASURE, **row.base}
-    usual = run_once(measure_forgetting, Measuring, base)
-    other = run_once(measure_forgetting, Measuring, {**base, key: row.value})
-    check_row(key, row, usual.parts, other.parts, Measuring.BEARING)
+    check_row(MEASURES, key, run_once)
 
 
 @pytest.mark.usefixtures("trained_runs")
 @pytest.mark.parametrize("key", [key for key in MEASURING_ROWS if key != "output"])
 def test_what_was_measured_with_another_flag_is_not_taken_for_it(key, run_once, places, tmp_path):
     """A folder of results is as if it were new, whichever of the two runs came first."""
-    row = MEASURING_ROWS[key]
-    base = {**MEASURE, **row.base}
-    runs = [base, {**base, key: row.value}]
-    for number, (first, then) in enumerate((runs, runs[::-1])):
-        earlier, fresh = (run_once(measure_forgetting, Measuring, flags) for flags in (first, then))
+    for number, (then, earlier, fresh) in enumerate(in_either_order(MEASURES, key, run_once)):
         late = again(measure_forgetting, Measuring, then, places, earlier, tmp_path / str(number))
         for part in TABLE:
             kept = [late.parts[part], fresh.parts[part]]
@@ -667,30 +683,25 @@ def sweeps(places):
         (places / f"{name}.yaml").write_text(yaml.safe_dump(content))
 
 
+SWEEPS = Script(sweep, Sweeping, SWEPT, SWEEP_ROWS)
+
+
 def test_every_flag_of_sweeps_has_a_row():
-    check_every_flag_has_a_row(sweep, SWEEP_ROWS)
+    check_every_flag_has_a_row(sweep, SWEEP_ROWS, __file__)
 
 
 @pytest.mark.usefixtures("sweeps")
 @pytest.mark.parametrize("key", SWEEP_ROWS)
 def test_a_flag_of_sweeps_changes_what_it_is_about(key, run_once):
-    row = SWEEP_ROWS[key]
-    base = {**SWEPT, **row.base}
-    usual = run_once(sweep, Sweeping, base)
-    other = run_once(sweep, Sweeping, {**base, key: row.value})
-    assert len(usual.parts["trained"]) == (12 if "trials" not in row.base else 2)
-    check_row(key, row, usual.parts, other.parts, Sweeping.BEARING)
+    usual = check_row(SWEEPS, key, run_once)
+    assert len(usual["trained"]) == (12 if "trials" not in SWEEP_ROWS[key].base else 2)
 
 
 @pytest.mark.usefixtures("sweeps")
 @pytest.mark.parametrize("key", [key for key in SWEEP_ROWS if key != "output"])
 def test_points_of_another_flag_are_not_taken_for_a_sweeps_own(key, run_once, places, tmp_path):
     """The table is that of a new folder, or the folder is refused, whichever came first."""
-    row = SWEEP_ROWS[key]
-    base = {**SWEPT, **row.base}
-    runs = [base, {**base, key: row.value}]
-    for number, (first, then) in enumerate((runs, runs[::-1])):
-        earlier, fresh = (run_once(sweep, Sweeping, flags) for flags in (first, then))
+    for number, (then, earlier, fresh) in enumerate(in_either_order(SWEEPS, key, run_once)):
         late = again(sweep, Sweeping, then, places, earlier, tmp_path / str(number))
         if late.parts["refused"]:
             assert key in ("sweep", "script")  # the others only choose points

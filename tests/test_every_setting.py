@@ -20,7 +20,7 @@ import torch
 import yaml
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import LoggerType
-from flags import flags_of
+from flags import check_every_flag_has_a_row, flags_of
 from helpers import fresh_process, metrics, tiny_net
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -411,12 +411,7 @@ RUN_FLAGS = ("recipe", "print_config", "dry_run", "output", "overwrite", "resume
 
 @pytest.mark.parametrize("script", [train_imagenet, finetune_cifar])
 def test_every_flag_has_a_row(script):
-    known = {*SETTINGS, *RUN_FLAGS}
-    new = [action.dest for action in flags_of(script) if action.dest not in known]
-    assert not new, (
-        f"{', '.join(new)}: add a row to SETTINGS in tests/test_every_setting.py, which says what "
-        "the flag changes in a run"
-    )
+    check_every_flag_has_a_row(script, {*SETTINGS, *RUN_FLAGS}, __file__)
 
 
 @pytest.fixture(scope="module")

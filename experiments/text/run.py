@@ -91,8 +91,15 @@ def restore(output: Path, data: Path = DATA):
             result = {key: value for key, value in result.items() if not pd.isna(value)}
             file = file_of(output, result | {"part": part})
             if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(result | {"part": part}, indent=1) + "\n")
+                write_result(file, result | {"part": part})
+
+
+def write_result(file: Path, result: dict):
+    """Write a run's result whole or not at all: other workers read it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(file)
 
 
 def next_value(values: list[float], up: bool) -> float:
@@ -278,9 +285,7 @@ def make_one(args, todo: list[dict]) -> bool:
             if not free or file.exists():
                 continue
             result = run(args, point)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            partial.replace(file)
+            write_result(file, result)
             print(
                 f"{file.relative_to(args.output)}: {result['accuracy']:.2%}, "
                 f"{result['cpu_seconds']:.0f} s of CPU",
