@@ -309,13 +309,17 @@ def _draw_ours(top, bottom, r, name, colour):
 
 
 def show_correlations(correlations):
-    """Print Kendall's tau of every quantity with each target; "-" is what there is not."""
+    """Print Kendall's tau of every quantity with each target; "-" is what there is not.
+
+    What is the same for the next perturbation, as of flatness over the same runs, stands once.
+    """
     fixed = list(dict.fromkeys(c["fixed"] for c in correlations if c["fixed"]))
     head = ["perturbation", "epochs", "quantity", "tau", "above flatness"]
     names = ("perturbation", "epochs", "quantity")
     for target, shown in (("accuracy", "test accuracy"), ("-gap", "a small generalisation gap")):
         lines = [[*head, *(f"{key} fixed" for key in fixed), "runs", "tau of runs", "at most"]]
         of_target = [c for c in correlations if c["target"] == target]
+        shown_before = set()
         by_fixed = {(*(c[name] for name in names), c["fixed"]): c for c in of_target}
         for c in (c for c in of_target if not c["fixed"]):
             which = tuple(c[name] for name in names)
@@ -324,7 +328,9 @@ def show_correlations(correlations):
                 within = by_fixed[(*which, key)]
                 cells.append(tested(within["tau"], within["p_value"]))
             cells += [str(c["runs"]), tested(c["tau_runs"]), tested(c["reachable"])]
-            lines.append([*which, *cells])
+            same = (*which[1:], *cells)
+            lines += [] if same in shown_before else [[*which, *cells]]
+            shown_before.add(same)
         if of_target:
             print(
                 f"\nKendall's tau with {shown}, of settings by the means over their seeds (p of "

@@ -138,6 +138,29 @@ def test_accuracy_by_m_is_of_what_was_trained_with_several_m(data, tmp_path):
     assert (tmp_path / "m.png").exists() and (tmp_path / "methods.png").exists()
 
 
+def test_sam_at_a_small_m_is_beside_base_at_the_same_m(data, tmp_path):
+    own = {"method": "sam", "rho": 0.05}
+    accuracies = {32: (0.7, 0.72), 64: (0.66, 0.67), 128: (0.6, 0.61)}
+    rows = [
+        own | {"m": m, "seed": s, "test": a}
+        for m in accuracies
+        for s, a in enumerate(accuracies[m])
+    ]
+    page.write(tmp_path / "m.csv", rows)
+    control = [{"m": 32, "seed": s, "test": a} for s, a in enumerate((0.5, 0.53))]
+    page.write(tmp_path / "m_base.csv", control)
+    small, middle, base = tables.m_compared_table()
+    assert [row[""] for row in (small, middle, base)] == [
+        "SAM, rho 0.05, m 32", "SAM, rho 0.05, m 64", "base, m 32",
+    ]  # fmt: skip
+    assert small["above SAM at m 128"].startswith("+10.50")
+    assert small["above base at the same m"].startswith("+19.50")
+    assert "above base at the same m" not in middle
+    right = tables.per_image("right")["base"]
+    expected = 100 * np.mean([0.5 - right[0].mean(), 0.53 - right[1].mean()])
+    assert base["above base"].startswith(f"{expected:+.2f}")
+
+
 def test_runs_find_their_rows():
     recipe = yaml.safe_load((page.ROOT / "recipes" / "cifar" / "scratch.yaml").read_text())
     twice = {"method": "base", "epochs": str(2 * recipe["epochs"]), "seed": "1", "lr": "0.1"}

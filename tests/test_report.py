@@ -1,6 +1,7 @@
 """Tables and pictures: each number is where its head or its axis says."""
 
 import json
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -386,6 +387,19 @@ def test_correlations_stand_in_their_columns(capsys):
         assert f"{line}  "[head.index(f" {name}") + 1 :].startswith(f"{value}  "), name
     assert other.split()[3:] == ["+0.75", "(p", "0.03)", "+0.00", "-", "12", "+0.40", "+0.60"]
     assert " -0.50 " in of_gap
+
+
+def test_what_is_the_same_for_two_perturbations_stands_once(capsys):
+    row = {
+        "epochs": "last", "quantity": "flatness", "runs": 12, "tau": 0.5, "p_value": 0.03,
+        "above_rival": 0.0, "above_p": math.nan, "tau_runs": 0.4, "reachable": 0.6,
+        "target": "accuracy", "fixed": None,
+    }  # fmt: skip
+    of_own, of_sam = ({"perturbation": kind, **row} for kind in ("own", "sam"))
+    report.show_correlations([of_own, of_sam])
+    assert capsys.readouterr().out.count("flatness  ") == 2  # the heading's, and one row
+    report.show_correlations([of_own, of_sam | {"tau": 0.25, "runs": 9}])
+    assert capsys.readouterr().out.count("flatness  ") == 3
 
 
 def test_a_top5_that_is_always_right_is_not_shown(capsys):

@@ -22,6 +22,7 @@ python -m experiments.cifar10.tables --folders outputs --dataset "$dataset"
 train tune
 train methods
 train m
+train m_base
 ACCELERATE_MIXED_PRECISION=bf16 python sweep.py experiments/cifar10/time.yaml --output $out/time --dataset "$dataset"
 train halves --dataset $out/images/first
 train transfer_tune --script finetune_cifar --dataset $out/images/second

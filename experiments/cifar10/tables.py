@@ -190,6 +190,7 @@ def collect_transfer(outputs: Path):
 def collect_m(outputs: Path):
     """The test accuracy of every run, and the m of its perturbations."""
     write(DATA / "m.csv", read_sweep(outputs / "m")[["method", "rho", "m", "seed", "test"]])
+    write(DATA / "m_base.csv", read_sweep(outputs / "m_base")[["m", "seed", "test"]])
 
 
 COLLECTED = {  # by the last file that must be there
@@ -197,7 +198,7 @@ COLLECTED = {  # by the last file that must be there
     "time/sweep.csv": collect_time,
     "corrupted/results.json": collect_runs,
     "transfer_test/results.json": collect_transfer,
-    "m/sweep.csv": collect_m,
+    "m_base/sweep.csv": collect_m,
 }
 
 
@@ -416,23 +417,29 @@ def m_table() -> list[dict]:
 
 
 def m_compared_table() -> list[dict]:
-    """What a small m brings to SAM, beside a large one, base, and base for twice the epochs."""
+    """What a small m brings to SAM, beside a large one, base, base at as small an m, and base for
+    twice the epochs; and what it brings to base.
+    """
     runs, rows = read(DATA / "m.csv").astype({"rho": float}), []
     rivals = {"above base": "base", "above base for twice the epochs": TWICE}
     by_seed = {  # accuracies of the rivals
         head: pd.Series({seed: np.mean(right) for seed, right in per_image("right")[row].items()})
         for head, row in rivals.items()
     }
+    controls = dict(list(read(DATA / "m_base.csv").set_index("seed").groupby("m")["test"]))
     runs = runs[(runs["method"] == "sam") & (runs["rho"] <= 0.1)]
+
+    def row(name, accuracy, others):
+        differences = {head: (accuracy - other).dropna() for head, other in others.items()}
+        return {"": name} | {head: points(over_seeds(d)) for head, d in differences.items()}
+
     for rho, of_rho in runs.groupby("rho"):
         accuracies = of_rho.pivot(index="seed", columns="m", values="test")
         for m in accuracies.columns[accuracies.notna().all()][:-1]:
-            others = {f"above m {accuracies.columns[-1]}": accuracies.iloc[:, -1]} | by_seed
-            row = {"SAM": f"rho {rho:g}, m {m}"}
-            for head, other in others.items():
-                row[head] = points(over_seeds((accuracies[m] - other).dropna()))
-            rows.append(row)
-    return rows
+            others = {f"above SAM at m {accuracies.columns[-1]}": accuracies.iloc[:, -1]} | by_seed
+            others |= {"above base at the same m": controls[m]} if m in controls else {}
+            rows.append(row(f"SAM, rho {rho:g}, m {m}", accuracies[m], others))
+    return rows + [row(f"base, m {m}", control, by_seed) for m, control in controls.items()]
 
 
 def draw_methods(path):
