@@ -39,11 +39,11 @@ Z = norm.ppf(0.975)
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Four updates an epoch of 4 images; 10 validation images, 6 of test."""
+    """Four updates an epoch of 4 images; 32 validation images, 24 of test."""
     root = tmp_path_factory.mktemp("images")
     write_folder(root, splits=("train",), images=8)
-    write_folder(root, splits=("val",), images=5)
-    return write_folder(root, splits=("test",), images=3)
+    write_folder(root, splits=("val",), images=16)
+    return write_folder(root, splits=("test",), images=12)
 
 
 @pytest.fixture
@@ -69,7 +69,8 @@ def clock(monkeypatch):
     return now
 
 
-TINY = {"model": "tiny_net", "img_size": 16, "epochs": 3, "lr": 0.5, "save_interval": 1}
+# The last model, the best one and the average differ in their accuracies with these.
+TINY = {"model": "tiny_net", "img_size": 16, "epochs": 3, "lr": 0.2, "save_interval": 1, "seed": 10}
 
 
 def top1_by_hand(folder, images):
@@ -111,6 +112,8 @@ def test_a_run_reports_the_seconds_of_its_updates_and_the_accuracies_of_its_mode
         assert line["validation"] == pytest.approx(top1_by_hand(folder, images / "val"))
     saved = json.loads((output / "results.json").read_text())
     assert set(saved) == {"last", "best", "last_ema"} and results == saved["last"]
+    for split in ("validation", "test"):
+        assert len({saved[name][split] for name in saved}) == 3, "these tell no models apart"
     for name, top1 in saved.items():
         for split, folder in (("validation", "val"), ("test", "test")):
             expected = top1_by_hand(output / name, images / folder)
