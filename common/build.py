@@ -82,7 +82,7 @@ def build_job(args, create_model: Callable) -> Job:
     batches = loaders.open_splits(args, accelerator, splits, model)
     check_model(args, model, batches)
     set_head_bias(args, model)
-    timm_config = checkpoints.timm_config(args, model, batches)
+    timm_config = checkpoints.timm_config(model, batches)
     model = model.to(memory_format=batches.memory_format)
     criterion = build_criterion(args)
     optimizer = build_optimizer(args, model)

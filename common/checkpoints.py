@@ -228,12 +228,12 @@ def restore(accelerator, ema, path: Path) -> None:
         ) from error
 
 
-def timm_config(args, model, batches) -> str:
+def timm_config(model, batches) -> str:
     """The ``config.json`` of timm's layout for a model that is not prepared yet."""
-    names, options = {"label_names": batches.label_names}, {"model_args": args.model_kwargs}
+    names = {"label_names": batches.label_names}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        save_config_for_hf(model, file, names, data_config=batches.config, **options)
+        save_config_for_hf(model, file, names, data_config=batches.config)
         return file.read_text()
 
 
