@@ -370,9 +370,12 @@ def measure(args, run, epoch: int, model, batches) -> dict:
         logits = logits_of(model, everything)
     clean = predictions(logits, link)
     thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
+    options = {"miller_madow": args.miller_madow}
+    information = conditional_entropy(label_patterns(clean, thresholds), labels, **options)
+    options["adjust"] = args.adjust_thresholds
     result = {
         "link": link,
-        "information": conditional_entropy(label_patterns(clean, thresholds), labels).tolist(),
+        "information": information.tolist(),
         "measured_accuracy": (clean.argmax(-1) == labels).double().mean().item(),
         "measured_loss": criterion(logits, labels).item(),
         "feature_rank": features.rank(torch.cat(seen).flatten(1)),
@@ -384,7 +387,6 @@ def measure(args, run, epoch: int, model, batches) -> dict:
     def forgotten():
         """What the model forgets with its weights as they are, beside ``clean``."""
         perturbed = predictions(logits_of(model, everything), link)
-        options = {"miller_madow": args.miller_madow, "adjust": args.adjust_thresholds}
         return forgetting([(clean, perturbed, labels)], thresholds, **options)
 
     kinds = perturbations(args, run, rho_at(trained, epoch, run["images"]))

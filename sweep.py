@@ -423,6 +423,10 @@ def main(argv=None):
     script, accelerator = importlib.import_module(args.script), Accelerator()
     checked = check_points(sweep, script, commands, accelerator.num_processes)
     check_folder(args, axes, checked)
+    drawn = (args.trials or 0) * len(sweep["grids"])
+    if len(points) < drawn:
+        seen = f"{len(points)} points are left of {drawn}: some were drawn more than once"
+        accelerator.print(seen, file=sys.stderr)
     if args.list:
         for name, flags in commands.items():
             if accelerator.is_main_process and results_of(args, name) is None:

@@ -519,7 +519,7 @@ MEASURING_ROWS = {
     "micro_batches": Row(1, "weights"),
     "thresholds": Row([0.4, 0.6], "information forgetting relevant_change"),
     "link": Row("softmax", "information forgetting relevant_change"),
-    "miller_madow": Row(True, "forgetting relevant_change?", {"rho": 2.0}),
+    "miller_madow": Row(True, "information forgetting relevant_change?", {"rho": 2.0}),
     "adjust_thresholds": Row(False, "forgetting relevant_change"),
     "split": Row("validation", "images batches"),
     "examples": Row(10, "images batches"),

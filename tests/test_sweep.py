@@ -175,6 +175,18 @@ def test_random_points_are_the_same_again_and_within_their_ranges(tmp_path, monk
     assert 0.4 < np.mean([point["m"] == 1 for point in points]) < 0.6
 
 
+def test_points_that_are_drawn_more_than_once_are_said_beside_the_output(
+    tmp_path, monkeypatch, capsys
+):
+    calls = faked(monkeypatch)
+    sweep.main([*write_sweep(tmp_path, {"m": [1, 2]}), "--trials", "6"])
+    out, err = capsys.readouterr()
+    said = f"{len(calls)} points are left of 6: some were drawn more than once"
+    assert len(calls) <= 2 and said in err and said not in out
+    sweep.main([*write_sweep(tmp_path, {"m": [1, 2]}), "--trials", "1"])
+    assert "are left of" not in capsys.readouterr().err
+
+
 def test_the_trial_seed_decides_the_points(tmp_path, monkeypatch):
     calls = faked(monkeypatch)
     sweep.main(
