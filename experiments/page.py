@@ -47,6 +47,19 @@ def p_value(p: float) -> str:
     return f"p {p:.2f}" if p >= 0.01 else "p < 0.01"
 
 
+def verdict(found: dict, size: float) -> str:
+    """What a plan says of a difference in points, where ``size`` would matter.
+
+    Its p value, ``holm``, is corrected.
+    """
+    if found["holm"] < 0.05:
+        worse = " worse" if found["mean"] < 0 else ""
+        return f"shown{worse}, and it matters" if abs(found["mean"]) >= size else f"shown{worse}"
+    if max(-found["low"], found["high"]) < size:
+        return "too small to matter"
+    return "not shown"
+
+
 def markdown(rows: list[dict]) -> str:
     """A table with a column for each key; a row may lack some."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.page import interval, remake, spread, write
+from experiments.page import interval, remake, spread, verdict, write
 from experiments.text.run import ROWS, SETTINGS
 from robustness.intervals import holm, over_seeds
 
@@ -63,16 +63,6 @@ def difference(runs: pd.DataFrame, row: str, other: str) -> dict[str, float]:
     """Points of accuracy of a row above another, paired by seed."""
     by_seed = 100 * runs.pivot(index="seed", columns="row", values="accuracy")
     return over_seeds(by_seed[row] - by_seed[other])
-
-
-def verdict(found: dict, size: float) -> str:
-    """What the plan says of a difference whose p value, ``holm``, is corrected."""
-    if found["holm"] < 0.05:
-        worse = " worse" if found["mean"] < 0 else ""
-        return f"shown{worse}, and it matters" if abs(found["mean"]) >= size else f"shown{worse}"
-    if max(-found["low"], found["high"]) < size:
-        return "too small to matter"
-    return "not shown"
 
 
 def decisive() -> list[dict]:
