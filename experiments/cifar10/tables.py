@@ -278,16 +278,20 @@ def methods_table() -> list[dict]:
     ]
 
 
+def corrected() -> dict[tuple, dict]:
+    """By row and a head of ``RIVALS``: the difference, with ``holm``, its p of all of them."""
+    right, names = per_image("right"), list(runs_by_row())
+    cells = [(name, head) for name in names for head in RIVALS if RIVALS[head] != name]
+    found = [difference(right, name, RIVALS[head]) for name, head in cells]
+    ps = holm([one["p_value"] for one in found])
+    return {cell: {**one, "holm": p} for cell, one, p in zip(cells, found, ps)}
+
+
 def differences_table() -> list[dict]:
     """How far each method is above three others; what Holm's correction leaves is in bold."""
-    right, rows = per_image("right"), {name: {"method": name} for name in runs_by_row()}
-    cells = [(name, head) for name in rows for head in RIVALS if RIVALS[head] != name]
-    found = [difference(right, name, RIVALS[head]) for name, head in cells]
-    corrected = holm([one["p_value"] for one in found])
-    for name in rows:
-        rows[name] |= dict.fromkeys(RIVALS, "")
-    for (name, head), one, p in zip(cells, found, corrected):
-        rows[name][head] = f"**{points(one)}**" if p < 0.05 else points(one)
+    rows = {name: {"method": name} | dict.fromkeys(RIVALS, "") for name in runs_by_row()}
+    for (name, head), one in corrected().items():
+        rows[name][head] = f"**{points(one)}**" if one["holm"] < 0.05 else points(one)
     return list(rows.values())
 
 
