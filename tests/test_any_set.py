@@ -509,3 +509,15 @@ def test_a_model_of_one_channel_is_refused_before_the_first_image(tmp_path, eval
         InputError, match="reader takes images of 1 channels, and those here have 3"
     ):
         evaluate(CIFAR, list(range(10)), "--data", f"mine={folder}")
+
+
+def test_a_class_that_changed_in_a_metadata_file_is_evaluated_anew(tmp_path, evaluate):
+    folder, top1 = tmp_path / "images", []
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.jpeg").write_bytes(jpeg(3))
+    for label in (3, 4):
+        lines = f"file_name,label\na.jpeg,{CIFAR[3]}\nb.jpeg,{CIFAR[label]}\n"
+        (folder / "metadata.csv").write_text(lines)
+        top1.append(evaluate(CIFAR, range(10), "--data", f"mine={folder}")["mine"]["top1"])
+    assert top1 == [1.0, 0.5]

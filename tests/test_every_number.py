@@ -11,6 +11,7 @@ import json
 import math
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -172,6 +173,10 @@ def test_a_dry_run_says_what_all_updates_take(tmp_path, images, clock, capsys):
     printed = capsys.readouterr().out
     # The second of two updates counts; it takes 2 seconds.
     assert "3 epochs of 4 updates of 2 seconds: about 24 seconds, and the evaluations" in printed
+    peak = float(re.search(r"peak memory of process 0: ([\d.]+) GiB on cpu", printed)[1])
+    status = Path("/proc/self/status").read_text()
+    kibibytes = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # the highest resident size
+    assert peak == pytest.approx(kibibytes / 2**20, abs=0.1) and peak > 0.1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -229,11 +234,12 @@ def test_each_number_of_an_evaluation_is_that_of_its_stored_predictions(evaluate
         assert [found["top1_low"], found["top1_high"]] == pytest.approx(ends)
         assert drawn["own", number] == pytest.approx([100 * v for v in (ends[0], p, ends[1])])
         assert found["nll"] == pytest.approx(table["nll"].mean())
-        gap = 0.0
-        for low in np.arange(15) / 15:
-            inside = (table["confidence"] >= low) & (table["confidence"] < low + 1 / 15)
-            gap += abs((table["confidence"] - right[model])[inside].sum()) / n
-        assert found["ece"] == pytest.approx(gap)
+        assert not np.allclose(table["confidence"], table["scaled"], atol=0.01)
+        for name, surety in (("ece", table["confidence"]), ("ece_scaled", table["scaled"])):
+            bins = np.minimum(np.floor(15 * surety), 14)  # certainty belongs to the last
+            gaps = [(surety - right[model])[bins == number].sum() for number in range(15)]
+            gap = np.abs(gaps).sum() / n
+            assert found[name] == pytest.approx(gap)
         check_corrupted(saved["corrupted"][model]["own"], tables[model], p)
     first, other = right
     difference = saved["differences_to_first"][other]["own"]

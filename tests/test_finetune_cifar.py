@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from helpers import train, write_cifar100, write_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import is_model_pretrained
 
 import finetune_cifar
@@ -94,14 +94,20 @@ def test_which_weights_a_name_without_a_tag_stands_for_is_said(
         assert (line in capsys.readouterr().out) == said
 
 
-def test_img_size_suffices_for_a_model_that_is_made_for_one_size(tmp_path, images):
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_img_size_suffices_for_a_model_that_is_made_for_one_size(tmp_path, images, source):
     """Trained at 64 pixels, fine-tuned at 96, opened elsewhere at that."""
     first = train(train_imagenet, tmp_path, dataset=str(images), model="test_vit", img_size=64)
-    model = str(tmp_path / "run" / "last")
+    last = tmp_path / "run" / "last"
+    start = {"model": str(last)}
+    if source == "file":
+        weights = load_file(last / "model.safetensors")
+        weights["pos_embed"] = timm.create_model("test_vit").state_dict()["pos_embed"]
+        save_file(weights, tmp_path / "vit.safetensors")  # of 160 pixels, as timm's is
+        start = {"model": "test_vit", "checkpoint": str(tmp_path / "vit.safetensors")}
     output = str(tmp_path / "tuned")
-    assert first and train(
-        finetune_cifar, tmp_path, dataset=str(images), model=model, img_size=96, output=output
-    )
+    changes = {"dataset": str(images), "img_size": 96, "output": output, **start}
+    assert first and train(finetune_cifar, tmp_path, **changes)
     for folder, size in (("run", 64), ("tuned", 96)):
         opened = timm.create_model(f"local-dir:{tmp_path / folder / 'last'}", pretrained=True)
         assert opened.patch_embed.img_size == (size, size)

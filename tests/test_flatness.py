@@ -124,6 +124,21 @@ def test_the_trace_of_a_diagonal_hessian_is_exact():
     assert found["trace_se"] == pytest.approx(0, abs=1e-9)
 
 
+def test_examples_count_alike_although_subsets_differ_in_their_number():
+    """Each example's Hessian is diagonal, so the trace is exact whatever the signs are."""
+    size = flatness.SUBSETS + 3
+    lengths = torch.arange(1, size + 1, dtype=torch.float64)
+    x = torch.eye(3, dtype=torch.float64)[torch.arange(size) % 3] * lengths[:, None]
+    model = torch.nn.Linear(3, 2, bias=False).double()
+
+    def quadratic(logits, _):
+        return (logits**2 @ torch.tensor([1.0, 3.0], dtype=torch.float64)).mean()
+
+    problem = (model, quadratic, batches_of(x, torch.zeros(size), 2), size)
+    found = flatness.curvature(*problem)["trace"]
+    assert found == pytest.approx((2 * (1 + 3) * lengths**2).mean().item())
+
+
 def test_signs_depend_on_the_seed_and_the_eigenvalue_does_not():
     problem, _ = least_squares(64, 0)
     one, same, other = (flatness.curvature(*problem, seed) for seed in (0, 0, 1))

@@ -23,6 +23,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from oracle import Oracle, jpeg, write_folders, write_tars
+from safetensors.torch import save_file
 from scipy.stats import norm
 from sklearn.metrics import top_k_accuracy_score
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
@@ -489,6 +490,25 @@ def test_too_many_unreadable_images_are_an_error(tmp_path):
         match=r"v2: 3 of 1000 images cannot be read, too many: mend or replace .*0_0\.jpeg",
     ):
         evaluate(tmp_path, ["v2"], f"v2={folder}")
+
+
+def test_unreadable_images_are_counted_once_however_many_protocols_and_corruptions_there_are(
+    tmp_path, capsys, monkeypatch
+):
+    """Three of ten are too many for 0.2: of the images, not of what is said about them."""
+    names = [WORDNET[index] for index in SUBSETS["r"][:10]]
+    folder = write_folders(tmp_path / "r", dict(zip(names, SUBSETS["r"])))
+    for name in names[:3]:
+        (folder / name / f"{name}_0.jpeg").write_bytes(b"not an image")
+    flags = ["--allow-partial", "--corrupt"]
+    monkeypatch.setattr(eval_robustness, "MAX_UNREADABLE", 0.2)
+    with pytest.raises(InputError, match="r: 3 of 10 images cannot be read, too many"):
+        evaluate(tmp_path, ["r"], f"r={folder}", flags=flags)
+    monkeypatch.setattr(eval_robustness, "MAX_UNREADABLE", 0.3)
+    capsys.readouterr()
+    found = evaluate(tmp_path, ["r"], f"r={folder}", flags=flags)["right"]
+    assert found["r-200"]["examples"] == found["r-1000"]["examples"] == 7
+    assert "left out 3 images that cannot be read" in capsys.readouterr().out
 
 
 def test_file_name_that_real_cannot_key(tmp_path):
@@ -1306,3 +1326,25 @@ def test_a_folder_is_judged_at_the_size_at_which_it_was_trained(tmp_path, capsys
     assert (config["input_size"], config["crop_pct"]) == ((3, 32, 32), 1.0)
     line = "evaluated at --img-size 32 --crop-pct 1, as trained (timm's for tests: --img-size 48 "
     assert line + "--crop-pct 0.9)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, size", [([], 160), (["--img-size", "96"], 96)])
+def test_a_file_is_judged_at_the_size_at_which_it_was_trained_or_at_another_on_request(
+    tmp_path, monkeypatch, flags, size
+):
+    """A ViT is made for one size: its position embeddings are adapted to another."""
+    model = timm.create_model("test_vit")
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    create = timm.create_model
+
+    def create_tested_larger(*args, **kwargs):
+        opened = create(*args, **kwargs)
+        opened.pretrained_cfg |= {"test_input_size": (3, 192, 192)}
+        return opened
+
+    monkeypatch.setattr(timm, "create_model", create_tested_larger)
+    argv = ["--model", "test_vit", "--checkpoint", str(tmp_path / "vit.safetensors")]
+    args = eval_robustness.parse([*argv, "--benchmarks", "v2", *flags])
+    ((opened, config),) = eval_robustness.open_models(args).values()
+    assert config["input_size"] == (3, size, size)
+    assert opened(torch.zeros(1, 3, size, size)).shape == (1, 1000)
