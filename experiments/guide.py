@@ -3,61 +3,78 @@
 python -m experiments.guide
 """
 
-from collections.abc import Iterator
-
 from experiments.cifar10 import tables as cifar10
 from experiments.page import ROOT, fill, interval, verdict
 from experiments.wrong_labels import tables as wrong_labels
 
 SCRIPT = "python -m experiments.guide"
-FEW = "from scratch, 5,000 images"
-# Points that would matter, fixed before the runs of experiments/cifar10_20_seeds.
-CIFAR10_SIZE = 0.5
-# The README's rows: by situation, what was used.
-BEST = {
-    FEW: ("SAM", "OBF, gamma 1", "ASAM", "base, twice the epochs"),
-    "the same, 40 % of the labels wrong": ("SAM", "OBF, gamma 1", "ASAM", wrong_labels.BEST),
+RIGHT, WRONG = "right labels", "{:.0f} % of the labels wrong"
+# Points that would matter with right labels: those of experiments/cifar10_20_seeds/plan.md.
+SIZE = 0.5
+NAMES = {
+    cifar10.TWICE: "SGD for twice the epochs",
+    wrong_labels.BEST: "SGD, best epoch on held-out images",
+}
+# The README's rows, by their labels.
+HEADLINE = {
+    RIGHT: ("SAM", "OBF, gamma 1", "ASAM", cifar10.TWICE),
+    WRONG.format(40): (wrong_labels.BEST, "SAM", "OBF, gamma to 0", "ASAM"),
 }
 
 
-def line(situation, row, rho, found, n, time, size, page) -> dict:
-    """A row of the guide; without ``holm`` a difference has no verdict."""
-    name = f"{row}, ρ {rho}" if rho else row
+def line(labels, row, rho, found, n, time, size) -> dict:
+    """A row of the guide; a difference without ``holm`` has no verdict."""
+    name = NAMES.get(row, row)
     return {
-        "situation": situation,
-        "trained with": name,
+        "training images": labels,
+        "trained with": f"{name}, rho {float(rho):g}" if rho else name,
         "points above SGD (95 %)": interval(found["mean"], found["low"], found["high"]),
         "n": n,
         "time": time,
-        "worth it?": verdict(found, size) if "holm" in found else "costs nothing",
-        "runs": f"[{page}](../experiments/{page}/README.md)",
+        "worth it?": verdict(found, size) if "holm" in found else "",
     }
 
 
-def from_scratch() -> Iterator[tuple]:
-    """Few images, a network from scratch; p values are corrected over all rows of its page."""
+def with_right_labels() -> dict[str, dict]:
+    """By row of experiments/cifar10: a row of the guide."""
     found, runs, time = cifar10.corrected(), cifar10.runs_by_row(), cifar10.relative_time()
-    for row, own in runs.items():
-        if row == "base":
-            continue
-        one = found[row, "above base"]
+    lines = {}
+    for row in ("SAM", "OBF, gamma 1", "OBF, gamma to 0", "ASAM", cifar10.TWICE):
+        one, own = found[row, "above base"], runs[row]
         points = one | {key: 100 * one[key] for key in ("mean", "low", "high")}
-        rho = own["rho"].iloc[0]
-        yield row, line(FEW, row, rho, points, len(own), time[row], CIFAR10_SIZE, "cifar10")
+        lines[row] = line(RIGHT, row, own["rho"].iloc[0], points, len(own), time[row], SIZE)
+    return lines
 
 
-def with_wrong_labels() -> Iterator[tuple]:
-    """Wrong labels, above base's last epoch."""
-    time = cifar10.relative_time()
-    for noise in wrong_labels.levels():
-        situation = f"the same, {noise:.0%} of the labels wrong".replace("%", " %")
-        found, rows = wrong_labels.compared(noise), wrong_labels.by_row(noise)
-        for row, own in rows.items():
-            if row == wrong_labels.LAST:
-                continue
-            rho = "" if row == wrong_labels.BEST else f"{own['rho'].iloc[0]:g}"
-            one = found.get((row, wrong_labels.LAST))
-            one = one or wrong_labels.difference(rows, row, wrong_labels.LAST)
-            cost = time.get(row, "1.0")
-            made = line(situation, row, rho, one, len(own), cost, wrong_labels.SIZE, "wrong_labels")
-            yield situation, row, made
+def with_wrong_labels(noise: float) -> dict[str, dict]:
+    """By row of experiments/wrong_labels: a row of the guide, above base's last epoch."""
+    found, rows = wrong_labels.compared(noise), wrong_labels.by_row(noise)
+    time, lines = cifar10.relative_time(), {}
+    for row in [row for row in rows if row != wrong_labels.LAST]:
+        pair, rho = (row, wrong_labels.LAST), rows[row]["rho"].iloc[0]
+        one = found[pair] if pair in found else wrong_labels.difference(rows, *pair)
+        how = (len(rows[row]), time.get(row, time["base"]), wrong_labels.SIZE)
+        lines[row] = line(WRONG.format(100 * noise), row, rho, one, *how)
+    return lines
+
+
+def situations() -> dict[str, dict[str, dict]]:
+    """The rows of the guide, by their labels."""
+    wrong = {WRONG.format(100 * noise): with_wrong_labels(noise) for noise in wrong_labels.levels()}
+    return {RIGHT: with_right_labels(), **wrong}
+
+
+def guide() -> list[dict]:
+    """Every row."""
+    return [row for lines in situations().values() for row in lines.values()]
+
+
+def headline() -> list[dict]:
+    """The README's rows."""
+    found = situations()
+    return [found[labels][row] for labels, rows in HEADLINE.items() for row in rows]
+
+
+if __name__ == "__main__":
+    fill(ROOT / "docs" / "guide.md", SCRIPT, {"guide": guide})
+    fill(ROOT / "README.md", SCRIPT, {"headline": headline})

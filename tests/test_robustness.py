@@ -1347,4 +1347,4 @@ def test_a_file_is_judged_at_the_size_at_which_it_was_trained_or_at_another_on_r
     args = eval_robustness.parse([*argv, "--benchmarks", "v2", *flags])
     ((opened, config),) = eval_robustness.open_models(args).values()
     assert config["input_size"] == (3, size, size)
-    assert opened(torch.zeros(1, 3, size, size)).shape == (1, 1000)
+    assert opened.patch_embed.img_size == (size, size)

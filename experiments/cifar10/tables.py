@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from common import data, report
-from experiments.page import ROOT, fill, interval, p_value, read, spread, write
+from experiments.page import fill, interval, p_value, read, spread, write
 from robustness.intervals import holm, over_seeds
 from robustness.predictions import folder_of
 
@@ -55,15 +55,6 @@ RIVALS = {
     "above base": "base",
     "above SAM": "SAM",
     "above twice the epochs": TWICE,
-}
-# The rows of the README's table, by the names that they have there.
-HEADLINE = {
-    "SGD": "base",
-    "SAM": "SAM",
-    "OBF (gamma 1)": "OBF, gamma 1",
-    "ASAM": "ASAM",
-    "SGD with label smoothing": "label smoothing 0.1",
-    "SGD for twice the epochs": "base, twice the epochs",
 }
 # Rows that are compared for the paper's claims: the first is to be better.
 OBF_CLAIMS = [
@@ -240,25 +231,6 @@ def relative_time() -> dict[str, str]:
     seconds = read(DATA / "time.csv").set_index("row")["seconds"]
     seconds["base, twice the epochs"] = 2 * seconds["base"]
     return {row: f"{second / seconds['base']:.1f}" for row, second in seconds.items()}
-
-
-def headline_table() -> list[dict]:
-    """The README's table: what it brought, and what it cost."""
-    right, runs, time = per_image("right"), runs_by_row(), relative_time()
-    return [
-        {
-            "trained with": name,
-            "test accuracy, %": spread(runs[row]["top1"], 100),
-            "points above SGD (95 %)": ""
-            if row == "base"
-            else points(difference(right, row, "base")),
-            "NLL": spread(runs[row]["nll"]),
-            "time": time[row],
-            "n": len(runs[row]),
-        }
-        for name, row in HEADLINE.items()
-        if row in runs
-    ]
 
 
 def methods_table() -> list[dict]:
@@ -537,7 +509,6 @@ def main(argv=None):
         else:
             print(f"left as it is: what ends with {outputs / last}, which is not there")
     fill(HERE / "README.md", SCRIPT, TABLES)
-    fill(ROOT / "README.md", SCRIPT, {"headline": headline_table})
     draw_methods(HERE / "methods.png")
     draw_m(HERE / "m.png")
 

@@ -96,13 +96,18 @@ def levels() -> list[float]:
     return [noise for noise in counts.index[::-1] if (counts.loc[noise] >= 5).all()]
 
 
+def difference(rows: dict[str, pd.DataFrame], row: str, rival: str) -> dict:
+    """How many points of accuracy on test a row is above another, over seeds."""
+    return over_seeds(100 * (rows[row]["test"] - rows[rival]["test"]))
+
+
 def compared(noise: float) -> dict[tuple, dict]:
     """By row and rival: the difference in points, with ``holm``, corrected within the level."""
     rows = by_row(noise)
     methods = [row for row in rows if row not in (LAST, BEST)]
     pairs = [(row, rival) for rival in (BEST, LAST) for row in methods]
     pairs += [(row, "SAM") for row in methods if row.startswith("OBF")]
-    found = [over_seeds(100 * (rows[row]["test"] - rows[rival]["test"])) for row, rival in pairs]
+    found = [difference(rows, *pair) for pair in pairs]
     corrected = holm([one["p_value"] for one in found])
     return {pair: {**one, "holm": p} for pair, one, p in zip(pairs, found, corrected)}
 
