@@ -646,13 +646,40 @@ def test_own_is_the_runs_method_rho_m_gamma_lambda_link_and_adaptive():
         assert not torch.allclose(info["forgetting"], forgetting([batch], thresholds)["forgetting"])
         relevant = (info["relevant_perturbed"] - info["relevant"]).mean()
         expected.append((info["forgetting"].item(), relevant.item(), gap.item()))
-    clean = model(x).softmax(-1)
-    assert result["information"] == pytest.approx(
-        [counted_entropy(clean, y, t) for t in (0.2, 0.35, 0.5)]
-    )
+    clean, bits = model(x).softmax(-1), []
+    for threshold in (0.2, 0.35, 0.5):  # Miller and Madow: in each class, patterns seen less one
+        labels = [(clean > threshold)[y == k].unique(dim=0) for k in y.unique()]
+        nats = sum(len(patterns) - 1 for patterns in labels) / (2 * len(y))
+        bits.append(counted_entropy(clean, y, threshold) + nats / np.log(2))
+    assert result["information"] == pytest.approx(bits)
     for key, value in zip(("forgetting", "relevant_change", "sam_gap"), np.mean(expected, 0)):
         assert abs(value) > 1e-4
         assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_images_that_fill_no_micro_batch_are_not_perturbed_with():
+    """Twelve images hold two micro-batches of five."""
+    two, more, one = (
+        measured(m=5, micro_batches=number)[0]["perturbations"]["own"] for number in (2, 9, 1)
+    )
+    assert two == more and two["forgetting"] != one["forgetting"]
+
+
+SHARED = {"dataset": "a", "validation_share": 0.1, "train_share": 0.1, "train_split": "train"}
+
+
+@pytest.mark.parametrize(
+    "key", ["dataset", "validation_share", "train_share", *vars(data.NO_NAMES)]
+)
+def test_runs_that_did_not_share_their_images_are_not_compared(key):
+    def run(folder, **changes):
+        own = argparse.Namespace(**SHARED | changes)
+        return {"folder": folder, "settings": own, "label_names": ["cat", "dog"]}
+
+    measure_forgetting.check_alike([run("one"), run("two")])
+    words = f"must share their {key}: one has .* and two has other: measure them apart"
+    with pytest.raises(InputError, match=words):
+        measure_forgetting.check_alike([run("one"), run("two", **{key: "other"})])
 
 
 def test_thresholds_at_which_every_image_has_a_pattern_of_its_own_are_named():
@@ -810,7 +837,7 @@ def test_loss_and_feature_rank_are_of_the_images_measured():
     ],
 )
 def test_predictions_are_in_the_link_of_the_runs_loss_unless_one_is_given(loss, flag, link):
-    result, model, x, y = measured({"loss": loss}, link=flag)
+    result, model, x, y = measured({"loss": loss}, link=flag, miller_madow=False)
     function = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}[link]
     expected = [counted_entropy(function(model(x)), y, t) for t in (0.2, 0.35, 0.5)]
     assert result["link"] == link and result["information"] == pytest.approx(expected)
