@@ -192,8 +192,8 @@ def test_what_decides(tmp_path, monkeypatch):
     corrected, most = {}, 0.0
     for rank, i in enumerate(np.argsort(p)):
         most = max(most, min(1.0, (6 - rank) * p[i]))
-        corrected[i] = f"{most:.3f}"
-    assert [row["p, Holm"] for row in rows] == [corrected[i] for i in range(6)]
+        corrected[i] = f"p {most:.2f}" if most >= 0.01 else "p < 0.01"
+    assert [row["Holm"] for row in rows] == [corrected[i] for i in range(6)]
     assert [row["verdict"] for row in rows] == [
         "shown, and it matters",
         "too small to matter",

@@ -20,16 +20,16 @@ def test_a_row_has_the_numbers_of_its_page():
         assert numbers(row["points above SGD (95 %)"]) == numbers(above[name])
         assert row["time"] == times[name] and row["n"] == 5
         surely = above[name].startswith("**")
-        assert row["worth it?"].startswith("shown") is surely
+        assert row["verdict"].startswith("shown") is surely
     decided = {row["comparison"]: row for row in wrong_labels.decisive()}
     for noise in wrong_labels.levels():
         for name, row in guide.with_wrong_labels(noise).items():
             if name == wrong_labels.BEST:
-                assert row["worth it?"] == "" and row["time"] == "1.0"
+                assert row["verdict"] == "" and row["time"] == "1.0"
                 continue
             expected = decided[f"{name} against {wrong_labels.LAST}"]
             assert row["points above SGD (95 %)"] == expected["points"]
-            assert row["worth it?"] == expected["verdict"]
+            assert row["verdict"] == expected["verdict"]
 
 
 def test_no_row_has_fewer_than_five_seeds():

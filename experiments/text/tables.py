@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.page import interval, remake, spread, verdict, write
+from experiments.page import interval, p_value, remake, spread, verdict, write
 from experiments.text.run import ROWS, SETTINGS
 from robustness.intervals import holm, over_seeds
 
@@ -78,7 +78,7 @@ def decisive() -> list[dict]:
                     "n": runs["seed"].nunique(),
                     "comparison": f"{row} against {other}",
                     "points": interval(one["mean"], one["low"], one["high"]),
-                    "p, Holm": f"{p:.3f}",
+                    "Holm": p_value(p),
                     "verdict": verdict({**one, "holm": p}, SIZE.get(setting, 1.0)),
                 }
             )

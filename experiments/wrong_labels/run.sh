@@ -3,12 +3,16 @@
 # bash experiments/wrong_labels/run.sh [a copy of CIFAR-10]
 set -euo pipefail
 export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=1 ACCELERATE_MIXED_PRECISION=bf16
-out=outputs/wrong_labels
+dataset=${1:-uoft-cs/cifar10}
 
-for name in rho methods; do
-    sweep=(python sweep.py "experiments/wrong_labels/$name.yaml" --output $out --dataset "${1:-uoft-cs/cifar10}")
+# train NAME FOLDER: a sweep, by two workers
+train() {
+    local sweep=(python sweep.py "experiments/wrong_labels/$1.yaml" --output "outputs/$2" --dataset "$dataset")
     "${sweep[@]}" &
     "${sweep[@]}"
     wait $!
-done
+}
+train rho wrong_labels
+train methods wrong_labels
+train controls wrong_labels_controls
 python -m experiments.wrong_labels.tables --collect outputs

@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_data_config
 
 from common import data
 from common.images import decode
-from experiments.page import interval, remake, spread, verdict, write
+from experiments.page import interval, p_value, remake, spread, verdict, write
 from robustness.intervals import holm, over_seeds
 
 HERE = Path(__file__).resolve().parent
@@ -30,10 +30,16 @@ METHODS = {
 }
 LAST, BEST = "base, last epoch", "base, best epoch"
 SIZE = 1.0  # points that would matter, by the plan
+# What was tried afterwards, at 40 %: by setting, the recipe's value and a name.
+CONTROLS = {
+    "epochs": (30, "{} epochs"),
+    "weight_decay": (5e-4, "weight decay {:g}"),
+    "smoothing": (0.0, "label smoothing {:g}"),
+}
 
 
 def collect(outputs: Path):
-    """Make the data file from the runs that are there."""
+    """Make the data files from the runs that are there."""
     rows = []
     folder = outputs / "wrong_labels"
     finished = sorted(folder.glob("runs/*/results.json"))
@@ -54,6 +60,22 @@ def collect(outputs: Path):
     runs["at"] = runs["row"].map(order.index)
     runs = runs.sort_values(["noise", "at", "rho", "seed"], ascending=[False, True, True, True])
     write(DATA / "runs.csv", runs.drop(columns="at").round(6))
+    collect_controls(outputs)
+
+
+def collect_controls(outputs: Path):
+    """Make the data file of what was tried afterwards, from the runs that are there."""
+    rows = []
+    for file in sorted((outputs / "wrong_labels_controls").glob("runs/*/results.json")):
+        settings = yaml.safe_load((file.parent / "settings.yaml").read_text())
+        changed = {key: settings[key] for key in CONTROLS if settings[key] != CONTROLS[key][0]}
+        ((key, value),) = changed.items()
+        method = "SGD" if settings["method"] == "base" else f"SAM, rho {settings['rho']:g}"
+        name = f"{method}, {CONTROLS[key][1].format(value)}"
+        line = {"control": name, "seed": settings["seed"]}
+        line |= json.loads(file.read_text())["last"]
+        rows.append(line | {"reproduced": reproduced(file.parent / "last", settings)})
+    write(DATA / "controls.csv", pd.DataFrame(rows).sort_values(["control", "seed"]).round(6))
 
 
 def reproduced(model: Path, settings: dict) -> float:
@@ -98,7 +120,7 @@ def levels() -> list[float]:
 
 def difference(rows: dict[str, pd.DataFrame], row: str, rival: str) -> dict:
     """How many points of accuracy on test a row is above another, over seeds."""
-    return over_seeds(100 * (rows[row]["test"] - rows[rival]["test"]))
+    return over_seeds(100 * (rows[row]["test"] - rows[rival]["test"]).dropna())
 
 
 def compared(noise: float) -> dict[tuple, dict]:
@@ -132,7 +154,7 @@ def decisive() -> list[dict]:
         for (row, rival), found in compared(noise).items():
             line = {"wrong labels": f"{noise:.0%}", "comparison": f"{row} against {rival}"}
             line["points"] = interval(found["mean"], found["low"], found["high"])
-            line |= {"p, Holm": f"{found['holm']:.3f}", "verdict": verdict(found, SIZE)}
+            line |= {"Holm": p_value(found["holm"]), "verdict": verdict(found, SIZE)}
             lines.append(line)
     return lines
 
@@ -152,7 +174,27 @@ def tuning() -> list[dict]:
     return lines
 
 
-TABLES = {"decisive": decisive, "accuracy": accuracy, "tuning": tuning}
+def tried() -> dict[str, pd.DataFrame]:
+    """The runs of what was tried afterwards, at 40 %."""
+    runs = pd.read_csv(DATA / "controls.csv")
+    return {name: own.set_index("seed") for name, own in runs.groupby("control", sort=False)}
+
+
+def controls() -> list[dict]:
+    """What other settings reach, beside base and SAM at the recipe's."""
+    rows, lines = by_row(0.4) | tried(), []
+    for name in tried():
+        line = {"with 40 % wrong labels": name, "n": len(rows[name])}
+        line["test, %"] = spread(rows[name]["test"], 100)
+        line["of the wrong labels reproduced, %"] = spread(rows[name]["reproduced"], 100)
+        for rival in (LAST, "SAM"):
+            found = difference(rows, name, rival)
+            line[f"above {rival}"] = interval(found["mean"], found["low"], found["high"])
+        lines.append(line)
+    return lines
+
+
+TABLES = {"decisive": decisive, "accuracy": accuracy, "controls": controls, "tuning": tuning}
 
 
 def main(argv=None):
