@@ -3,6 +3,8 @@
 python -m experiments.guide
 """
 
+import re
+
 from experiments.cifar10 import tables as cifar10
 from experiments.page import ROOT, fill, interval, verdict
 from experiments.wrong_labels import tables as wrong_labels
@@ -63,7 +65,9 @@ def afterwards() -> dict[str, dict]:
     rows, lines = wrong_labels.by_row(0.4) | wrong_labels.tried(), {}
     for row in [row for row in wrong_labels.tried() if row.startswith("SGD")]:
         one = wrong_labels.difference(rows, row, wrong_labels.LAST)
-        how = (len(rows[row]), cifar10.relative_time()["base"], wrong_labels.SIZE)
+        epochs = re.search(r"(\d+) epochs", row)
+        time = int(epochs[1]) / wrong_labels.CONTROLS["epochs"][0] if epochs else 1
+        how = (len(rows[row]), f"{time:.1f}", wrong_labels.SIZE)
         lines[row] = line(WRONG.format(40), row, "", one, *how) | {"verdict": "not planned"}
     return lines
 
