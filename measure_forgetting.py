@@ -372,7 +372,6 @@ def measure(args, run, epoch: int, model, batches) -> dict:
     thresholds = torch.tensor(args.thresholds, dtype=torch.float64)
     options = {"miller_madow": args.miller_madow}
     information = conditional_entropy(label_patterns(clean, thresholds), labels, **options)
-    options["adjust"] = args.adjust_thresholds
     result = {
         "link": link,
         "information": information.tolist(),
@@ -386,8 +385,8 @@ def measure(args, run, epoch: int, model, batches) -> dict:
 
     def forgotten():
         """What the model forgets with its weights as they are, beside ``clean``."""
-        perturbed = predictions(logits_of(model, everything), link)
-        return forgetting([(clean, perturbed, labels)], thresholds, **options)
+        perturbed, adjust = predictions(logits_of(model, everything), link), args.adjust_thresholds
+        return forgetting([(clean, perturbed, labels)], thresholds, adjust=adjust, **options)
 
     kinds = perturbations(args, run, rho_at(trained, epoch, run["images"]))
     for kind, changed in kinds.items():

@@ -39,7 +39,7 @@ def line(labels, row, rho, found, n, time, size) -> dict:
 
 def with_right_labels() -> dict[str, dict]:
     """By row of experiments/cifar10: a row of the guide."""
-    found, runs, time = cifar10.corrected(), cifar10.runs_by_row(), cifar10.relative_time()
+    found, runs, time = cifar10.compared(), cifar10.runs_by_row(), cifar10.relative_time()
     lines = {}
     for row in ("SAM", "OBF, gamma 1", "OBF, gamma to 0", "ASAM", cifar10.TWICE):
         one, own = found[row, "above base"], runs[row]

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from robustness.intervals import holm
+
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
     "lr",
@@ -45,6 +47,12 @@ def interval(middle: float, low: float, high: float) -> str:
 def p_value(p: float) -> str:
     """A p value as text."""
     return f"p {p:.2f}" if p >= 0.01 else "p < 0.01"
+
+
+def corrected(differences: dict) -> dict:
+    """The same differences by the same keys, each with ``holm``, its p value among them all."""
+    ps = holm([one["p_value"] for one in differences.values()])
+    return {key: {**one, "holm": p} for (key, one), p in zip(differences.items(), ps)}
 
 
 def verdict(found: dict, size: float) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from common import data, report
-from experiments.page import fill, interval, p_value, read, spread, write
+from experiments.page import corrected, fill, interval, p_value, read, spread, write
 from robustness.intervals import holm, over_seeds
 from robustness.predictions import folder_of
 
@@ -250,19 +250,17 @@ def methods_table() -> list[dict]:
     ]
 
 
-def corrected() -> dict[tuple, dict]:
+def compared() -> dict[tuple, dict]:
     """By row and a head of ``RIVALS``: the difference, with ``holm``, its p of all of them."""
     right, names = per_image("right"), list(runs_by_row())
     cells = [(name, head) for name in names for head in RIVALS if RIVALS[head] != name]
-    found = [difference(right, name, RIVALS[head]) for name, head in cells]
-    ps = holm([one["p_value"] for one in found])
-    return {cell: {**one, "holm": p} for cell, one, p in zip(cells, found, ps)}
+    return corrected({(name, head): difference(right, name, RIVALS[head]) for name, head in cells})
 
 
 def differences_table() -> list[dict]:
     """How far each method is above three others; what Holm's correction leaves is in bold."""
     rows = {name: {"method": name} | dict.fromkeys(RIVALS, "") for name in runs_by_row()}
-    for (name, head), one in corrected().items():
+    for (name, head), one in compared().items():
         rows[name][head] = f"**{points(one)}**" if one["holm"] < 0.05 else points(one)
     return list(rows.values())
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.page import interval, p_value, remake, spread, verdict, write
+from experiments.page import corrected, interval, p_value, remake, spread, verdict, write
 from experiments.text.run import ROWS, SETTINGS
-from robustness.intervals import holm, over_seeds
+from robustness.intervals import over_seeds
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -69,17 +69,16 @@ def decisive() -> list[dict]:
     """The comparisons that decide, corrected within each setting."""
     rows = []
     for setting, runs in measured().items():
-        found = [difference(runs, *pair) for pair in COMPARISONS]
-        corrected = holm([one["p_value"] for one in found])
-        for (row, other), one, p in zip(COMPARISONS, found, corrected):
+        found = corrected({pair: difference(runs, *pair) for pair in COMPARISONS})
+        for (row, other), one in found.items():
             rows.append(
                 {
                     "setting": f"`{setting}`",
                     "n": runs["seed"].nunique(),
                     "comparison": f"{row} against {other}",
                     "points": interval(one["mean"], one["low"], one["high"]),
-                    "Holm": p_value(p),
-                    "verdict": verdict({**one, "holm": p}, SIZE.get(setting, 1.0)),
+                    "Holm": p_value(one["holm"]),
+                    "verdict": verdict(one, SIZE.get(setting, 1.0)),
                 }
             )
     return rows or [{"": "no setting has two seeds yet"}]

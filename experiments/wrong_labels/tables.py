@@ -4,6 +4,7 @@ python -m experiments.wrong_labels.tables                    # write the tables 
 python -m experiments.wrong_labels.tables --collect outputs  # first make data/ anew, from outputs/
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from timm.data import create_transform, resolve_data_config
 
 from common import data
 from common.images import decode
-from experiments.page import interval, p_value, remake, spread, verdict, write
-from robustness.intervals import holm, over_seeds
+from experiments.page import corrected, interval, p_value, remake, spread, verdict, write
+from robustness.intervals import over_seeds
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -78,10 +79,16 @@ def collect_controls(outputs: Path):
     write(DATA / "controls.csv", pd.DataFrame(rows).sort_values(["control", "seed"]).round(6))
 
 
+@functools.cache
+def training_images(dataset: str, validation_share: float, train_share: float):
+    """What all runs trained on, with the right labels."""
+    return data.load(dataset, False, validation_share, train_share)["train"]
+
+
 def reproduced(model: Path, settings: dict) -> float:
     """The share of a run's wrong labels that its model predicts, on images without augmentation."""
-    shares = {"validation_share": settings["validation_share"]}
-    split = data.load(settings["dataset"], **shares, train_share=settings["train_share"])["train"]
+    shares = (settings["validation_share"], settings["train_share"])
+    split = training_images(settings["dataset"], *shares)
     labels = torch.from_numpy(data.noisy_labels(split, settings["label_noise"], settings["seed"]))
     wrong = (labels != torch.tensor(split["label"])).nonzero().flatten()
     opened = timm.create_model(f"local-dir:{model}", pretrained=True).eval()
@@ -129,9 +136,7 @@ def compared(noise: float) -> dict[tuple, dict]:
     methods = [row for row in rows if row not in (LAST, BEST)]
     pairs = [(row, rival) for rival in (BEST, LAST) for row in methods]
     pairs += [(row, "SAM") for row in methods if row.startswith("OBF")]
-    found = [difference(rows, *pair) for pair in pairs]
-    corrected = holm([one["p_value"] for one in found])
-    return {pair: {**one, "holm": p} for pair, one, p in zip(pairs, found, corrected)}
+    return corrected({pair: difference(rows, *pair) for pair in pairs})
 
 
 def accuracy() -> list[dict]:
