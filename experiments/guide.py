@@ -1,4 +1,4 @@
-"""The table of docs/guide.md and the README's first one, from the data of the experiments.
+"""The tables of docs/guide.md and the README's first one, from the data of the experiments.
 
 python -m experiments.guide
 """
@@ -7,6 +7,7 @@ import re
 
 from experiments.cifar10 import tables as cifar10
 from experiments.page import ROOT, fill, interval, verdict
+from experiments.text import tables as texts
 from experiments.wrong_labels import tables as wrong_labels
 
 SCRIPT = "python -m experiments.guide"
@@ -84,6 +85,31 @@ def guide() -> list[dict]:
     return [row for lines in situations().values() for row in lines.values()]
 
 
+def text() -> list[dict]:
+    """Every row with a language model; what decides there is base for the same passes."""
+    rows = []
+    for setting, runs in texts.measured().items():
+        decided = texts.compared(runs)
+        for row in [row for row in texts.ROWS if row != "base"]:
+            above = texts.difference(runs, row, "base")
+            rho = runs["rho"][runs["row"] == row].iloc[0]
+            found = {
+                "sentences": f"`{setting}`",
+                "trained with": f"{row}, rho {rho:g}" if rho else row,
+                "points above base (95 %)": interval(above["mean"], above["low"], above["high"]),
+                "points above base for twice the epochs (95 %)": "",
+                "n": runs["seed"].nunique(),
+                "passes": f"{texts.passes(runs, row):g}",
+                "verdict": "",
+            }
+            if one := decided.get((row, texts.TWICE)):
+                points = interval(one["mean"], one["low"], one["high"])
+                found["points above base for twice the epochs (95 %)"] = points
+                found["verdict"] = verdict(one, texts.SIZE.get(setting, 1.0))
+            rows.append(found)
+    return rows or [{"": "no setting has its seeds yet"}]
+
+
 def headline() -> list[dict]:
     """The README's rows."""
     found = situations()
@@ -91,5 +117,5 @@ def headline() -> list[dict]:
 
 
 if __name__ == "__main__":
-    fill(ROOT / "docs" / "guide.md", SCRIPT, {"guide": guide})
+    fill(ROOT / "docs" / "guide.md", SCRIPT, {"guide": guide, "text": text})
     fill(ROOT / "README.md", SCRIPT, {"headline": headline})

@@ -88,6 +88,17 @@ def test_runs_in_the_data_files_are_not_made_again(tmp_path, monkeypatch):
     assert run.result_of(elsewhere, points[0]) == {"accuracy": 0.0}
 
 
+def test_five_seeds_of_every_setting_come_before_more_of_any(tmp_path):
+    make_all(tmp_path, "trec-1000", lambda point: point["lr"])
+    for done in (tmp_path / "trec-1000" / "seeds").glob("*.json"):
+        done.unlink()
+    points = run.to_make(tmp_path, ["trec-1000", "trec-5452"])
+    assert [p["setting"] for p in points[:90:30]] == ["trec-1000", "trec-5452", "trec-1000"]
+    assert [p["seed"] for p in points] == sorted([*range(5)] * 6) * 2 + sorted([*range(5, 10)] * 6)
+    run.write_result(run.file_of(tmp_path, points[0]), points[0])
+    assert run.to_make(tmp_path, ["trec-1000", "trec-5452"]) == points[1:]
+
+
 def test_of_equals_the_least(tmp_path):
     tries = make_all(tmp_path, "trec-1000", lambda point: 0.5)
     assert tries["SAM"] == [0.01, 0.02, 0.05, 0.1, 0.2, 0.005, 0.002, 0.001]
@@ -165,6 +176,7 @@ def seeds_file(folder, differences):
         for seed, points in enumerate(differences.get(row, [0.0] * 5)):
             one = {"setting": "trec-5452", "row": row, "lr": 1e-4, "rho": 0.1, "seed": seed}
             rows.append({**one, "accuracy": 0.8 + points / 100, "nll": 1.0, "cpu_seconds": 2.0})
+            rows[-1]["updates"] = 680 if "twice" in row else 340
     rows.append({**rows[0], "seed": 99})  # a seed that other rows lack
     frame = pd.DataFrame(rows, columns=[*tables.COLUMNS, "fitted", "fitted_wrong", *tables.COST])
     frame.to_csv(folder / "seeds.csv", index=False)
@@ -212,6 +224,7 @@ def test_every_row_against_base(tmp_path, monkeypatch):
     assert rows[0]["test, %"] == "82.00 ± 0.71" and rows[0]["points above base"] == ""
     assert rows[2]["points above base"] == "-2.00 (-2.88 to -1.12)" and rows[2]["time"] == "1.00"
     assert "wrong labels given back, %" not in rows[0]
+    assert [row["passes"] for row in rows] == ["1", "2", "2", "2", "2", "2"]
 
 
 def test_collected(tmp_path, monkeypatch):

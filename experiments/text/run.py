@@ -169,6 +169,13 @@ def points_of(output: Path, setting: str) -> list[dict]:
     return points
 
 
+def to_make(output: Path, settings: list[str]) -> list[dict]:
+    """The runs that are known by now and not made, in order."""
+    points = [point for setting in settings for point in points_of(output, setting)]
+    points.sort(key=lambda point: point["part"] == "seeds" and point["seed"] >= FIRST_SEEDS)
+    return [point for point in points if not file_of(output, point).exists()]
+
+
 # --------------------------------------------------------------------------------------------------
 # One run
 
@@ -318,12 +325,7 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     restore(args.output)
     settings = list(SETTINGS)[: list(SETTINGS).index(args.stop_after) + 1]
-    while True:
-        points = [point for setting in settings for point in points_of(args.output, setting)]
-        points.sort(key=lambda point: point["part"] == "seeds" and point["seed"] >= FIRST_SEEDS)
-        todo = [point for point in points if not file_of(args.output, point).exists()]
-        if not todo:
-            break
+    while todo := to_make(args.output, settings):
         if not make_one(args, todo):
             time.sleep(10)  # others are at work on what the next runs depend on
 

@@ -65,12 +65,22 @@ def difference(runs: pd.DataFrame, row: str, other: str) -> dict[str, float]:
     return over_seeds(by_seed[row] - by_seed[other])
 
 
+def compared(runs: pd.DataFrame) -> dict[tuple, dict]:
+    """The comparisons that decide, with ``holm``, from the runs of one setting."""
+    return corrected({pair: difference(runs, *pair) for pair in COMPARISONS})
+
+
+def passes(runs: pd.DataFrame, row: str) -> float:
+    """How many passes a row makes, in units of base's."""
+    updates = runs.groupby("row")["updates"].first()
+    return updates[row] / updates["base"] * (1 if ROWS[row][0] == "lr" else 2)
+
+
 def decisive() -> list[dict]:
     """The comparisons that decide, corrected within each setting."""
     rows = []
     for setting, runs in measured().items():
-        found = corrected({pair: difference(runs, *pair) for pair in COMPARISONS})
-        for (row, other), one in found.items():
+        for (row, other), one in compared(runs).items():
             rows.append(
                 {
                     "setting": f"`{setting}`",
@@ -101,6 +111,7 @@ def accuracy() -> list[dict]:
                 "test, %": spread(own["accuracy"], 100),
                 "points above base": "",
                 "NLL": spread(own["nll"]),
+                "passes": f"{passes(runs, row):g}",
                 "time": f"{own['cpu_seconds'].mean() / base:.2f}",
             }
             if row != "base":
