@@ -1,0 +1,54 @@
+"""The images of this experiment, as Parquet in the layout of the Hub; from the repository's root.
+
+python -m experiments.pretrained.images --dataset CIFAR-10 --output outputs/pretrained/images
+
+``tune/SIZE`` is for choosing hyperparameters: ``train`` and ``validation``, 1,000 images. ``SIZE/SEED``
+has other training images for each seed, and the ``test`` split. All have as many of each class.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from common import data
+
+SIZES, SEEDS, HELD_OUT = (200, 2000), range(400, 405), 1000
+
+
+def balanced(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
+    """Disjoint random sets of indices with as many of each class, one of each size."""
+    draw = np.random.default_rng(seed)
+    by_class = [draw.permutation(np.flatnonzero(labels == one)) for one in np.unique(labels)]
+    ends = np.cumsum([0, *sizes]) // len(by_class)
+    return [
+        np.sort(np.concatenate([own[first:last] for own in by_class]))
+        for first, last in zip(ends, ends[1:])
+    ]
+
+
+def main(argv=None):
+    """Run as from the command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--dataset", default="uoft-cs/cifar10", help="CIFAR-10 (%(default)s)")
+    p.add_argument("--output", type=Path, default=Path("outputs/pretrained/images"))
+    args = p.parse_args(argv)
+    splits = data.load(args.dataset)
+    train, labels = splits["train"], np.array(splits["train"]["label"])
+    held_out, others = balanced(labels, [HELD_OUT, len(train) - HELD_OUT], seed=0)
+    for size in SIZES:
+        for seed in (None, *SEEDS):
+            own = others[balanced(labels[others], [size], seed or 0)[0]]
+            folder = args.output / (f"tune/{size}" if seed is None else f"{size}/{seed}")
+            folder.mkdir(parents=True, exist_ok=True)
+            train.select(own).to_parquet(folder / "train.parquet")
+            if seed is None:
+                train.select(held_out).to_parquet(folder / "validation.parquet")
+            else:
+                splits["test"].to_parquet(folder / "test.parquet")
+
+
+if __name__ == "__main__":
+    main()
