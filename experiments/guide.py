@@ -6,7 +6,7 @@ python -m experiments.guide
 import re
 
 from experiments.cifar10 import tables as cifar10
-from experiments.page import ROOT, fill, interval, verdict
+from experiments.page import ROOT, compared, difference, fill, interval, verdict
 from experiments.text import tables as texts
 from experiments.wrong_labels import tables as wrong_labels
 
@@ -51,24 +51,29 @@ def with_right_labels() -> dict[str, dict]:
 
 def with_wrong_labels(noise: float) -> dict[str, dict]:
     """By row of experiments/wrong_labels: a row of the guide, above base's last epoch."""
-    found, rows = wrong_labels.compared(noise), wrong_labels.by_row(noise)
+    runs = wrong_labels.runs_of(noise)
+    found = compared(runs, wrong_labels.pairs(runs))
     time, lines = cifar10.relative_time(), {}
-    for row in [row for row in rows if row != wrong_labels.LAST]:
-        pair, rho = (row, wrong_labels.LAST), rows[row]["rho"].iloc[0]
-        one = found[pair] if pair in found else wrong_labels.difference(rows, *pair)
-        how = (len(rows[row]), time.get(row, time["base"]), wrong_labels.SIZE)
+    for row, own in runs.groupby("row", sort=False):
+        if row == wrong_labels.LAST:
+            continue
+        pair, rho = (row, wrong_labels.LAST), own["rho"].iloc[0]
+        one = found[pair] if pair in found else difference(runs, *pair)
+        how = (len(own), time.get(row, time["base"]), wrong_labels.SIZE)
         lines[row] = line(WRONG.format(100 * noise), row, rho, one, *how)
     return lines
 
 
 def afterwards() -> dict[str, dict]:
     """By what was tried of base at 40 %, without a plan: a row of the guide."""
-    rows, lines = wrong_labels.by_row(0.4) | wrong_labels.tried(), {}
-    for row in [row for row in wrong_labels.tried() if row.startswith("SGD")]:
-        one = wrong_labels.difference(rows, row, wrong_labels.LAST)
+    runs, lines = wrong_labels.with_controls(), {}
+    for row, own in runs.groupby("row", sort=False):
+        if not row.startswith("SGD"):
+            continue
+        one = difference(runs, row, wrong_labels.LAST)
         epochs = re.search(r"(\d+) epochs", row)
         time = int(epochs[1]) / wrong_labels.CONTROLS["epochs"][0] if epochs else 1
-        how = (len(rows[row]), f"{time:.1f}", wrong_labels.SIZE)
+        how = (len(own), f"{time:.1f}", wrong_labels.SIZE)
         lines[row] = line(WRONG.format(40), row, "", one, *how) | {"verdict": "not planned"}
     return lines
 
@@ -89,9 +94,9 @@ def text() -> list[dict]:
     """Every row with a language model; what decides there is base for the same passes."""
     rows = []
     for setting, runs in texts.measured().items():
-        decided = texts.compared(runs)
+        decided = compared(runs, texts.COMPARISONS)
         for row in [row for row in texts.ROWS if row != "base"]:
-            above = texts.difference(runs, row, "base")
+            above = difference(runs, row, "base")
             rho = runs["rho"][runs["row"] == row].iloc[0]
             found = {
                 "sentences": f"`{setting}`",

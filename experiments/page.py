@@ -1,14 +1,16 @@
 """What the experiments' scripts share: data files, numbers as text, tables on pages."""
 
 import argparse
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
-from robustness.intervals import holm
+from robustness.intervals import holm, over_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
@@ -33,6 +35,13 @@ def write(file: Path, rows: pd.DataFrame | list[dict]):
     print(f"{file.name}: {len(frame)} rows")
 
 
+def finished(sweep: Path) -> Iterator[tuple[Path, dict, dict]]:
+    """The folder, settings and results of each run of a sweep that has ended."""
+    for file in sorted(sweep.glob("runs/*/results.json")):
+        settings = yaml.safe_load((file.parent / "settings.yaml").read_text())
+        yield file.parent, settings, json.loads(file.read_text())
+
+
 def spread(values, factor: float = 1.0) -> str:
     """Mean ± standard deviation over seeds."""
     values = factor * np.asarray(values, dtype=float)
@@ -47,6 +56,34 @@ def interval(middle: float, low: float, high: float) -> str:
 def p_value(p: float) -> str:
     """A p value as text."""
     return f"p {p:.2f}" if p >= 0.01 else "p < 0.01"
+
+
+def difference(runs: pd.DataFrame, row: str, rival: str) -> dict:
+    """How many points of accuracy on test a row is above another, over the seeds that both have.
+
+    Args:
+        runs: a line a run, with the columns ``row``, ``seed`` and ``test``, a share.
+    """
+    by_seed = 100 * runs.pivot(index="seed", columns="row", values="test")
+    return over_seeds((by_seed[row] - by_seed[rival]).dropna())
+
+
+def compared(runs: pd.DataFrame, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], dict]:
+    """By pair of rows: ``difference``, with ``holm``, its p value among all of the pairs."""
+    return corrected({pair: difference(runs, *pair) for pair in pairs})
+
+
+def decisive(runs: pd.DataFrame, pairs: list[tuple[str, str]], size: float) -> list[dict]:
+    """The table of the comparisons that decide; ``size`` is that of ``verdict``."""
+    return [
+        {
+            "comparison": f"{row} against {rival}",
+            "points": interval(found["mean"], found["low"], found["high"]),
+            "Holm": p_value(found["holm"]),
+            "verdict": verdict(found, size),
+        }
+        for (row, rival), found in compared(runs, pairs).items()
+    ]
 
 
 def corrected(differences: dict) -> dict:

@@ -2,11 +2,13 @@
 
 python -m experiments.pretrained.images --dataset CIFAR-10 --output outputs/pretrained/images
 
-``tune/SIZE`` is for choosing hyperparameters: ``train`` and ``validation``, 1,000 images. ``SIZE/SEED``
-has other training images for each seed, and the ``test`` split. All have as many of each class.
+``tune/SIZE`` is for choosing hyperparameters: ``train``, and ``validation`` with 1,000 images.
+``SIZE/SEED`` has other training images for each seed, and the ``test`` split. All have as many
+images of each class.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ def balanced(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray
     ends = np.cumsum([0, *sizes]) // len(by_class)
     return [
         np.sort(np.concatenate([own[first:last] for own in by_class]))
-        for first, last in zip(ends, ends[1:])
+        for first, last in itertools.pairwise(ends)
     ]
 
 

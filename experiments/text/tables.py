@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.page import corrected, interval, p_value, remake, spread, verdict, write
+from experiments.page import decisive as decisive_of
+from experiments.page import difference, interval, remake, spread, write
 from experiments.text.run import ROWS, SETTINGS
-from robustness.intervals import over_seeds
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -47,7 +47,7 @@ def collect(outputs: Path):
 
 def runs_of(setting: str) -> pd.DataFrame:
     """The runs of the seeds that every row of the setting has."""
-    runs = pd.read_csv(DATA / "seeds.csv")
+    runs = pd.read_csv(DATA / "seeds.csv").rename(columns={"accuracy": "test"})
     runs = runs[runs["setting"] == setting]
     whole = runs.groupby("seed")["row"].nunique() == len(ROWS)
     return runs[runs["seed"].isin(whole[whole].index)]
@@ -59,17 +59,6 @@ def measured() -> dict[str, pd.DataFrame]:
     return {setting: runs for setting, runs in found.items() if runs["seed"].nunique() > 1}
 
 
-def difference(runs: pd.DataFrame, row: str, other: str) -> dict[str, float]:
-    """Points of accuracy of a row above another, paired by seed."""
-    by_seed = 100 * runs.pivot(index="seed", columns="row", values="accuracy")
-    return over_seeds(by_seed[row] - by_seed[other])
-
-
-def compared(runs: pd.DataFrame) -> dict[tuple, dict]:
-    """The comparisons that decide, with ``holm``, from the runs of one setting."""
-    return corrected({pair: difference(runs, *pair) for pair in COMPARISONS})
-
-
 def passes(runs: pd.DataFrame, row: str) -> float:
     """How many passes a row makes, in units of base's."""
     updates = runs.groupby("row")["updates"].first()
@@ -78,19 +67,11 @@ def passes(runs: pd.DataFrame, row: str) -> float:
 
 def decisive() -> list[dict]:
     """The comparisons that decide, corrected within each setting."""
-    rows = []
-    for setting, runs in measured().items():
-        for (row, other), one in compared(runs).items():
-            rows.append(
-                {
-                    "setting": f"`{setting}`",
-                    "n": runs["seed"].nunique(),
-                    "comparison": f"{row} against {other}",
-                    "points": interval(one["mean"], one["low"], one["high"]),
-                    "Holm": p_value(one["holm"]),
-                    "verdict": verdict(one, SIZE.get(setting, 1.0)),
-                }
-            )
+    rows = [
+        {"setting": f"`{setting}`", "n": runs["seed"].nunique(), **row}
+        for setting, runs in measured().items()
+        for row in decisive_of(runs, COMPARISONS, SIZE.get(setting, 1.0))
+    ]
     return rows or [{"": "no setting has two seeds yet"}]
 
 
@@ -108,7 +89,7 @@ def accuracy() -> list[dict]:
                 "n": len(own),
                 "lr": f"{own['lr'].iloc[0]:g}",
                 "rho": f"{own['rho'].iloc[0]:g}",
-                "test, %": spread(own["accuracy"], 100),
+                "test, %": spread(own["test"], 100),
                 "points above base": "",
                 "NLL": spread(own["nll"]),
                 "passes": f"{passes(runs, row):g}",

@@ -5,19 +5,17 @@ python -m experiments.wrong_labels.tables --collect outputs  # first make data/ 
 """
 
 import functools
-import json
 from pathlib import Path
 
 import pandas as pd
 import timm
 import torch
-import yaml
 from timm.data import create_transform, resolve_data_config
 
 from common import data
 from common.images import decode
-from experiments.page import corrected, interval, p_value, remake, spread, verdict, write
-from robustness.intervals import over_seeds
+from experiments.page import decisive as decisive_of
+from experiments.page import difference, finished, interval, remake, spread, write
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -42,14 +40,10 @@ CONTROLS = {
 def collect(outputs: Path):
     """Make the data files from the runs that are there."""
     rows = []
-    folder = outputs / "wrong_labels"
-    finished = sorted(folder.glob("runs/*/results.json"))
-    for run in (file.parent for file in finished):
-        settings = yaml.safe_load((run / "settings.yaml").read_text())
+    for run, settings, results in finished(outputs / "wrong_labels"):
         gamma = str(settings["gamma"]) if settings["method"] == "obf" else ""
         row = METHODS[settings["method"], gamma]
         rho = "" if row == "base" else settings["rho"]
-        results = json.loads((run / "results.json").read_text())
         for name in ("last", "best") if row == "base" else ("last",):
             line = {"noise": settings["label_noise"], "rho": rho, "seed": settings["seed"]}
             line["row"] = {"last": LAST, "best": BEST}[name] if row == "base" else row
@@ -67,15 +61,14 @@ def collect(outputs: Path):
 def collect_controls(outputs: Path):
     """Make the data file of what was tried afterwards, from the runs that are there."""
     rows = []
-    for file in sorted((outputs / "wrong_labels_controls").glob("runs/*/results.json")):
-        settings = yaml.safe_load((file.parent / "settings.yaml").read_text())
+    for run, settings, results in finished(outputs / "wrong_labels_controls"):
         changed = {key: settings[key] for key in CONTROLS if settings[key] != CONTROLS[key][0]}
         ((key, value),) = changed.items()
         method = "SGD" if settings["method"] == "base" else f"SAM, rho {settings['rho']:g}"
         name = f"{method}, {CONTROLS[key][1].format(value)}"
         line = {"control": name, "seed": settings["seed"]}
-        line |= json.loads(file.read_text())["last"]
-        rows.append(line | {"reproduced": reproduced(file.parent / "last", settings)})
+        line |= results["last"] | {"reproduced": reproduced(run / "last", settings)}
+        rows.append(line)
     write(DATA / "controls.csv", pd.DataFrame(rows).sort_values(["control", "seed"]).round(6))
 
 
@@ -110,11 +103,10 @@ def read() -> pd.DataFrame:
     return runs
 
 
-def by_row(noise: float) -> dict[str, pd.DataFrame]:
+def runs_of(noise: float) -> pd.DataFrame:
     """The runs of each row at one noise level, at its rho."""
     runs = read()
-    runs = runs[(runs["noise"] == noise) & runs["chosen"]]
-    return {row: own.set_index("seed") for row, own in runs.groupby("row", sort=False)}
+    return runs[(runs["noise"] == noise) & runs["chosen"]]
 
 
 def levels() -> list[float]:
@@ -125,25 +117,18 @@ def levels() -> list[float]:
     return [noise for noise in counts.index[::-1] if (counts.loc[noise] >= 5).all()]
 
 
-def difference(rows: dict[str, pd.DataFrame], row: str, rival: str) -> dict:
-    """How many points of accuracy on test a row is above another, over seeds."""
-    return over_seeds(100 * (rows[row]["test"] - rows[rival]["test"]).dropna())
-
-
-def compared(noise: float) -> dict[tuple, dict]:
-    """By row and rival: the difference in points, with ``holm``, corrected within the level."""
-    rows = by_row(noise)
-    methods = [row for row in rows if row not in (LAST, BEST)]
-    pairs = [(row, rival) for rival in (BEST, LAST) for row in methods]
-    pairs += [(row, "SAM") for row in methods if row.startswith("OBF")]
-    return corrected({pair: difference(rows, *pair) for pair in pairs})
+def pairs(runs: pd.DataFrame) -> list[tuple[str, str]]:
+    """The comparisons that decide: the first row is to be better than the second."""
+    methods = [row for row in runs["row"].unique() if row not in (LAST, BEST)]
+    found = [(row, rival) for rival in (BEST, LAST) for row in methods]
+    return found + [(row, "SAM") for row in methods if row.startswith("OBF")]
 
 
 def accuracy() -> list[dict]:
     """Each row, and what its model reproduces of the wrong labels."""
     lines = []
     for noise in levels():
-        for row, own in by_row(noise).items():
+        for row, own in runs_of(noise).groupby("row", sort=False):
             line = {"wrong labels": f"{noise:.0%}", "row": row, "n": len(own)}
             line["rho"] = f"{own['rho'].iloc[0]:g}" if row not in (LAST, BEST) else ""
             line["test, %"] = spread(own["test"], 100)
@@ -153,15 +138,13 @@ def accuracy() -> list[dict]:
 
 
 def decisive() -> list[dict]:
-    """The comparisons that decide, with their verdicts."""
-    lines = []
-    for noise in levels():
-        for (row, rival), found in compared(noise).items():
-            line = {"wrong labels": f"{noise:.0%}", "comparison": f"{row} against {rival}"}
-            line["points"] = interval(found["mean"], found["low"], found["high"])
-            line |= {"Holm": p_value(found["holm"]), "verdict": verdict(found, SIZE)}
-            lines.append(line)
-    return lines
+    """The comparisons that decide, with their verdicts, corrected within each noise level."""
+    by_level = {noise: runs_of(noise) for noise in levels()}
+    return [
+        {"wrong labels": f"{noise:.0%}", **line}
+        for noise, runs in by_level.items()
+        for line in decisive_of(runs, pairs(runs), SIZE)
+    ]
 
 
 def tuning() -> list[dict]:
@@ -179,21 +162,21 @@ def tuning() -> list[dict]:
     return lines
 
 
-def tried() -> dict[str, pd.DataFrame]:
-    """The runs of what was tried afterwards, at 40 %."""
-    runs = pd.read_csv(DATA / "controls.csv")
-    return {name: own.set_index("seed") for name, own in runs.groupby("control", sort=False)}
+def with_controls() -> pd.DataFrame:
+    """The runs at 40 %, and what was tried afterwards."""
+    tried = pd.read_csv(DATA / "controls.csv").rename(columns={"control": "row"})
+    return pd.concat([runs_of(0.4), tried])
 
 
 def controls() -> list[dict]:
     """What other settings reach, beside base and SAM at the recipe's."""
-    rows, lines = by_row(0.4) | tried(), []
-    for name in tried():
-        line = {"with 40 % wrong labels": name, "n": len(rows[name])}
-        line["test, %"] = spread(rows[name]["test"], 100)
-        line["of the wrong labels reproduced, %"] = spread(rows[name]["reproduced"], 100)
+    runs, lines = with_controls(), []
+    for name, own in runs[runs["noise"].isna()].groupby("row", sort=False):
+        line = {"with 40 % wrong labels": name, "n": len(own)}
+        line["test, %"] = spread(own["test"], 100)
+        line["of the wrong labels reproduced, %"] = spread(own["reproduced"], 100)
         for rival in (LAST, "SAM"):
-            found = difference(rows, name, rival)
+            found = difference(runs, name, rival)
             line[f"above {rival}"] = interval(found["mean"], found["low"], found["high"])
         lines.append(line)
     return lines
