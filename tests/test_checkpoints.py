@@ -71,6 +71,15 @@ def test_a_checkpoint_of_timms_training_has_weights_and_their_average(timms):
     assert same_state(checkpoints.open_file(path, "test_resnet", use_ema=True), average)
 
 
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema"])
+def test_averaged_weights_have_either_of_timms_names(tmp_path, key):
+    model, average = model_of(1, num_classes=3), model_of(2, num_classes=3)
+    path = str(tmp_path / "both.pth")
+    torch.save({"state_dict": model.state_dict(), key: average.state_dict()}, path)
+    assert same_state(checkpoints.open_file(path, "test_resnet"), model)
+    assert same_state(checkpoints.open_file(path, "test_resnet", use_ema=True), average)
+
+
 def test_position_embeddings_are_adapted_to_the_size_of_the_images(tmp_path):
     model = timm.create_model("test_vit", num_classes=3)
     torch.save(model.state_dict(), tmp_path / "vit.pth")

@@ -12,6 +12,7 @@ from helpers import ascend_the_loss, make_job
 from timm.loss import BinaryCrossEntropy
 
 from common import build, loop, run, settings
+from common.methods import METHODS
 from sam_obf import SAM
 
 K, LR, MOMENTUM, DECAY = 5, 0.3, 0.7, 0.01
@@ -170,6 +171,26 @@ def test_update_is_that_written_out_by_hand(accelerator, name, loss):
     assert min(lengths) < clip < max(lengths), (
         "clipping must shorten some gradients here, and not all"
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_norm_moves_once_for_each_micro_batch_at_the_weights_as_they_are(
+    accelerator, monkeypatch, method
+):
+    """Momentum has no pass of its own to do that, but its first perturbation is 0."""
+    network_with_norm = torch.nn.Sequential(*network()[:1], torch.nn.BatchNorm1d(8).double())
+    monkeypatch.setitem(globals(), "network", lambda: copy.deepcopy(network_with_norm))
+    flags = f"--method {method}" + (" --rho 0.9" if method != "base" else "")
+    job = prepared(accelerator, flags, m=4, accumulation=2)
+    images, labels = 2 * torch.randn(16, 6).double() + 1, torch.randint(0, 8, (16,))
+    batches = [{"image": images[i : i + 8], "label": labels[i : i + 8]} for i in (0, 8)]
+    loop.update(job, iter(batches))
+    mean, var = torch.zeros(8).double(), torch.ones(8).double()
+    for z in network_with_norm[0](images).detach().split(4):
+        mean, var = 0.9 * mean + 0.1 * z.mean(0), 0.9 * var + 0.1 * z.var(0)
+    own = job.model[1]
+    assert own.num_batches_tracked == 4
+    torch.testing.assert_close((own.running_mean, own.running_var), (mean, var))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -215,6 +215,25 @@ def test_the_gap_is_that_after_the_last_epoch_to_the_images_measured_on():
     assert {c["target"] for c in rank_correlations.table(rows, 0, gap=False)} == {"accuracy"}
 
 
+def test_what_a_tau_of_runs_can_reach_is_that_of_its_own_target():
+    """Settings tell everything about accuracy, and half of the gap."""
+    rows = [
+        one_run(
+            f"{i}, {seed}", str(i), seed, accuracy=i / 10, forgetting=seed,
+            measured_accuracy=i / 10 + 0.1 * i + 0.2 * seed,
+        )
+        for i in range(4) for seed in (0, 1)
+    ]  # fmt: skip
+    found = rank_correlations.table(rows, 0)
+    gaps = [-0.1 * i - 0.2 * seed for i in range(4) for seed in (0, 1)]
+    share = rank_correlations.explained(gaps, np.repeat(range(4), 2))
+    assert 0.1 < share < 0.9
+    expected = {"accuracy": 1.0, "-gap": 2 / math.pi * math.asin(math.sqrt(share))}
+    reachable = {(c["target"], c["fixed"]): c["reachable"] for c in found}
+    for target, most in expected.items():
+        assert reachable[target, None] == pytest.approx(most)
+
+
 def test_what_varies_is_fixed_in_turn():
     rows = []
     for i, (m, rho) in enumerate(itertools.product((8, 16), (0.1, 0.2, 0.4))):

@@ -41,6 +41,21 @@ def test_worst_case_of_a_quadratic_is_at_the_best_corner():
     assert torch.equal(w, before)
 
 
+@pytest.mark.parametrize("best, steps", [(1.04, 4), (0.97, 4), (1.001, 5)])
+def test_worst_case_is_the_highest_on_the_way_and_not_the_last(best, steps):
+    """The way oscillates about the maximum, which may be nearly where it began."""
+    w, seen = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64)), []
+
+    def loss():
+        value = -(w - best).square().sum()
+        seen.append(value.item())
+        return value
+
+    found = sharpness.worst_case([w], loss, 0.1, steps)
+    assert len(seen) == steps + 1 and seen[-1] < max(seen)
+    assert found == max(seen) - seen[0] and (found == 0) is (best == 1.001)
+
+
 def test_neither_depends_on_the_scale_of_a_layer_that_the_next_undoes():
     def rise(scale):
         a = torch.nn.Parameter(scale * torch.tensor([1.0, 2.0], dtype=torch.float64))
