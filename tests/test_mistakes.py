@@ -86,9 +86,13 @@ def test_a_second_run_reads_what_is_finished_and_pictures_follow_it(tmp_path, mo
     assert "finished before" in capsys.readouterr().out
     assert (tmp_path / "out" / "per_class.csv").read_text() == table
     write(tmp_path / "mine", {key: NAMES.index(key[0]) for key in SHOWN})
-    assert evaluate(monkeypatch, tmp_path / "out", mine=place)["mine"]["top1"] == 1
     folder = tmp_path / "out" / "predictions" / "guesser"
+    for file in folder.glob("*-mine.png"):
+        file.write_text("of the images as they were")
+    (folder / "confusion-mine.png").write_text("of the images as they were")
+    assert evaluate(monkeypatch, tmp_path / "out", mine=place)["mine"]["top1"] == 1
     assert not (folder / "mistakes-mine.png").exists()
+    assert not any(file.read_bytes() == b"of the images as they were" for file in folder.iterdir())
 
 
 def test_images_without_a_file_name_are_called_by_their_number(monkeypatch):

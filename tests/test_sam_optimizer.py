@@ -27,6 +27,17 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.parametrize("flags", [(), (True,), (False,)])
+def test_zero_grad_leaves_what_the_base_optimizers_does(flags):
+    model, other = network(), network()
+    for p in (*model.parameters(), *other.parameters()):
+        p.grad = torch.ones_like(p)
+    SAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3).zero_grad(*flags)
+    torch.optim.SGD(other.parameters(), lr=0.1).zero_grad(*flags)
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert p.grad is q.grad is None or torch.equal(p.grad, q.grad)
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_state_dict_round_trip_continues_identically(base, tmp_path):
     data = batches(10)

@@ -120,6 +120,19 @@ def test_finished_runs_are_never_repeated_and_a_grid_may_grow(tmp_path, monkeypa
     assert len(table(tmp_path)) == 3
 
 
+def test_seeds_of_a_setting_are_one_curve(tmp_path, monkeypatch):
+    faked(monkeypatch)
+    drawn = []
+    monkeypatch.setattr(report, "draw_curves", lambda curves, path: drawn.append(curves))
+    monkeypatch.setattr(report, "read_metrics", lambda run: [run.name])
+    sweep.main(write_sweep(tmp_path, {"method": ["sam", "base"], "seed": [0, 1]}))
+    expected = {
+        f"method={name}": [f"method={name},seed={seed}" for seed in (0, 1)]
+        for name in ("sam", "base")
+    }
+    assert drawn == [expected]
+
+
 def test_what_is_chosen_on_validation_is_reported_on_test(tmp_path, monkeypatch, capsys):
     # Validation prefers lr 0.02 for sam and 0.01 for obf; test would prefer the opposite.
     def results(point):
