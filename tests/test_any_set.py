@@ -473,6 +473,16 @@ def test_csv_has_timms_columns(tmp_path, evaluate):
     ]
 
 
+def test_csv_has_the_best_model_first(tmp_path):
+    config = {"input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bilinear"}
+    top1 = {"a": 0.095, "b": 1.0, "c": 0.85, "d": 0.2}
+    models = {name: (torch.nn.Linear(1, 1), config) for name in top1}
+    results = {name: {"own": {"top1": value}} for name, value in top1.items()}
+    eval_robustness.write_csv(tmp_path, models, results)
+    lines = (tmp_path / "results-own.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[0] for line in lines] == ["b", "c", "d", "a"]
+
+
 # --------------------------------------------------------------------------------------------------
 # Labels without class names, and models that see no colour
 

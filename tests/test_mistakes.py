@@ -44,12 +44,12 @@ def write(folder, shown):
     return folder
 
 
-def evaluate(monkeypatch, output, **places):
+def evaluate(monkeypatch, output, *flags, **places):
     fresh_process()
     monkeypatch.setattr(checkpoints, "open_model", lambda name, **_: Guesser())
     data = [f"{name}={place}" for name, place in places.items()]
-    flags = ["--model", "guesser", "--workers", "0", "--batch-size", "2", "--output", str(output)]
-    return eval_robustness.main([*flags, "--data", *data])["guesser"]
+    usual = ["--model", "guesser", "--workers", "0", "--batch-size", "2", "--output", str(output)]
+    return eval_robustness.main([*usual, *flags, "--data", *data])["guesser"]
 
 
 SHOWN = {("bee", "b"): 1, ("bee", "a"): 5, ("fox", "x"): 5, ("fox", "y"): 1, ("cat", "z"): 2}
@@ -93,6 +93,24 @@ def test_a_second_run_reads_what_is_finished_and_pictures_follow_it(tmp_path, mo
     assert evaluate(monkeypatch, tmp_path / "out", mine=place)["mine"]["top1"] == 1
     assert not (folder / "mistakes-mine.png").exists()
     assert not any(file.read_bytes() == b"of the images as they were" for file in folder.iterdir())
+
+
+def test_no_table_or_picture_of_another_result_stays(tmp_path, monkeypatch):
+    """Those of predictions stay: they are of the sets and not of one command."""
+
+    def left(output):
+        return {p.name for p in output.iterdir() if p.is_file()}
+
+    place, other = (write(tmp_path / name, SHOWN) for name in ("mine", "other"))
+    evaluate(monkeypatch, tmp_path / "out", "--csv", "--corrupt", mine=place, other=other)
+    (tmp_path / "out" / "effective_robustness.png").touch()
+    before = left(tmp_path / "out")
+    evaluate(monkeypatch, tmp_path / "out", mine=place)
+    evaluate(monkeypatch, tmp_path / "fresh", mine=place)
+    assert left(tmp_path / "out") == left(tmp_path / "fresh")
+    assert {name.split(".")[0] for name in before - left(tmp_path / "fresh")} == {
+        "results-mine", "results-other", "effective_robustness", "corrupted-mine", "corrupted-other"
+    }  # fmt: skip
 
 
 def test_images_without_a_file_name_are_called_by_their_number(monkeypatch):
