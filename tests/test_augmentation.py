@@ -200,6 +200,28 @@ def test_what_a_process_loads_at_once_changes_nothing(accelerator, images):
     assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_processes_mix_their_batches_as_one_process_does(processes, parts):
+    args = argparse.Namespace(m=2, mixup=0.5, cutmix=0.0, smoothing=0.1, seed=3)
+    pixels, labels = torch.rand(16 * parts, 3, 4, 4), torch.randint(0, 2, (16 * parts,))
+
+    def mixed_by(rank, count, first=0):
+        images = pixels.clone()  # timm mixes in place
+        batches = zip(images.split(2 * parts), labels.split(2 * parts))
+        loaded = [{"image": x, "label": y} for x, y in batches][rank::count]
+        process = argparse.Namespace(process_index=rank, num_processes=count)
+        return list(loaders.mixed(args, process, lambda _, skip: loaded[skip:], 2)(1, first))
+
+    whole = mixed_by(0, 1)
+    assert not torch.equal(torch.cat([batch["image"] for batch in whole]), pixels)
+    for rank in range(processes):
+        for first in (0, 1):
+            own, expected = mixed_by(rank, processes, first), whole[rank::processes][first:]
+            assert len(own) == len(expected)
+            assert all(same(batch, other) for batch, other in zip(own, expected))
+
+
 @pytest.mark.parametrize("m", ["1", "3", "15"])
 def test_an_odd_micro_batch_cannot_be_mixed(accelerator, images, m):
     with pytest.raises(InputError, match=f"in pairs, and m is {m}: choose an even --m"):

@@ -95,6 +95,20 @@ def test_a_second_run_reads_what_is_finished_and_pictures_follow_it(tmp_path, mo
     assert not any(file.read_bytes() == b"of the images as they were" for file in folder.iterdir())
 
 
+def test_the_surest_mistakes_are_those_of_all_processes(monkeypatch):
+    mine, other = Protocol("mine"), Protocol("other")
+    draw = np.random.default_rng(0).permutation(6 * mistakes.MOST) / 100
+    all_of = [[(value, (str(value), "a", "b"), None) for value in own] for own in np.split(draw, 3)]
+    processes = [{mine: mistakes.surest(own)} for own in all_of]
+    processes[1][other] = all_of[0][:1]  # a protocol that one process alone has
+    monkeypatch.setattr(eval_robustness, "gather_object", lambda own: [*own, *processes[1:]])
+    own = mistakes.Mistakes()
+    own.by_protocol.update(processes[0])
+    found = eval_robustness.merge_mistakes(own)
+    assert found[mine] == mistakes.surest(sum(all_of, [])) and found[other] == all_of[0][:1]
+    assert [len(set(map(str, found[mine])) & set(map(str, part))) for part in all_of].count(0) == 0
+
+
 def test_no_table_or_picture_of_another_result_stays(tmp_path, monkeypatch):
     """Those of predictions stay: they are of the sets and not of one command."""
 
