@@ -35,6 +35,19 @@ def test_the_part_is_the_nearest_number_of_examples_and_one_at_least(share, exam
     assert build.ascending(argparse.Namespace(perturb_fraction=share), examples) == part
 
 
+@pytest.mark.parametrize("share, m, fits", [(0.25, 4, False), (0.5, 4, True), (None, 1, False)])
+def test_a_model_is_tried_on_as_many_examples_as_a_pass_of_training_has(share, m, fits):
+    """Batch norm over one value a channel fails in the ascent pass, if not in the descent pass."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    batches = Namespace(m=m, label_names=["a", "b"], config={"input_size": (3, 1, 1)})
+    try:
+        build.check_model(Namespace(perturb_fraction=share), model.train(), batches)
+    except InputError as error:
+        assert not fits and "cannot be trained on 1 at once (m, or its perturb_fr" in str(error)
+    else:
+        assert fits
+
+
 @pytest.mark.parametrize("method", settings.METHODS)
 def test_method_selects_objective_and_step(method):
     args = settings.parse(settings.parser("", ""), ["--method", method, "--output", "nowhere"])

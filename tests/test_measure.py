@@ -913,4 +913,6 @@ def test_images_are_in_proportion_of_the_classes_and_others_for_another_seed():
         images = measure_forgetting.choose_images(argparse.Namespace(examples=20, seed=seed), split)
         assert np.bincount(images["label"]).tolist() == [15, 5]
         chosen[seed] = set(images["image"])
+        again = measure_forgetting.choose_images(argparse.Namespace(examples=20, seed=seed), split)
+        assert again["image"] == images["image"]
     assert chosen[0] != chosen[1]

@@ -40,6 +40,7 @@ def processes(tmp_path_factory):
     # Of 14 images, two processes evaluate four at a time.
     images = write_folder(folder / "images", images=7)
     flags = [*small_recipe(folder, images), *"--epochs 2 --scale 0.2 1 --method random".split()]
+    flags += "--model-ema --model-ema-decay 0.5".split()
     program = str(ROOT / "tests" / "two_processes.py")
     command = [*TORCHRUN, "2", program, str(folder), *flags]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
@@ -62,6 +63,16 @@ def test_batch_norm_is_the_mean_over_processes_before_it_is_evaluated(processes,
     assert not torch.allclose(*own)
     for process in (one, two):
         torch.testing.assert_close(process[f"evaluated {epoch}"], (own[0] + own[1]) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_batch_norm_of_averaged_weights_is_the_mean_over_processes_too(processes, epoch):
+    (one, two), _ = processes
+    own = [process[f"own average {epoch}"] for process in (one, two)]
+    assert not torch.allclose(*own)
+    for process in (one, two):
+        torch.testing.assert_close(process[f"evaluated average {epoch}"], (own[0] + own[1]) / 2)
 
 
 @pytest.mark.slow

@@ -86,6 +86,31 @@ def test_seeds_and_methods_differ_and_repeat(tmp_path, model):
     assert len({first, *others}) == 6
 
 
+def test_every_flag_reaches_fine_tuning(tmp_path, monkeypatch):
+    seen = []
+
+    def fine_tune(model, splits, names, **options):
+        seen.append({"model": model, **options})
+        return {"test": {"accuracy": 0.5}, "seconds": 1.0}
+
+    monkeypatch.setattr(text_classification, "fine_tune", fine_tune)
+    command = ["--dataset", write(tmp_path / "data"), "--model", "mine", "--method", "obf", "sam"]
+    options = {"rho": 0.2, "gamma": 0.3, "epochs": 2, "lr": 3e-3, "batch_size": 7}
+    options |= {"max_length": 9, "output": tmp_path / "out"}
+    for key, value in options.items():
+        command += [f"--{key.replace('_', '-')}", str(value)]
+    known = vars(text_classification.parse(command))
+    assert known.keys() - options.keys() == {"model", "dataset", "method", "seeds"}
+    text_classification.main([*command, "--seeds", "4", "6"])
+    expected = [
+        {"model": "mine", **options, "method": method, "seed": seed, "output": output}
+        for method in ("obf", "sam")
+        for seed in (4, 6)
+        for output in [tmp_path / "out" / f"{method}-{seed}"]
+    ]
+    assert seen == expected
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -3,8 +3,9 @@
     two_processes.py OUTPUT FLAGS ...
 
 OUTPUT/RANK.safetensors gets each process's first random numbers; by epoch, the first batch norm's
-own statistics at the end of the training images, and those that are evaluated; how many training
-images the process got right; and the number of images that were evaluated.
+own statistics at the end of the training images, and those that are evaluated, of the weights and
+of their average; how many training images the process got right; and the number of images that
+were evaluated.
 """
 
 import sys
@@ -21,10 +22,13 @@ seen = {}
 
 
 def statistics(job):
-    model = job.accelerator.unwrap_model(job.model)
-    return next(
-        buffer.clone() for name, buffer in model.named_buffers() if name.endswith("running_var")
-    )
+    own = {"": job.accelerator.unwrap_model(job.model), " average": job.ema}
+    return {
+        name: next(
+            buffer.clone() for key, buffer in model.named_buffers() if key.endswith("running_var")
+        )
+        for name, model in own.items()
+    }
 
 
 def train_epoch(job, progress, *others):
@@ -32,15 +36,15 @@ def train_epoch(job, progress, *others):
     seen.setdefault("noise", torch.rand(8))
     torch.set_rng_state(state)
     own_train_epoch(job, progress, *others)
-    seen[f"own {progress.epoch}"] = statistics(job)
+    seen.update({f"own{name} {progress.epoch}": x for name, x in statistics(job).items()})
     seen[f"right {progress.epoch}"] = job.right.clone()
 
 
-def evaluate_top1(job, loader):
-    seen.setdefault(
-        f"evaluated {sum(key.startswith('evaluated') for key in seen)}", statistics(job)
-    )
-    result = own_evaluate_top1(job, loader)
+def evaluate_top1(job, *others):
+    epoch = sum(key.startswith("own average") for key in seen) - 1
+    for name, found in statistics(job).items():
+        seen.setdefault(f"evaluated{name} {epoch}", found)
+    result = own_evaluate_top1(job, *others)
     seen["examples"] = torch.tensor(result["examples"])
     return result
 
