@@ -33,6 +33,7 @@ from helpers import (
 
 from common import checkpoints, loop, run
 from common.errors import InputError
+from common.settings import FREE_ON_RESUME
 
 # ------------------------------------------------------------------------------------------------
 
@@ -138,6 +139,30 @@ def test_run_that_accumulates_resumes_at_the_same_image(tmp_path, images):
         shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step-{late:08d}")
     in_process(path, tmp_path / "resumed", "--resume", "auto")
     assert_same_run(whole, tmp_path / "resumed")
+
+
+# Another value of each setting that may change when a run is resumed. Left out are those that change
+# what is drawn and rounded (docs/training.md says so), and those that need a package or a login.
+LEFT_OUT = {"channels_last", "torchcompile", "log_with", "push_to_hub"}
+CHANGED = {
+    "workers": "--workers 1",
+    "checkpoint_interval": "--checkpoint-interval 3",
+    "checkpoint_hist": "--checkpoint-hist 1",
+    "save_interval": "--save-interval 1",
+    "output": "",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", sorted({*FREE_ON_RESUME} - LEFT_OUT))
+def test_what_may_change_at_a_resume_within_an_epoch_changes_no_weight(tmp_path, images, key):
+    path, whole = short_run(tmp_path, images, device_batch_size=2, checkpoint_hist=9)
+    shutil.copytree(whole, tmp_path / "resumed")
+    for late in range(3, 9):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step-{late:08d}")
+    in_process(path, tmp_path / "resumed", "--resume", "auto", *CHANGED[key].split())
+    for a, b in zip(final_weights(tmp_path / "resumed").values(), final_weights(whole).values()):
+        assert torch.equal(a, b)
 
 
 def die_while_evaluating(recipe, output):
