@@ -141,8 +141,8 @@ def test_run_that_accumulates_resumes_at_the_same_image(tmp_path, images):
     assert_same_run(whole, tmp_path / "resumed")
 
 
-# Another value of each setting that may change when a run is resumed. Left out are those that change
-# what is drawn and rounded (docs/training.md says so), and those that need a package or a login.
+# Another value of each setting that may change when a run is resumed. Left out are those that
+# change what is drawn and rounded (docs/training.md says so), or need a package or a login.
 LEFT_OUT = {"channels_last", "torchcompile", "log_with", "push_to_hub"}
 CHANGED = {
     "workers": "--workers 1",
