@@ -247,6 +247,8 @@ def test_the_table_has_all_measures_and_their_standard_errors(runs, tmp_path, ca
         for key in ("forgetting", "relevant_change", "sam_gap", *MEASURES):
             assert math.isfinite(float(row[key])) and float(row[f"{key}_se"]) >= 0
         assert row["link"] == "softmax" and int(row["feature_rank"]) >= 1
+        assert (row["run"], row["seed"], row["method"]) == (str(runs[1]), "1", "sam")
+        assert (int(row["trained_m"]), float(row["trained_rho"])) == (2, 0.05)
         assert float(row["measured_loss"]) > 0
 
 

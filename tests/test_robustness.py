@@ -769,6 +769,19 @@ def test_precision_and_versions_belong_to_what_is_finished(
     assert "changed since: precision" in printed and "changed since: versions" in printed
 
 
+def test_workers_belong_to_what_is_finished_of_a_stream_alone(tmp_path, predictions):
+    """A streamed image is known by the worker that reads it; a stored one by its name."""
+    places = {
+        "streamed": write_tars(tmp_path / "tars", [3, 4, 5, 6], [3, 4, 5, 6]),
+        "stored": write_folders(tmp_path / "folders", {"3": 3}),
+    }
+    for place in places.values():
+        for workers in ("0", "0", "2"):
+            flags = ["--allow-partial", "--workers", workers]
+            evaluate(tmp_path, ["v2"], f"v2={place}", flags=flags)
+    assert predictions == ["v2"] * (2 + 1)
+
+
 def test_results_of_another_command_are_not_replaced_without_a_word(tmp_path, capsys):
     places = [f"{name}={write_folders(tmp_path / name, {WORDNET[1]: 1})}" for name in ("v2", "r")]
     flags = ["--allow-partial"]
