@@ -17,6 +17,15 @@ import timm_results
 CACHED = (published.baseline, published.line, published.resampled_lines)
 
 
+def test_every_column_of_timms_is_some_protocols_and_every_shift_has_its_line():
+    accuracies = set(published.results()[0]) - {"model", "img_size", "crop_pct", "interpolation"}
+    assert {*published.COLUMNS.values()} == {name for name in accuracies if "imagenet" in name}
+    shifted = {name for name in published.COLUMNS if "clean" not in name} - {"imagenet", "real"}
+    assert published.SHIFTS.keys() == shifted
+    for name, (clean, *columns) in published.SHIFTS.items():
+        assert columns == [published.COLUMNS[clean], published.COLUMNS[name]]
+
+
 @pytest.fixture(autouse=True)
 def forget_made_up_tables():
     yield

@@ -215,6 +215,29 @@ def test_the_gap_is_that_after_the_last_epoch_to_the_images_measured_on():
     assert {c["target"] for c in rank_correlations.table(rows, 0, gap=False)} == {"accuracy"}
 
 
+# Whether better models have more of what was measured, or less, if the measure is right.
+BETTER = dict.fromkeys(("forgetting", "relevant_change"), 1) | dict.fromkeys(
+    ("lambda_max", "trace", "average_sharpness", "worst_sharpness", "sam_gap", "feature_rank"), -1
+)
+BETTER |= {"measured_loss": -1}
+
+
+@pytest.mark.parametrize("measure", BETTER)
+def test_every_measure_ranks_models_in_its_direction(measure):
+    usual = dict.fromkeys(BETTER, 0.0)
+    rows = [
+        one_run(str(i), str(i), 0, **usual | {"accuracy": i / 10, measure: BETTER[measure] * i})
+        for i in range(4)
+    ]
+    found = {
+        one["quantity"]: one["tau"]
+        for one in rank_correlations.table(rows, 0, gap=False)
+        if one["epochs"] == "last" and not one["fixed"]
+    }
+    assert [tau for tau in found.values() if not math.isnan(tau)] == [1.0]
+    assert len(found) == len(BETTER)
+
+
 def test_what_a_tau_of_runs_can_reach_is_that_of_its_own_target():
     """Settings tell everything about accuracy, and half of the gap."""
     rows = [
