@@ -230,6 +230,24 @@ def test_a_streams_order_depends_on_seed_epoch_process_and_lap():
     assert sum(a == b for a, b in zip(twice[:lap], twice[lap:])) < 0.1 * lap
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_streams_images_are_divided_among_processes(processes):
+    args = argparse.Namespace(
+        seed=0, dataset="digits", train_num_samples=900, workers=0, decoder="pil"
+    )
+    split, read = data.load("digits", streaming=True)["train"], []
+    whole, _ = loaders.transforms(CONFIG, **WHOLE)
+    for rank in range(processes):
+        process = argparse.Namespace(
+            process_index=rank, num_processes=processes, device=torch.device("cpu"), print=print
+        )
+        _, batches = loaders.train_batches(args, process, split, whole, 10)
+        lap = itertools.islice(batches(0, 0), 900 // processes // 10)
+        read += [pixels.numpy().tobytes() for batch in lap for pixels in batch["image"]]
+    # Readers' parts differ by a few images, so some begin their second lap.
+    assert len(read) == 900 and len(set(read)) > 0.97 * 900
+
+
 def test_a_stream_augments_each_image_of_each_process_and_epoch_in_its_own_way(tmp_path):
     for path in write_folder(tmp_path, images=8).rglob("*.png"):
         ramp().save(path)
