@@ -230,6 +230,17 @@ def test_a_streams_order_depends_on_seed_epoch_process_and_lap():
     assert sum(a == b for a, b in zip(twice[:lap], twice[lap:])) < 0.1 * lap
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_models_input_has_its_dtype_and_the_layout(dtype, layout):
+    pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    made = loaders.to_input(CONFIG, dtype, layout)(pixels)
+    mean, std = (torch.tensor(CONFIG[key], dtype=float).view(3, 1, 1) for key in ("mean", "std"))
+    assert made.dtype == dtype and made.is_contiguous(memory_format=layout)
+    rough = {"rtol": 0, "atol": 16 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(made.double(), (pixels.double() / 255 - mean) / std, **rough)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_streams_images_are_divided_among_processes(processes):
     args = argparse.Namespace(
