@@ -209,23 +209,25 @@ def test_head_bias_is_that_of_the_first_weights(tmp_path, monkeypatch, script):
     assert torch.equal(seen[0], torch.full((2,), -3.5))
 
 
-@pytest.mark.parametrize("flag", ["--channels-last", "--no-channels-last"])
+@pytest.mark.parametrize("flags", [["--channels-last"], ["--no-channels-last"], []])
 @pytest.mark.parametrize("script", [train_imagenet, finetune_cifar])
 def test_model_and_input_have_the_memory_format(
-    tmp_path, checkpoint, images, monkeypatch, script, flag
+    tmp_path, checkpoint, images, monkeypatch, script, flags
 ):
+    """A network of convolutions is channels_last by default, and that is a setting of the run."""
     jobs = []
     monkeypatch.setattr(script, "dry_run", jobs.append)
     model = str(checkpoint) if script is finetune_cifar else "test_resnet"
-    train(script, tmp_path, flag, "--dry-run", dataset=str(images), model=model, method="base")
-    layout = torch.channels_last if flag == "--channels-last" else torch.contiguous_format
+    train(script, tmp_path, *flags, "--dry-run", dataset=str(images), model=model, method="base")
+    last = flags != ["--no-channels-last"]
+    layout = torch.channels_last if last else torch.contiguous_format
     shown = jobs[0].batches.to_input(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     for tensor in (
         shown,
         *(p for p in jobs[0].model.parameters() if p.shape[1:].numel() > p.shape[1:2].numel()),
     ):
         assert tensor.is_contiguous(memory_format=layout)
-    assert jobs[0].args.channels_last == (flag == "--channels-last")
+    assert jobs[0].args.channels_last is last
 
 
 def test_missing_tracker_package_is_named(tmp_path, images, monkeypatch):

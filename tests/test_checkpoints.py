@@ -80,6 +80,13 @@ def test_averaged_weights_have_either_of_timms_names(tmp_path, key):
     assert same_state(checkpoints.open_file(path, "test_resnet", use_ema=True), average)
 
 
+def test_model_kwargs_reach_a_model_whose_weights_are_in_a_file(tmp_path):
+    torch.save(model_of(1, num_classes=3).state_dict(), tmp_path / "weights.pth")
+    path = str(tmp_path / "weights.pth")
+    assert checkpoints.open_file(path, "test_resnet").drop_rate == 0
+    assert checkpoints.open_file(path, "test_resnet", drop_rate=0.25).drop_rate == 0.25
+
+
 def test_position_embeddings_are_adapted_to_the_size_of_the_images(tmp_path):
     model = timm.create_model("test_vit", num_classes=3)
     torch.save(model.state_dict(), tmp_path / "vit.pth")
