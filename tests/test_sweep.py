@@ -120,6 +120,11 @@ def test_finished_runs_are_never_repeated_and_a_grid_may_grow(tmp_path, monkeypa
     assert len(table(tmp_path)) == 3
 
 
+def test_a_flag_that_is_cut_short_is_none_of_the_sweeps():
+    args, rest = sweep.parse(["small.yaml", "--trial", "3", "--lis", "--trials", "2"])
+    assert (args.trials, args.list, rest) == (2, False, ["--trial", "3", "--lis"])
+
+
 def test_seeds_of_a_setting_are_one_curve(tmp_path, monkeypatch):
     faked(monkeypatch)
     drawn = []
