@@ -126,6 +126,27 @@ def test_wrong_settings_are_named_with_the_remedy(tmp_path, recipe, flags, words
         parse(tmp_path, recipe, *flags)
 
 
+NUMBERS = [key for key, action in KEYS.items() if action.type in (int, float)]
+# Those that are counted from 1, and the one that may be below 0.
+COUNTS = {"batch_size", "device_batch_size", "m", "train_num_samples", "epochs", "img_size"}
+COUNTS |= {key for key in NUMBERS if key.endswith("_interval")} | {"checkpoint_hist"}
+OF_METHODS = {"gamma", "lam", "perturb_fraction", "gsam_alpha", "rho", "rho_min"}
+
+
+@pytest.mark.parametrize("key", sorted({*NUMBERS} - {"head_bias"}))
+def test_no_number_is_negative_and_no_count_is_zero(key):
+    action = KEYS[key]
+    values = [-1] + [0] * (key in COUNTS) + [float("nan")] * (action.type is float)
+    others = ["--method", "gsam+obf"] if key in OF_METHODS else []
+    others += ["--model-ema"] * (key == "model_ema_decay")
+    for value in values:
+        given = [f"{action.option_strings[0]}={value}"]
+        if action.nargs:
+            given = [action.option_strings[0], *[str(value)] * action.nargs]
+        with pytest.raises(InputError, match=rf"{key} is {float(value):.0f}\b.*it must lie"):
+            settings.parse(settings.parser("", ""), ["--output", "x", *others, *given])
+
+
 def test_a_recipe_builds_on_its_base(tmp_path):
     (tmp_path / "bases").mkdir()
     (tmp_path / "bases" / "first.yaml").write_text("lr: 1.0\nepochs: 5\nm: 4\n")
