@@ -44,10 +44,14 @@ def test_a_search_goes_on_in_its_storage(tmp_path):
     text = (ROOT / "examples" / "optuna_search.py").read_text()
     small = text.replace("EPOCHS, TRIALS = 20, 15", "EPOCHS, TRIALS = 6, 8")
     assert small != text
-    (tmp_path / "search.py").write_text(small)
+    # No test image has its own label: what is printed last must not be of the images searched on.
+    search = small.replace("EPOCHS,", "labels[test] = (labels[test] + 1) % 10\nEPOCHS,")
+    assert search != small
+    (tmp_path / "search.py").write_text(search)
     command = [sys.executable, "search.py", f"sqlite:///{tmp_path / 'search.db'}"]
     for trials in (8, 16):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert f"best of {trials} trials: {{'rho': " in done.stdout
+        assert float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) < 20
     assert "Trial 15 " in done.stderr and "pruned" in done.stderr
