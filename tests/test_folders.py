@@ -33,13 +33,13 @@ def labels_for_evaluation(place):
 # Classes
 
 
-def with_metadata(root, kind):
+def with_metadata(root, kind, **names):
     """Images of the splits train and val in no class folders, with a file that says their class."""
     write_folder(root)
     for split in ("train", "val"):
         lines = []
         for path in sorted((root / split).glob("*/*.png")):
-            lines.append((path.name, path.parent.name))
+            lines.append((path.name, names.get(path.parent.name, path.parent.name)))
             path.rename(root / split / path.name)
         for name in ("cat", "dog"):
             (root / split / name).rmdir()
@@ -58,6 +58,14 @@ def test_classes_are_those_of_a_metadata_file_as_datasets_reads_it(tmp_path, kin
     expected = {row["image"]["path"].rpartition("/")[2]: row["label"] for row in theirs}
     assert labels_for_training(root) == labels_for_evaluation(root / "train") == expected
     assert set(expected.values()) == {"cat", "dog"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_class_in_a_metadata_file_is_the_text_that_stands_there(tmp_path, kind):
+    """Not a number, which would lose a leading zero."""
+    root = with_metadata(tmp_path / "images", kind, cat="007", dog="12")
+    assert set(labels_for_training(root).values()) == {"007", "12"}
+    assert set(labels_for_evaluation(root / "train").values()) == {"007", "12"}
 
 
 def test_images_that_no_metadata_lists_are_said_and_lines_without_a_file_refused(tmp_path, capfd):
