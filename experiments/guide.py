@@ -112,7 +112,7 @@ def text() -> list[dict]:
                 found["points above base for twice the epochs (95 %)"] = points
                 found["verdict"] = verdict(one, texts.SIZE.get(setting, 1.0))
             rows.append(found)
-    return rows or [{"": "no setting has its seeds yet"}]
+    return rows or [{"": "no setting has five seeds yet"}]
 
 
 def headline() -> list[dict]:

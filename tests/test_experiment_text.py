@@ -216,6 +216,15 @@ def test_what_decides(tmp_path, monkeypatch):
     ]
 
 
+def test_fewer_than_five_seeds_decide_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "DATA", tmp_path)
+    seeds_file(tmp_path, dict.fromkeys(run.ROWS, [0.0] * 4))
+    assert not tables.measured()
+    assert tables.decisive() == tables.accuracy() == [{"": "no setting has five seeds yet"}]
+    seeds_file(tmp_path, {})
+    assert list(tables.measured()) == ["trec-5452"]
+
+
 def test_every_row_against_base(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "DATA", tmp_path)
     seeds_file(tmp_path, {"base": [1.0, 2.0, 3.0, 2.0, 2.0]})
