@@ -31,7 +31,7 @@ def line(labels, row, rho, found, n, time, size) -> dict:
     return {
         "training images": labels,
         "trained with": f"{name}, rho {float(rho):g}" if rho else name,
-        "points above SGD (95 %)": interval(found["mean"], found["low"], found["high"]),
+        "points above SGD (95 %)": interval(found),
         "n": n,
         "time": time,
         "verdict": verdict(found, size) if "holm" in found else "",
@@ -101,15 +101,14 @@ def text() -> list[dict]:
             found = {
                 "sentences": f"`{setting}`",
                 "trained with": f"{row}, rho {rho:g}" if rho else row,
-                "points above base (95 %)": interval(above["mean"], above["low"], above["high"]),
+                "points above base (95 %)": interval(above),
                 "points above base for twice the epochs (95 %)": "",
                 "n": runs["seed"].nunique(),
                 "passes": f"{texts.passes(runs, row):g}",
                 "verdict": "",
             }
             if one := decided.get((row, texts.TWICE)):
-                points = interval(one["mean"], one["low"], one["high"])
-                found["points above base for twice the epochs (95 %)"] = points
+                found["points above base for twice the epochs (95 %)"] = interval(one)
                 found["verdict"] = verdict(one, texts.SIZE.get(setting, 1.0))
             rows.append(found)
     return rows or [{"": "no setting has five seeds yet"}]

@@ -48,9 +48,10 @@ def spread(values, factor: float = 1.0) -> str:
     return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
-def interval(middle: float, low: float, high: float) -> str:
-    """An estimate with its interval."""
-    return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
+def interval(found: dict, factor: float = 1.0) -> str:
+    """An estimate with its interval, from ``mean``, ``low`` and ``high``."""
+    mean, low, high = (factor * found[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def p_value(p: float) -> str:
@@ -73,12 +74,12 @@ def compared(runs: pd.DataFrame, pairs: list[tuple[str, str]]) -> dict[tuple[str
     return corrected({pair: difference(runs, *pair) for pair in pairs})
 
 
-def decisive(runs: pd.DataFrame, pairs: list[tuple[str, str]], size: float) -> list[dict]:
+def decisions(runs: pd.DataFrame, pairs: list[tuple[str, str]], size: float) -> list[dict]:
     """The table of the comparisons that decide; ``size`` is that of ``verdict``."""
     return [
         {
             "comparison": f"{row} against {rival}",
-            "points": interval(found["mean"], found["low"], found["high"]),
+            "points": interval(found),
             "Holm": p_value(found["holm"]),
             "verdict": verdict(found, size),
         }

@@ -57,22 +57,13 @@ def test_each_process_draws_noise_of_its_own(processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_batch_norm_is_the_mean_over_processes_before_it_is_evaluated(processes, epoch):
+@pytest.mark.parametrize("weights", ["", " average"])
+def test_batch_norm_is_the_mean_over_processes_before_it_is_evaluated(processes, weights, epoch):
     (one, two), _ = processes
-    own = [process[f"own {epoch}"] for process in (one, two)]
+    own = [process[f"own{weights} {epoch}"] for process in (one, two)]
     assert not torch.allclose(*own)
     for process in (one, two):
-        torch.testing.assert_close(process[f"evaluated {epoch}"], (own[0] + own[1]) / 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_batch_norm_of_averaged_weights_is_the_mean_over_processes_too(processes, epoch):
-    (one, two), _ = processes
-    own = [process[f"own average {epoch}"] for process in (one, two)]
-    assert not torch.allclose(*own)
-    for process in (one, two):
-        torch.testing.assert_close(process[f"evaluated average {epoch}"], (own[0] + own[1]) / 2)
+        torch.testing.assert_close(process[f"evaluated{weights} {epoch}"], (own[0] + own[1]) / 2)
 
 
 @pytest.mark.slow

@@ -223,7 +223,7 @@ def difference(values: dict, name: str, rival: str, comparisons: int = 1) -> dic
 
 def points(difference: dict) -> str:
     """A difference of shares with its interval, in points."""
-    return interval(*(100 * difference[key] for key in ("mean", "low", "high")))
+    return interval(difference, 100)
 
 
 def relative_time() -> dict[str, str]:

@@ -64,11 +64,11 @@ def differences_table() -> list[dict]:
     cells = [(name, split) for name in rows for split in SPLITS]
     found = [over_seeds(100 * (by_seed[name][split] - base[split])) for name, split in cells]
     for (name, split), one, p in zip(cells, found, holm([one["p_value"] for one in found])):
-        text = interval(one["mean"], one["low"], one["high"])
+        text = interval(one)
         rows[name][split] = f"**{text}**" if p < 0.05 else text
     for name, runs in by_seed.items():
         one = over_seeds(100 * (runs["test"] - base_at(runs["lr"].iloc[0])["test"]))
-        rows[name]["test, base at the same lr"] = interval(one["mean"], one["low"], one["high"])
+        rows[name]["test, base at the same lr"] = interval(one)
     return list(rows.values())
 
 

@@ -8,25 +8,14 @@ images of each class.
 """
 
 import argparse
-import itertools
 from pathlib import Path
 
 import numpy as np
+from sklearn.model_selection import train_test_split
 
 from common import data
 
 SIZES, SEEDS, HELD_OUT = (200, 2000), range(400, 405), 1000
-
-
-def balanced(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:
-    """Disjoint random sets of indices with as many of each class, one of each size."""
-    draw = np.random.default_rng(seed)
-    by_class = [draw.permutation(np.flatnonzero(labels == one)) for one in np.unique(labels)]
-    ends = np.cumsum([0, *sizes]) // len(by_class)
-    return [
-        np.sort(np.concatenate([own[first:last] for own in by_class]))
-        for first, last in itertools.pairwise(ends)
-    ]
 
 
 def main(argv=None):
@@ -39,10 +28,12 @@ def main(argv=None):
     args = p.parse_args(argv)
     splits = data.load(args.dataset)
     train, labels = splits["train"], np.array(splits["train"]["label"])
-    held_out, others = balanced(labels, [HELD_OUT, len(train) - HELD_OUT], seed=0)
+    balanced = {"stratify": labels, "random_state": 0}
+    held_out, others = train_test_split(range(len(train)), train_size=HELD_OUT, **balanced)
     for size in SIZES:
         for seed in (None, *SEEDS):
-            own = others[balanced(labels[others], [size], seed or 0)[0]]
+            balanced = {"stratify": labels[others], "random_state": seed or 0}
+            own, _ = train_test_split(others, train_size=size, **balanced)
             folder = args.output / (f"tune/{size}" if seed is None else f"{size}/{seed}")
             folder.mkdir(parents=True, exist_ok=True)
             train.select(own).to_parquet(folder / "train.parquet")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.page import decisive as decisive_of
-from experiments.page import difference, interval, remake, spread, write
+from experiments.page import decisions, difference, interval, remake, spread, write
 from experiments.text.run import FIRST_SEEDS, ROWS, SETTINGS
 
 HERE = Path(__file__).resolve().parent
@@ -71,7 +70,7 @@ def decisive() -> list[dict]:
     rows = [
         {"setting": f"`{setting}`", "n": runs["seed"].nunique(), **row}
         for setting, runs in measured().items()
-        for row in decisive_of(runs, COMPARISONS, SIZE.get(setting, 1.0))
+        for row in decisions(runs, COMPARISONS, SIZE.get(setting, 1.0))
     ]
     return rows or [{"": "no setting has five seeds yet"}]
 
@@ -97,7 +96,7 @@ def accuracy() -> list[dict]:
                 "time": f"{own['cpu_seconds'].mean() / base:.2f}",
             }
             if row != "base":
-                line["points above base"] = interval(above["mean"], above["low"], above["high"])
+                line["points above base"] = interval(above)
             if own["fitted_wrong"].notna().all():
                 line["wrong labels given back, %"] = spread(own["fitted_wrong"], 100)
             rows.append(line)

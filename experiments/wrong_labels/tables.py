@@ -14,8 +14,7 @@ from timm.data import create_transform, resolve_data_config
 
 from common import data
 from common.images import decode
-from experiments.page import decisive as decisive_of
-from experiments.page import difference, finished, interval, remake, spread, write
+from experiments.page import decisions, difference, finished, interval, remake, spread, write
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -143,7 +142,7 @@ def decisive() -> list[dict]:
     return [
         {"wrong labels": f"{noise:.0%}", **line}
         for noise, runs in by_level.items()
-        for line in decisive_of(runs, pairs(runs), SIZE)
+        for line in decisions(runs, pairs(runs), SIZE)
     ]
 
 
@@ -177,7 +176,7 @@ def controls() -> list[dict]:
         line["of the wrong labels reproduced, %"] = spread(own["reproduced"], 100)
         for rival in (LAST, "SAM"):
             found = difference(runs, name, rival)
-            line[f"above {rival}"] = interval(found["mean"], found["low"], found["high"])
+            line[f"above {rival}"] = interval(found)
         lines.append(line)
     return lines
 
