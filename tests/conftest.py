@@ -19,6 +19,7 @@ import pytest  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import set_seed  # noqa: E402
 from helpers import fresh_process, write_folder  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from timm.models import save_for_hf  # noqa: E402
@@ -31,6 +32,12 @@ images_module.ImageNetInfo = functools.cache(images_module.ImageNetInfo)
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 # And so many seconds a loader for each of its workers' end; usually 5.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Whatever a test draws, it draws the same each time, alone as among others."""
+    set_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,6 @@ from robustness import flatness
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(1)
-
-
 def small_network(norm=None, act=torch.nn.ReLU):
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(3, 4, 3), norm(4) if norm else torch.nn.Identity(), act()]

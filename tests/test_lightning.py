@@ -29,11 +29,6 @@ STEPS, SIZE = 4, 12
 forget = OutputBiasForgetting()
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class Module(lightning.LightningModule):
     def __init__(self, manual=False, **options):
         super().__init__()

@@ -11,11 +11,6 @@ from brute_force import K, obf_by_definition
 from sam_obf import OutputBiasForgetting
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("link", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("lam", [0.0, None, 0.35])
 @pytest.mark.parametrize("gamma", [0.0, 1e-12, 0.6, 1.0])

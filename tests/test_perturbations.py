@@ -21,11 +21,6 @@ from brute_force import (
 from sam_obf import SAM, momentum_perturbation, proportional_rho, random_perturbation
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def test_random_perturbation_is_standard_normal_and_new_each_time():
     big = torch.nn.Parameter(torch.randn(100_000, dtype=torch.float64))
     (draw,) = torch.autograd.grad(random_perturbation([big]), big)

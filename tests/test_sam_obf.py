@@ -26,11 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sam_obf import SAM, OutputBiasForgetting, random_perturbation
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("objective", OBJECTIVES)

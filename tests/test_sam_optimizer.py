@@ -22,11 +22,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from sam_obf import SAM
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("flags", [(), (True,), (False,)])
 def test_zero_grad_leaves_what_the_base_optimizers_does(flags):
     model, other = network(), network()

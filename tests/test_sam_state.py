@@ -11,11 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sam_obf import SAM, random_perturbation
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class OwnForwardBatchNorm(torch.nn.BatchNorm1d):
     """A subclass that ignores track_running_stats, as some do."""
 
