@@ -102,6 +102,9 @@ def clear_errors():
         PartialState().destroy_process_group()
     finally:
         # Loader workers outlive a SIGTERM by a minute, also the one of this program's own end.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a killed worker for an accident
+        # Meanwhile without torch's handler, which takes a killed worker for an accident.
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, handler)

@@ -1,10 +1,13 @@
 """What a user reads at the end of a program that failed."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from accelerate import Accelerator
 from helpers import ROOT, in_process, recipe, run_script, small_recipe, write_folder
 
@@ -119,6 +122,23 @@ def test_other_errors_keep_their_traceback():
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError("gone")):
         with pytest.raises(type(error)), errors.clear_errors():
             raise error
+
+
+def test_workers_end_with_the_program_and_later_ones_are_watched_as_before():
+    """Torch sets its handler once a process; without it, a killed worker is a wait of minutes."""
+    called = []
+    previous = signal.signal(signal.SIGCHLD, lambda *args: called.append(args))
+    try:
+        with errors.clear_errors():
+            first = torch.multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+            first.start()
+        assert not first.is_alive() and not called
+        last = torch.multiprocessing.get_context("fork").Process(target=os._exit, args=[1])
+        last.start()
+        last.join()
+        assert called
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
 
 
 @pytest.mark.slow
