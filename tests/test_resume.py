@@ -276,7 +276,9 @@ def test_a_resumed_run_says_how_far_it_is(tmp_path, images, capsys):
     for step, words in ((7, "1 of 2 epochs and 3 of 4 updates are trained"), (8, "all 2 epochs")):
         checkpoint = first / "checkpoints" / f"step-{step:08d}"
         in_process(path, tmp_path / str(step), "--resume", str(checkpoint))
-        assert words in capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert words in printed.out
+        assert "8/8 updates" in printed.err
 
 
 def test_another_run_s_checkpoint_brings_its_training_but_not_its_models_and_metrics(

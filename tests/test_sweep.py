@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,6 +119,14 @@ def test_finished_runs_are_never_repeated_and_a_grid_may_grow(tmp_path, monkeypa
     sweep.main(write_sweep(tmp_path, {"seed": [0, 1, 2]}))
     assert [point["seed"] for point in calls] == ["0", "1", "2"]
     assert len(table(tmp_path)) == 3
+
+
+def test_a_run_that_was_removed_is_made_again_however_often(tmp_path, monkeypatch):
+    calls, flags = faked(monkeypatch), write_sweep(tmp_path, {"seed": [0]})
+    for _ in range(sweep.DEATHS + 1):
+        sweep.main(flags)
+        shutil.rmtree(tmp_path / "out" / "runs" / "seed=0")
+    assert len(calls) == sweep.DEATHS + 1
 
 
 def test_a_flag_that_is_cut_short_is_none_of_the_sweeps():
