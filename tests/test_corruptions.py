@@ -62,10 +62,10 @@ def test_strengths_mean_what_the_table_says(severity):
         noise.std().item() == pytest.approx(expected.std().item(), rel=0.05)
         and abs(noise.mean()) < 1
     )
-    line = torch.zeros(3, 100, 100, dtype=torch.uint8)
-    line[:, :, 50] = 255
+    line = torch.zeros(3, 100, 200, dtype=torch.uint8)
+    line[:, :, 100] = 255
     profile = corrupt(line, "blur", severity, 0)[0, 50].double()
-    variance = (profile * (torch.arange(100) - 50) ** 2).sum() / profile.sum()
+    variance = (profile * (torch.arange(200) - 100) ** 2).sum() / profile.sum()
     assert variance.sqrt().item() == pytest.approx(100 * strength["blur"], rel=0.05)
     factor = strength["pixelate"]
     blocks = corrupt(pixels(photograph(size=48)), "pixelate", severity, 0).unfold(1, factor, factor)
