@@ -324,9 +324,9 @@ def show_correlations(correlations):
         for c in (c for c in of_target if not c["fixed"]):
             which = tuple(c[name] for name in names)
             cells = [tested(c["tau"], c["p_value"]), tested(c["above_rival"], c["above_p"])]
-            for key in fixed:
-                within = by_fixed[(*which, key)]
-                cells.append(tested(within["tau"], within["p_value"]))
+            for key in fixed:  # which of them vary depends on the perturbation's runs
+                within = by_fixed.get((*which, key))
+                cells.append(tested(within["tau"], within["p_value"]) if within else "-")
             cells += [str(c["runs"]), tested(c["tau_runs"]), tested(c["reachable"])]
             same = (*which[1:], *cells)
             lines += [] if same in shown_before else [[*which, *cells]]

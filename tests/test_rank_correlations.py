@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
-from robustness import rank_correlations
+from robustness import rank_correlations, report
 
 TARGETS = rank_correlations.TARGETS
 
@@ -276,3 +276,16 @@ def test_what_varies_is_fixed_in_turn():
         if (c["epochs"], c["target"], c["quantity"]) == ("last", "accuracy", "forgetting")
     }  # fmt: skip
     assert set(found) == {None, "m", "rho"} and found["m"] == 1 and found["rho"] == -1
+
+
+def test_a_perturbation_of_runs_that_differ_in_less_has_a_place_in_the_table(capsys):
+    """Base has no rho, and no perturbation of its own."""
+    rows = []
+    for i in range(8):
+        method = {"method": "base", "trained_rho": None} if i % 2 else {"trained_rho": 0.1}
+        run = one_run(str(i), str(i), 0, forgetting=i, accuracy=i, **method)
+        rows += [{**run, "perturbation": kind} for kind in (["sam"] if i % 2 else ["sam", "own"])]
+    report.show_correlations(rank_correlations.table(rows, 0))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    own, sam = ([line for line in lines if line[:1] == [kind]] for kind in ("own", "sam"))
+    assert own and sam and all(line.count("-") > 1 for line in own)
