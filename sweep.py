@@ -157,13 +157,13 @@ def flags_of(args, sweep, rest, point) -> list[str]:
     return [*recipe, *own, *rest, "--output", output, "--resume", "auto"]
 
 
-def check_flags(rest, axes):
+def check_flags(script, rest, axes):
     """Check that the command line sets nothing that a grid varies, and does train.
 
     Raises:
         InputError: it is not so.
     """
-    p = settings.parser("", "")
+    p = script.parser()
     p.set_defaults(**dict.fromkeys(axes))
     given = vars(p.parse_known_args(rest)[0])
     if given["dry_run"]:
@@ -418,9 +418,10 @@ def main(argv=None):
     sweep = read_sweep(Path(args.sweep))
     axes = {str(key): None for grid in sweep["grids"] for key in grid}
     points = {name_of(point): point for point in points_of(args, sweep)}
-    check_flags(rest, axes)
+    script = importlib.import_module(args.script)
+    check_flags(script, rest, axes)
     commands = {name: flags_of(args, sweep, rest, point) for name, point in points.items()}
-    script, accelerator = importlib.import_module(args.script), Accelerator()
+    accelerator = Accelerator()
     checked = check_points(sweep, script, commands, accelerator.num_processes)
     check_folder(args, axes, checked)
     drawn = (args.trials or 0) * len(sweep["grids"])

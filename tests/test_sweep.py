@@ -279,6 +279,12 @@ def test_a_point_overrides_the_sweeps_settings_they_the_recipe_and_the_command_l
     assert len(parsed) == 2
 
 
+def test_flags_of_one_script_alone_override_no_grid_either(tmp_path):
+    flags = [*write_sweep(tmp_path, {"checkpoint": ["a.pth", "b.pth"]}), "--checkpoint", "c.pth"]
+    with pytest.raises(InputError, match=r"checkpoint is c\.pth on the command line, .*: drop one"):
+        sweep.main([*flags, "--script", "finetune_cifar"])
+
+
 ERRORS = {
     "1": (InputError("the loss has not been finite"), "the loss has not been finite"),
     "2": (MemoryError(), "MemoryError"),
