@@ -177,7 +177,7 @@ def beside_ours(models, measured):
     published_by_model = {}
     for name, (model, config) in models.items():
         shown = [protocol for protocol in measured[name] if protocol in COLUMNS]
-        if not shown or Path(name.removeprefix("local-dir:")).expanduser().is_dir():
+        if not shown or Path(name.removeprefix("local-dir:")).expanduser().exists():
             continue
         full_name = f"{model.pretrained_cfg.get('architecture')}.{model.pretrained_cfg.get('tag')}"
         rows = [row for row in results() if row["model"] == full_name]

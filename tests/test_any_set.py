@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,7 +17,7 @@ from timm.data import ImageNetInfo
 import eval_robustness
 from common import checkpoints
 from common.errors import InputError
-from robustness import corruptions, sets
+from robustness import corruptions, published, sets
 from robustness.labels import SUBSETS, outputs
 
 INFO = ImageNetInfo("imagenet-1k")
@@ -450,6 +451,19 @@ def test_timms_top1_stands_beside_ours_at_the_same_size_and_crop(tmp_path, resne
     resnet50("--data", f"v2={folder}", *sizes, "--batch-size", "50")
     printed = capsys.readouterr().out
     assert "reader  v2         100.000  68.470    +31.530" in printed
+
+
+@pytest.mark.parametrize("place", ["weights.pth", "local-dir:model", "model"])
+def test_timms_top1_does_not_stand_beside_a_model_of_ones_own(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("weights.pth").touch()
+    model = torch.nn.Module()
+    model.pretrained_cfg = {"architecture": "resnet50", "tag": "a1_in1k"}
+    config = {"input_size": (3, 224, 224), "crop_pct": 0.95, "interpolation": "bicubic"}
+    for name in ("resnet50", place):
+        found = published.beside_ours({name: (model, config)}, {name: {"v2": {"top1": 0.5}}})
+        assert list(found) == (["resnet50"] if name == "resnet50" else [])
 
 
 def test_elsewhere_the_sizes_and_crops_of_timms_table_are_named(tmp_path, resnet50, capsys):
