@@ -24,7 +24,7 @@ from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-from common import allocator, build, checkpoints, data, loaders, progress, settings
+from common import allocator, build, checkpoints, data, folders, loaders, progress, settings
 from common.device import announce
 from common.errors import WORKER_REMEDY, InputError, clear_errors
 from common.folders import class_name, some
@@ -262,6 +262,25 @@ def perturbations(args, run, rho) -> dict[str, argparse.Namespace]:
     return settings_by_kind
 
 
+def check_perturbations(args, accelerator, runs):
+    """Check what is to be measured, and say where "own" is left out.
+
+    Raises:
+        InputError: as ``perturbations``, or nothing can be measured on a run.
+    """
+    without = []
+    for run in runs:
+        found = perturbations(args, run, run["settings"].rho)
+        if not found:
+            raise InputError(
+                f"the run {run['folder']} was trained with method base, which has no perturbation "
+                f"of its own: leave it out, or give --perturbations sam"
+            )
+        without += [str(run["folder"])] if len(found) < len(set(args.perturbations)) else []
+    if without:
+        accelerator.print(f"own: without {some(without)}, as base makes no perturbation")
+
+
 def choose_images(args, split):
     """Images to measure on, undecoded, with all classes in the proportions of the split."""
     labels = np.asarray(split["label"])
@@ -280,6 +299,12 @@ def choose_images(args, split):
         )
     size = {"train_size": args.examples, "test_size": None, "random_state": args.seed}
     return split.select(train_test_split(range(len(split)), stratify=labels, **size)[0])
+
+
+def revision(split) -> list[str]:
+    """Names a split's images, so that what was measured on others is not taken for theirs."""
+    files = {folders.on_disk(image["path"]) for image in split["image"] if image["bytes"] is None}
+    return [split._fingerprint, folders.revision(sorted(files))]
 
 
 def read_images(args, accelerator, split, config):
@@ -490,7 +515,7 @@ def measure_all(args, accelerator, runs, split):
         Runs, epochs and records.
     """
     tasks = [(run, epoch) for run in runs for epoch in run["epochs"]]
-    cache, hidden = {}, not accelerator.is_main_process
+    cache, hidden, images = {}, not accelerator.is_main_process, revision(split)
     with (
         accelerator.split_between_processes(tasks) as share,
         progress.bar("measuring", total=len(share), unit="model", disable=hidden) as bar,
@@ -498,7 +523,7 @@ def measure_all(args, accelerator, runs, split):
         for run, epoch in share:
             model = checkpoints.open_model(str(epoch))
             layout = loaders.memory_format(args.channels_last, model)
-            request = request_of(args, run, epoch, loaders.format_name(layout))
+            request = request_of(args, run, epoch, images, loaders.format_name(layout))
             if not is_measured(record_file(args, epoch), request):
                 model = model.to(accelerator.device, memory_format=layout)
                 batches = open_batches(args, accelerator, split, model, cache)
@@ -513,7 +538,7 @@ def measure_all(args, accelerator, runs, split):
     return [(run, epoch, record) for (run, epoch), record in zip(tasks, records)]
 
 
-def request_of(args, run, epoch, memory_format):
+def request_of(args, run, epoch, images, memory_format):
     """All that a measurement depends on, as JSON has it."""
     left_out = ("runs", "epochs", "output", "workers", "batch_size", "channels_last")
     weights = (epoch / "model.safetensors").stat()
@@ -522,7 +547,8 @@ def request_of(args, run, epoch, memory_format):
         "weights": [weights.st_size, weights.st_mtime_ns],
         **{key: value for key, value in vars(args).items() if key not in left_out},
         "run": vars(run["settings"]),
-        "images": run["images"],
+        "training_images": run["images"],
+        "images": images,
         "versions": {module.__name__: module.__version__ for module in (torch, timm)},
         "memory_format": memory_format,  # the noise of random is drawn in memory's order
     }
@@ -698,8 +724,7 @@ def main(argv=None):
     set_fused_attn(False)  # it has no second derivatives
     runs = [read_run(Path(folder).expanduser(), args.epochs) for folder in args.runs]
     check_alike(runs)
-    for run in runs:  # before the images are looked for
-        perturbations(args, run, run["settings"].rho)
+    check_perturbations(args, accelerator, runs)
     split = open_images(args, accelerator, runs)
     output = Path(args.output)
     if accelerator.is_main_process:

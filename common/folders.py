@@ -1,6 +1,7 @@
 """Labelled images in folders and zip archives: which files count, and which class each shows."""
 
 import dataclasses
+import hashlib
 import io
 import os
 import unicodedata
@@ -45,7 +46,7 @@ class Tree:
     def files(self) -> list[Path]:
         """The files on the disk: images and others, and the archives that they are in."""
         paths = [*self.images, *self.metadata, *self.others]
-        return [Path(path) for path in sorted(set(map(_on_disk, paths)))]
+        return [Path(path) for path in sorted(set(map(on_disk, paths)))]
 
     def labels(self, anywhere: bool = False) -> dict[str, str]:
         """The class of each image by its path: that of a metadata file, or its folder's name.
@@ -193,7 +194,8 @@ def _inside(path):
     return path.split("::")[0].removeprefix("zip:/") if "://" in path else path
 
 
-def _on_disk(path):
+def on_disk(path: str) -> str:
+    """The file of a path: its archive, if it is in one."""
     return path.partition("::")[2] if path.startswith("zip://") else path
 
 
@@ -201,6 +203,12 @@ def read_bytes(path: str) -> bytes:
     """The content of a file, which may be in an archive or on the Hub."""
     with xopen(path, "rb") if "://" in path else open(path, "rb") as file:
         return file.read()
+
+
+def revision(files) -> str:
+    """A hash of files' names, sizes and times."""
+    stats = [(str(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def some(names: list[str], most: int = 3) -> str:

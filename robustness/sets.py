@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import hashlib
 import itertools
 from pathlib import Path
 
@@ -383,6 +382,4 @@ def revision(which: Pass, ds, place: str | None) -> str:
             return huggingface_hub.HfApi().dataset_info(place).sha
         except Exception as error:  # httpx's errors and the Hub's own have no common base
             raise InputError(f"cannot ask the Hub for the commit of {place}: {error}") from error
-    files = folders.walk(path).files() if path.is_dir() else [path]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+    return folders.revision(folders.walk(path).files() if path.is_dir() else [path])

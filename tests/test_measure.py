@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from helpers import small_recipe, write_folder
+from PIL import Image
 from scipy.stats import kendalltau
 from test_forgetting import counted_entropy
 from timm.loss import LabelSmoothingCrossEntropy
@@ -179,7 +180,9 @@ def test_run_of_four_gives_table_correlations_and_pictures(runs, tmp_path, capsy
     assert pictures == {f"{name}.png" for name in (
         "forgetting_accuracy", "flatness_accuracy", "forgetting_epochs", "forgetting_thresholds"
     )}  # fmt: skip
-    assert "Kendall's tau" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"own: without {runs[0]}, as base makes no perturbation\n" in printed
+    assert "Kendall's tau" in printed
 
 
 @pytest.mark.slow
@@ -372,6 +375,12 @@ def test_base_needs_a_rho(runs, tmp_path):
         measure_forgetting.main(["--runs", str(runs[0]), "--output", str(tmp_path)])
 
 
+def test_base_alone_has_nothing_of_its_own_to_measure(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_forgetting, "open_images", None)
+    with pytest.raises(InputError, match=f"{runs[0]} was trained with method base.* sam$"):
+        measure([runs[1], runs[0]], tmp_path, "--perturbations", "own")
+
+
 def test_a_runs_own_momentum_is_not_saved(runs, tmp_path):
     other = altered(runs[1], tmp_path, method="momentum", perturb_fraction=None)
     with pytest.raises(InputError, match="no momentum saved to perturb along: measure sam"):
@@ -517,6 +526,21 @@ def test_a_model_replaced_in_place_is_measured_anew(runs, tmp_path):
     )
     measure([run], tmp_path, *flags)
     assert [row["sam_gap"] for row in rows(tmp_path)] == [second, second]
+
+
+@pytest.mark.usefixtures("curvature_aside")
+@pytest.mark.parametrize("examples", [6, 100])
+def test_images_that_changed_in_place_are_measured_anew(runs, images, tmp_path, examples):
+    shutil.copytree(images, tmp_path / "images")
+    run = altered(runs[1], tmp_path, dataset=str(tmp_path / "images"))
+    flags = ["--perturbations", "sam", "--micro-batches", "1", "--examples", str(examples)]
+    found = []
+    for _ in range(2):
+        measure([run], tmp_path, *flags)
+        found.append([row["sam_gap"] for row in rows(tmp_path)])
+        for file in (tmp_path / "images" / "train").rglob("*.png"):
+            Image.open(file).rotate(90).save(file)
+    assert found[0] != found[1]
 
 
 def test_a_runs_accuracy_is_that_of_its_last_epoch_on_test(tmp_path):
