@@ -1,5 +1,6 @@
 """What trains, and how fast: a frozen backbone, and a learning rate that decays by layers."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -52,6 +53,16 @@ def test_only_the_classifier_moves_in_the_frozen_epochs(tmp_path, images, checkp
             assert torch.equal(first[name], start[name]) and torch.equal(second[name], start[name])
     moved = [name for name in third if not torch.equal(third[name], second[name])]
     assert len(moved) > 0.9 * len(third)
+
+
+def test_a_classifier_of_several_layers_trains_whole(accelerator):
+    """As a perceptron in the place of timm's linear layer, or LeViT's with its batch norm."""
+    model = timm.create_model("test_resnet", num_classes=2)
+    head = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    model.get_classifier = lambda: head
+    args = argparse.Namespace(freeze=1, model="test_resnet")
+    frozen = build.modules_to_freeze(args, accelerator, model)
+    assert {model.conv1, model.fc} < set(frozen) and not set(head.modules()) & set(frozen)
 
 
 def test_the_perturbation_is_of_length_rho_on_what_trains(tmp_path, images, monkeypatch):

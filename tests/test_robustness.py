@@ -751,6 +751,19 @@ def test_models_are_compared_on_the_images_that_both_have_seen():
     assert (one.tolist(), two.tolist()) == ([False, True], [True, False])
 
 
+def test_the_mean_over_corruptions_is_of_the_images_read_in_each_and_without_the_clean_ones():
+    seen = {"": [1, 1, 1], "noise": [1, 0, 1], "blur": [0, 0, 0]}
+    tables = {}
+    for kind, right in seen.items():
+        table = {"key": np.array(["a", "b", "c"]), "top1": np.array(right, bool)}
+        tables[sets.Protocol("v2", kind, "1" if kind else "")] = table
+    more = {"key": np.array(["b", "c"]), "top1": np.array([True, True])}
+    tables[sets.Protocol("v2", "blur", "2")] = more
+    found = eval_robustness.by_image(tables)["v2"]
+    assert found["key"].tolist() == ["b", "c"]
+    assert found["top1"].tolist() == pytest.approx([1 / 3, 2 / 3])
+
+
 def test_precision_and_versions_belong_to_what_is_finished(
     tmp_path, predictions, monkeypatch, capsys
 ):
