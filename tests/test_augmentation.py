@@ -148,10 +148,10 @@ def all_of(batches, epoch=0, first=0):
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_micro_batches_are_mixed_as_timm_mixes_them(accelerator, images, kind):
-    flags = ["--batch-size", "8", "--m", "4", "--smoothing", "0.1"]
+    flags = ["--batch-size", "8", "--m", "4", "--smoothing", "0.2"]
     pixels, labels = all_of(mixed(accelerator, images, *flags))
     ours, soft = all_of(mixed(accelerator, images, *flags, f"--{kind}", "0.8"))
-    mixup = Mixup(**{"mixup_alpha": 0.0, f"{kind}_alpha": 0.8}, label_smoothing=0.1, num_classes=2)
+    mixup = Mixup(**{"mixup_alpha": 0.0, f"{kind}_alpha": 0.8}, label_smoothing=0.2, num_classes=2)
     for number, (x, y) in enumerate(zip(pixels.split(4), labels.split(4))):
         random.seed(f"0 mixup 0 {number}")
         np.random.seed(random.getrandbits(63) % 2**32)

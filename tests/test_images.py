@@ -79,7 +79,7 @@ HUB[517], HUB[639] = "crane2", "maillot2"
     "names, turned",
     [
         (["cat", "dog"], True),
-        (["tench", "crane"], True),
+        (["banana", "orange"], True),
         (WORDNET, False),
         (WORDNET[5:9], False),
         (HUB, False),

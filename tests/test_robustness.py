@@ -485,11 +485,10 @@ def test_too_many_unreadable_images_are_an_error(tmp_path):
     folder = write_folders(tmp_path / "v2", {str(i): i for i in range(1000)})
     for i in range(3):
         (folder / str(i) / f"{i}_0.jpeg").write_bytes(b"not an image")
-    with pytest.raises(
-        InputError,
-        match=r"v2: 3 of 1000 images cannot be read, too many: mend or replace .*0_0\.jpeg",
-    ):
-        evaluate(tmp_path, ["v2"], f"v2={folder}")
+    words = r"v2: 3 of 1000 images cannot be read, too many: mend or replace .*0_0\.jpeg"
+    for _ in range(2):  # nor is it finished at the second try
+        with pytest.raises(InputError, match=words):
+            evaluate(tmp_path, ["v2"], f"v2={folder}")
 
 
 def test_unreadable_images_are_counted_once_however_many_protocols_and_corruptions_there_are(
