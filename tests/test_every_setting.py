@@ -21,7 +21,7 @@ import yaml
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import LoggerType
 from flags import check_every_flag_has_a_row, flags_of
-from helpers import fresh_process, metrics, tiny_net
+from helpers import fresh_process, metrics, tiny_net, train, write_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -503,6 +503,31 @@ def contents(folder):
         else:
             found[name] = None
     return found
+
+
+def test_fine_tuning_is_training_but_for_the_model_it_starts_from(tmp_path, monkeypatch):
+    """With the same model to start from, both scripts leave the same files."""
+    monkeypatch.setattr(finetune_cifar, "create_model", train_imagenet.create_model)
+    flags = {"dataset": write_folder(tmp_path / "images", images=8), "model": "tiny_net"}
+    flags |= {"method": "obf", "rho": 0.5, "model_ema": True, "model_ema_decay": 0.5, "lr": 0.2}
+    flags |= {"epochs": 4, "val_interval": 2, "save_interval": 3, "img_size": 16, "seed": 10}
+    left = []
+    for script in (train_imagenet, finetune_cifar):
+        results = train(script, tmp_path, **flags)
+        files = contents(tmp_path / "run")
+        for name in [name for name in files if name.endswith("progress.json")]:
+            for key in ("checkpoint", "use_ema"):  # of fine-tuning alone
+                files[name]["settings"].pop(key, None)
+        own = files.pop("settings.yaml")
+        assert script is train_imagenet or b"checkpoint: null" in own
+        left.append((results, files))
+        shutil.rmtree(tmp_path / "run")
+    (one, first), (two, second) = left
+    assert one == two and first.keys() == second.keys() > {"metrics.jsonl", "results.json"}
+    for name in first:
+        assert first[name] == second[name], name
+    lines = first["metrics.jsonl"]
+    assert {line["validation_ema"] for line in lines} > {None}  # validated, in some epochs
 
 
 @pytest.mark.parametrize("key, world", CASES)
