@@ -178,7 +178,9 @@ def test_the_surest_mistakes_are_kept_whatever_the_batches():
         columns.setdefault("top1", []).extend(right[part].tolist())
         for name in ("file", "true", "predicted", "key"):
             columns.setdefault(name, []).extend(f"{i:02d}" for i in part)
-        wrong.add("p", images[part.start : part.stop], list(range(len(part))), columns)
+        batch = torch.full((2 * len(part), 3, 2, 2), 255, dtype=torch.uint8)
+        batch[1::2] = images[part.start : part.stop]  # the others have no right answer
+        wrong.add("p", batch, list(range(1, 2 * len(part), 2)), columns)
     order = sorted((i for i in range(100) if not right[i]), key=lambda i: (-confidence[i], i))
     assert [image[0, 0, 0] for *_, image in wrong.by_protocol["p"]] == order[: mistakes.MOST]
 
