@@ -87,7 +87,7 @@ def parse(argv=None):
     args = parser().parse_args(argv)
     name_files(args)
     places = [item.partition("=")[::2] for item in args.data]
-    taken = sets.taken_names(args.benchmarks)
+    taken = sets.taken_names()
     for name, place in places:
         if not re.fullmatch(r"\w[\w-]*", name) or not place:
             raise InputError(
@@ -365,6 +365,7 @@ def picture_loader(accelerator, model, config, which, ds, args):
         which.name, ds, loaders.evaluation_transform(config), args.batch_size,
         label_names=labels.label_names(model), process=accelerator.process_index,
         processes=accelerator.num_processes, corrupt=args.corrupt,
+        root=str(Path(which.place(args.data)).expanduser()) if which.corruption else "",
     )  # fmt: skip
     most = variants(args) * len(ds) // loaders.IMAGES_PER_WORKER if stored(ds) else ds.num_shards
     options = loaders.worker_options(accelerator, min(args.workers, most))
@@ -823,11 +824,23 @@ def write_results(output, summary, notes):
     content = {**summary, "passes": notes, "versions": versions}
     draft = output / "results.json.draft"
     draft.write_text(json.dumps(content, indent=2) + "\n")
+    earlier = earlier_files(output)
     draft.replace(output / "results.json")
-    # Tables and pictures of other results.
-    for pattern in ("results-*.csv", "accuracy.*", "effective_robustness.*", "corrupted-*"):
-        for old in output.glob(pattern):
-            old.unlink()
+    for name in earlier:
+        (output / name).unlink(missing_ok=True)
+
+
+def earlier_files(output) -> list[str]:
+    """The tables and pictures that belong to the results that are in the folder already."""
+    try:
+        summary = json.loads((output / "results.json").read_text())
+        results, on_corrupted = summary["results"].values(), summary.get("corrupted", {}).values()
+        tables = {f"results-{name}.csv" for by_set in results for name in by_set}
+        pictures = {f"corrupted-{name}" for by_set in on_corrupted for name in by_set}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    pictures |= {"accuracy", "effective_robustness"}
+    return [*tables, *(f"{name}.{suffix}" for name in pictures for suffix in ("png", "svg"))]
 
 
 def show(args, models, summary, words, notes):

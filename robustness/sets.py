@@ -101,10 +101,10 @@ def images_of(benchmark: str) -> str:
     return "imagenet" if benchmark in ON_IMAGENET else benchmark
 
 
-def taken_names(benchmarks: list[str]) -> set[str]:
-    """What a set of the user's own cannot be called beside ``benchmarks``."""
-    rows = {*ON_IMAGENET, "digits", *(f"{name}-{n}" for name in SUBSETS for n in (200, 1000))}
-    return rows | ({"test", *SHIFTS} if "digits" in benchmarks else set())
+def taken_names() -> set[str]:
+    """What a set of the user's own cannot be called: results of several commands share a folder."""
+    rows = {f"{name}-{n}" for name in SUBSETS for n in (200, 1000)}
+    return {*ON_IMAGENET, "digits", "test", *SHIFTS, *rows}
 
 
 def classes_of(name: str, ds, label_names: list[str]) -> list[str]:
@@ -113,19 +113,25 @@ def classes_of(name: str, ds, label_names: list[str]) -> list[str]:
     Args:
         name: of a ``Pass``.
         ds: the set; only one that is neither ImageNet's nor the digits' is looked at.
-        label_names: a model's. A set's labels may be among them, or be as many numbers, if it does
-            not name its classes.
+        label_names: a model's. Labels of a set that does not name its classes may be among them, as
+            text or numbers, or else be as many numbers from 0.
     """
     if name in CLASSES:
         return WORDNET if name != "digits" else [str(i) for i in range(10)]
     label = ds.features["label"]
     if isinstance(label, datasets.ClassLabel):
         return label.names
-    return label_names if _is_text(label) else [str(i) for i in range(len(label_names))]
+    if _is_text(label) or _numbered(label_names):
+        return label_names
+    return [str(i) for i in range(len(label_names))]
 
 
 def _is_text(feature):
     return feature.dtype in ("string", "large_string")
+
+
+def _numbered(names):
+    return all(name.isdecimal() for name in names)
 
 
 def mapping(name: str, ds, label_names: list[str], model: str) -> str:
@@ -171,15 +177,17 @@ class Pictures(torch.utils.data.IterableDataset):
     Args:
         name: of a ``Pass``.
         label_names: the model's, among which the labels are if they are strings.
+        root: the folder of the set's files, if these name the images: in ImageNet-C a picture has
+            the same name in each corruption, whichever files there are besides.
     """
 
     def __init__(
         self, name, ds, transform, batch_size: int, *,
-        label_names=(), process: int = 0, processes: int = 1, corrupt=False,
+        label_names=(), process: int = 0, processes: int = 1, corrupt=False, root="",
     ):  # fmt: skip
         self.name, self.ds, self.transform, self.batch_size = name, ds, transform, batch_size
         self.process, self.processes, self.corrupt = process, processes, corrupt
-        self.label_names, self.places = label_names, {}
+        self.label_names, self.root, self.places = label_names, root, {}
         names = getattr(ds.features["label"], "names", None)
         self.to_index = names and list(range(len(names)))
         if names and name in HUB:
@@ -192,7 +200,10 @@ class Pictures(torch.utils.data.IterableDataset):
         if isinstance(self.ds, datasets.Dataset):
             for start in range(share * self.batch_size, len(self.ds), shares * self.batch_size):
                 keys = range(start, min(start + self.batch_size, len(self.ds)))
-                yield self.ds[keys.start : keys.stop], [str(key) for key in keys]
+                rows = self.ds[keys.start : keys.stop]
+                if self.root:
+                    names = [image["path"].replace(self.root, "") for image in rows["image"]]
+                yield rows, names if self.root else [str(key) for key in keys]
             return
         whole = self.ds.num_shards >= shares
         ds = self.ds.shard(shares, share) if whole else None
@@ -247,23 +258,26 @@ class Pictures(torch.utils.data.IterableDataset):
             wordnet = wordnet_id(path)
             return class_index(wordnet, self.name) if wordnet and self.name in HUB else -1
         if self.to_index is None:
-            return self._plain_label(label)
-        if not 0 <= label < len(self.to_index):  # -1 stands for none, as in test splits
+            return self._plain_label(label, path)
+        return self.to_index[self._known(label, self.to_index, path)]
+
+    def _plain_label(self, label, path):
+        if label not in self.places:
+            if self.name in HUB:
+                self.places[label] = class_index(str(label), self.name)
+            elif isinstance(label, str) or _numbered(self.label_names):
+                self.places[label] = outputs([str(label)], list(self.label_names))[0]
+            else:
+                self.places[label] = self._known(label, self.label_names, path)
+        return self.places[label]
+
+    def _known(self, label, classes, path):
+        if not 0 <= label < len(classes):  # -1 stands for none, as in test splits
             raise InputError(
                 f"{self.name}: the label of {path or 'an image'} is {label}: choose a labelled "
                 f"split"
             )
-        return self.to_index[label]
-
-    def _plain_label(self, label):
-        if label not in self.places:
-            if self.name in HUB:
-                self.places[label] = class_index(str(label), self.name)
-            elif isinstance(label, str):
-                self.places[label] = outputs([label], list(self.label_names))[0]
-            else:
-                self.places[label] = label
-        return self.places[label]
+        return label
 
 
 def open_set(
@@ -285,6 +299,7 @@ def open_set(
         return data.standard_columns(data.load("digits")[which.split], "digits")
     name, place = which.name, place or HUB[which.name]
     path = Path(place).expanduser()
+    place = str(path) if path.exists() else place
     tars = [path] if path.suffix == ".tar" else sorted(path.glob("**/*.tar"))
     local = path.is_dir() and not _holds_parquet(path)
     if (tars and path.exists()) or path.suffix in (".tar", ".zip") or local:

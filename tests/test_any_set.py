@@ -429,6 +429,18 @@ def test_imagenet_c_gives_errors_by_corruption_and_severity_and_mce(
         evaluate(None, list(range(1000)), "--data", f"c={root / 'snow'}")
 
 
+def test_an_image_that_imagenet_c_lacks_in_one_corruption_is_left_out_of_their_mean(
+    tmp_path, evaluate
+):
+    """The first image is seen in fog and not in snow; others are not taken for it."""
+    write(tmp_path / "c" / "fog" / "1", WORDNET[:4], [0, 1, 5, 5])
+    write(tmp_path / "c" / "snow" / "1", WORDNET[1:4], [1, 5, 5])
+    evaluate(None, list(range(1000)), "--data", f"c={tmp_path / 'c'}", "--allow-partial")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["corrupted"]["reader"]["c"]
+    assert found["corruptions"] == {"fog": {"1": 0.5}, "snow": {"1": pytest.approx(1 / 3)}}
+    assert found["mean"] == pytest.approx(1 / 3)
+
+
 # --------------------------------------------------------------------------------------------------
 # Beside timm's published results
 
@@ -519,6 +531,23 @@ def test_string_labels_are_looked_up_among_the_outputs(tmp_path, evaluate, names
     other = plain_layout(tmp_path / "other", ["unicorn"], [0], column)
     with pytest.raises(InputError, match=r"\('unicorn'\) mean none of the 10 outputs"):
         evaluate(label_names, order, "--data", f"mine={other}")
+
+
+def test_number_labels_are_the_outputs_of_that_name(tmp_path, evaluate):
+    """As training calls such classes; a number that is none of them is an error."""
+    place = plain_layout(tmp_path / "set", [2, 5, 2, 3], [0, 1, 0, 2])
+    found = evaluate(["5", "3", "2"], [2, 0, 1], "--data", f"mine={place}")
+    assert found["mine"]["top1"] == 1.0
+    for label, names in ((4, ["5", "3", "2"]), (-2, WORDNET), (1000, WORDNET)):
+        other = plain_layout(tmp_path / str(label), [label], [0])
+        with pytest.raises(InputError, match=rf"mine: .*{label}|\('{label}'\) mean none"):
+            evaluate(names, list(range(len(names))), "--data", f"mine={other}")
+
+
+def test_a_copy_in_the_home_folder_is_found(tmp_path, evaluate, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plain_layout(tmp_path / "copy", ["cat"], [3])
+    assert evaluate(CIFAR, list(range(10)), "--data", "mine=~/copy")["mine"]["top1"] == 1.0
 
 
 def test_a_model_of_one_channel_is_refused_before_the_first_image(tmp_path, evaluate, monkeypatch):

@@ -121,10 +121,15 @@ def test_no_table_or_picture_of_another_result_stays(tmp_path, monkeypatch):
     place, other = (write(tmp_path / name, SHOWN) for name in ("mine", "other"))
     evaluate(monkeypatch, tmp_path / "out", "--csv", "--corrupt", mine=place, other=other)
     (tmp_path / "out" / "effective_robustness.png").touch()
-    before = left(tmp_path / "out")
+    own = {"results-kept.csv", "accuracy.txt", "corrupted-mine.csv"}  # whoever put them there
+    for name in own:
+        (tmp_path / "out" / name).touch()
+    (tmp_path / "out" / "corrupted-run").mkdir()
+    before = left(tmp_path / "out") - own
     evaluate(monkeypatch, tmp_path / "out", mine=place)
     evaluate(monkeypatch, tmp_path / "fresh", mine=place)
-    assert left(tmp_path / "out") == left(tmp_path / "fresh")
+    assert left(tmp_path / "out") == left(tmp_path / "fresh") | own
+    assert (tmp_path / "out" / "corrupted-run").is_dir()
     assert {name.split(".")[0] for name in before - left(tmp_path / "fresh")} == {
         "results-mine", "results-other", "effective_robustness", "corrupted-mine", "corrupted-other"
     }  # fmt: skip
