@@ -6,6 +6,7 @@ Of both it says how well they go with generalisation.
 import argparse
 import collections
 import csv
+import datetime
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ import numpy as np
 import timm
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from sklearn.model_selection import train_test_split
 from timm.data import resolve_data_config
 from timm.layers import set_fused_attn
@@ -282,12 +283,21 @@ def check_perturbations(args, accelerator, runs):
 
 
 def choose_images(args, split):
-    """Images to measure on, undecoded, with all classes in the proportions of the split."""
-    labels = np.asarray(split["label"])
-    classes = len(split.features["label"].names)
-    if args.examples < classes:
+    """Images to measure on, undecoded, with all classes in the proportions of the split.
+
+    Raises:
+        InputError: a class has no images, or so few that none might be chosen.
+    """
+    labels, names = np.asarray(split["label"]), split.features["label"].names
+    classes, counts = len(names), np.bincount(labels, minlength=len(names))
+    if missing := [names[i] for i in np.flatnonzero(counts == 0)]:
+        raise InputError(f"there are no images of {some(missing)}: choose another --split")
+    least = math.ceil(len(split) / counts.min())
+    if args.examples < min(least, len(split)):
+        rarest = names[counts.argmin()]
         raise InputError(
-            f"--examples {args.examples} cannot hold one of each of {classes} classes: raise it"
+            f"--examples {args.examples} cannot hold one of each of {classes} classes in their "
+            f"proportions, as {rarest} has {counts.min()} of {len(split)} images: give {least}"
         )
     if args.examples >= len(split):
         args.examples = len(split)
@@ -698,7 +708,13 @@ def link_remark(links) -> str:
     return f"forgetting is of {shares} models, as they were trained: give --link to compare them"
 
 
-def remarks(args, measured, summaries, labels) -> list[str]:
+def without_last_epoch(runs) -> list[str]:
+    """The runs of which another model is measured than the one whose accuracy is known."""
+    measured = [(run, int(run["epochs"][-1].name)) for run in runs]
+    return [str(run["folder"]) for run, last in measured if last < run["settings"].epochs]
+
+
+def remarks(args, runs, measured, summaries, labels) -> list[str]:
     """What the user should know about the results."""
     lines = [link_remark(record["link"] for *_, record in measured)]
     if full := saturated(measured, args.thresholds, labels):
@@ -706,6 +722,11 @@ def remarks(args, measured, summaries, labels) -> list[str]:
             f"at thresholds {', '.join(map(str, full))} some model predicts labels of their own "
             f"for nearly all images, and what is forgotten cannot be seen: raise --examples, or "
             f"leave these --thresholds out"
+        )
+    if without := without_last_epoch(runs):
+        lines.append(
+            f"accuracy is of each run's last epoch, which is not measured of {some(without)}: so "
+            f"there is no generalisation gap"
         )
     if not summaries:
         lines.append(
@@ -719,7 +740,9 @@ def main(argv=None):
     allocator.keep_freed_memory()
     args = parse(argv)
     settings.make_output(args.output)
-    accelerator = Accelerator()
+    # A process may wait for another's models, and derivatives are of float32.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     announce(accelerator)
     set_fused_attn(False)  # it has no second derivatives
     runs = [read_run(Path(folder).expanduser(), args.epochs) for folder in args.runs]
@@ -733,10 +756,11 @@ def main(argv=None):
     if not accelerator.is_main_process:
         return None
     rows = table_of(measured)
-    summaries = rank_correlations.table(rows, args.seed, gap=args.split == "train")
+    gap = args.split == "train" and not without_last_epoch(runs)
+    summaries = rank_correlations.table(rows, args.seed, gap=gap)
     write_results(args, output, rows, summaries)
     report.show_correlations(summaries)
-    for line in remarks(args, measured, summaries, split["label"]):
+    for line in remarks(args, runs, measured, summaries, split["label"]):
         print(line)
     report.draw_forgetting(measured, rows, summaries, args.thresholds, output)
     pictures = len(list(output.glob("*.png")))

@@ -402,8 +402,8 @@ def draw_forgetting(measured, rows, correlations, thresholds, folder):
         report.save(figure, folder / name, caption)
 
     def against_accuracy(name, kinds, xlabel, quantity, value):
-        caption = "A marker is a run, after its last epoch; Kendall's tau is of settings, by the "
-        caption += "means over their seeds."
+        caption = "A marker is a run, after its last measured epoch; Kendall's tau is of settings, "
+        caption += "by the means over their seeds."
 
         def draw(axis, kind, by_run):
             for row in by_run.values():

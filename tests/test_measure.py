@@ -3,9 +3,11 @@
 import argparse
 import copy
 import csv
+import datetime
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import small_recipe, write_folder
+from helpers import fresh_process, small_recipe, write_folder
 from PIL import Image
 from scipy.stats import kendalltau
 from test_forgetting import counted_entropy
@@ -379,6 +381,40 @@ def test_base_alone_has_nothing_of_its_own_to_measure(runs, tmp_path, monkeypatc
     monkeypatch.setattr(measure_forgetting, "open_images", None)
     with pytest.raises(InputError, match=f"{runs[0]} was trained with method base.* sam$"):
         measure([runs[1], runs[0]], tmp_path, "--perturbations", "own")
+
+
+@pytest.mark.usefixtures("curvature_aside")
+@pytest.mark.parametrize("epoch", ["1", "2"])
+def test_there_is_no_gap_between_two_epochs(runs, tmp_path, capsys, epoch):
+    """Accuracy is the last epoch's."""
+    flags = ["--perturbations", "random", "--micro-batches", "1", "--epochs", epoch]
+    found = measure(runs, tmp_path, *flags)
+    assert {c["target"] for c in found} == ({"accuracy"} | ({"-gap"} if epoch == "2" else set()))
+    said = "accuracy is of each run's last epoch, which is not measured of "
+    assert (said + str(runs[0]) in capsys.readouterr().out) == (epoch == "1")
+
+
+@pytest.mark.usefixtures("curvature_aside")
+def test_measuring_is_in_float32_whatever_accelerate_is_told(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    fresh_process()
+    measure([runs[1]], tmp_path, "--perturbations", "random", "--micro-batches", "1")
+    assert "precision: float32" in capsys.readouterr().out
+
+
+def test_a_process_waits_for_anothers_models_longer_than_torch_does(runs, tmp_path, monkeypatch):
+    """Of two processes one may have a day's work, and the other nothing."""
+    asked = {}
+
+    def record(**options):
+        asked.update(options)
+        raise InputError("enough")
+
+    monkeypatch.setattr(measure_forgetting, "Accelerator", record)
+    with pytest.raises(InputError, match="enough"):
+        measure(runs, tmp_path)
+    (handler,) = asked["kwargs_handlers"]
+    assert handler.to_kwargs()["timeout"] > datetime.timedelta(days=1)
 
 
 def test_a_runs_own_momentum_is_not_saved(runs, tmp_path):
@@ -914,6 +950,29 @@ def test_noise_depends_on_the_seed_alone():
 
     assert random(3, before=1) == random(3, before=2) == random(3, before=3)
     assert random(4, before=1) != random(3, before=1)
+
+
+@pytest.mark.parametrize(
+    "counts, examples, words",
+    [
+        ((500, 499, 1), 100, "1 of 1000 images: give 1000$"),
+        ((500, 497, 3), 100, "as c has 3 of 1000 images: give 334$"),
+        ((20, 0, 20), 8, "there are no images of b: choose another --split"),
+        ((20, 0, 20), 40, "there are no images of b: choose another --split"),
+    ],
+)
+def test_a_class_that_none_of_the_chosen_images_might_show_is_named(counts, examples, words):
+    def choose(examples):
+        args = argparse.Namespace(examples=examples, seed=0)
+        return measure_forgetting.choose_images(args, split)
+
+    features = datasets.Features({"label": datasets.ClassLabel(names=["a", "b", "c"])})
+    columns = {"label": np.repeat([0, 1, 2], counts)}
+    split = datasets.Dataset.from_dict(columns, features=features)
+    with pytest.raises(InputError, match=words):
+        choose(examples)
+    if given := re.search(r"give (\d+)", words):
+        assert set(choose(int(given[1]))["label"]) == {0, 1, 2}
 
 
 def test_so_many_examples_that_some_class_would_lack_the_rest_are_refused():
