@@ -87,7 +87,7 @@ def parse(argv=None):
     args = parser().parse_args(argv)
     name_files(args)
     places = [item.partition("=")[::2] for item in args.data]
-    taken = sets.taken_names()
+    taken = sets.taken_names(args.benchmarks)
     for name, place in places:
         if not re.fullmatch(r"\w[\w-]*", name) or not place:
             raise InputError(
@@ -100,6 +100,8 @@ def parse(argv=None):
             )
     settings.check_once("--data", [name for name, _ in places])
     settings.check_once("--benchmarks", args.benchmarks)
+    if {"digits", "sketch"} <= set(args.benchmarks):
+        raise InputError("the digits have a row sketch too: give sketch a command of its own")
     args.data = dict(places)
     read = {sets.images_of(benchmark) for benchmark in args.benchmarks}
     args.benchmarks += [name for name in args.data if name not in read]

@@ -109,9 +109,12 @@ def save(
     for name in earlier:
         for file in (f"{name}.parquet", f"mistakes-{name}.png", f"confusion-{name}.png"):
             (folder / file).unlink(missing_ok=True)
+    names = [str(protocol) for protocol in tables]
+    for other in folder.glob("*.json"):  # as of a set called test, and of the digits
+        if set(names) & set(protocols_of(other)):
+            other.unlink()
     for protocol, table in tables.items():
         pq.write_table(as_arrow(table, root), folder / f"{protocol}.parquet")
-    names = [str(protocol) for protocol in tables]
     record = {"request": request, "protocols": names, "unreadable": unreadable}
     record["classes"] = classes
     record_file.write_text(json.dumps(record, indent=2) + "\n")

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import itertools
+import math
 from pathlib import Path
 
 import datasets
@@ -101,10 +102,10 @@ def images_of(benchmark: str) -> str:
     return "imagenet" if benchmark in ON_IMAGENET else benchmark
 
 
-def taken_names() -> set[str]:
-    """What a set of the user's own cannot be called: results of several commands share a folder."""
-    rows = {f"{name}-{n}" for name in SUBSETS for n in (200, 1000)}
-    return {*ON_IMAGENET, "digits", "test", *SHIFTS, *rows}
+def taken_names(benchmarks: list[str]) -> set[str]:
+    """What a set of the user's own cannot be called beside ``benchmarks``."""
+    rows = {*ON_IMAGENET, "digits", *(f"{name}-{n}" for name in SUBSETS for n in (200, 1000))}
+    return rows | ({"test", *SHIFTS} if "digits" in benchmarks else set())
 
 
 def classes_of(name: str, ds, label_names: list[str]) -> list[str]:
@@ -131,7 +132,7 @@ def _is_text(feature):
 
 
 def _numbered(names):
-    return all(name.isdecimal() for name in names)
+    return bool(names) and all(name.isdecimal() for name in names)
 
 
 def mapping(name: str, ds, label_names: list[str], model: str) -> str:
@@ -259,7 +260,7 @@ class Pictures(torch.utils.data.IterableDataset):
             return class_index(wordnet, self.name) if wordnet and self.name in HUB else -1
         if self.to_index is None:
             return self._plain_label(label, path)
-        return self.to_index[self._known(label, self.to_index, path)]
+        return self.to_index[self._known(label, len(self.to_index), path)]
 
     def _plain_label(self, label, path):
         if label not in self.places:
@@ -268,11 +269,11 @@ class Pictures(torch.utils.data.IterableDataset):
             elif isinstance(label, str) or _numbered(self.label_names):
                 self.places[label] = outputs([str(label)], list(self.label_names))[0]
             else:
-                self.places[label] = self._known(label, self.label_names, path)
+                self.places[label] = self._known(label, math.inf, path)
         return self.places[label]
 
-    def _known(self, label, classes, path):
-        if not 0 <= label < len(classes):  # -1 stands for none, as in test splits
+    def _known(self, label, count, path):
+        if not 0 <= label < count:  # -1 stands for none, as in test splits
             raise InputError(
                 f"{self.name}: the label of {path or 'an image'} is {label}: choose a labelled "
                 f"split"

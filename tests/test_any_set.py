@@ -288,7 +288,7 @@ def test_numbers_without_names_in_tars_are_for_outputs_called_by_numbers(tmp_pat
     with pytest.raises(InputError, match=r"\('0', '1', .*\) mean none of the 10 outputs"):
         evaluate(CIFAR, order, "--data", f"mine={place}")
     beyond = write_tars(tmp_path / "beyond", [3, 10], [3, 4])
-    with pytest.raises(InputError, match="mine: the label 10 is none of the 10 outputs"):
+    with pytest.raises(InputError, match=r"\('10'\) mean none of the 10 outputs"):
         evaluate(label_names, order, "--data", f"mine={beyond}")
 
 
@@ -531,6 +531,17 @@ def test_string_labels_are_looked_up_among_the_outputs(tmp_path, evaluate, names
     other = plain_layout(tmp_path / "other", ["unicorn"], [0], column)
     with pytest.raises(InputError, match=r"\('unicorn'\) mean none of the 10 outputs"):
         evaluate(label_names, order, "--data", f"mine={other}")
+
+
+def test_a_set_called_like_a_row_of_the_digits_is_not_taken_for_it(tmp_path, evaluate, capsys):
+    names, same = [str(i) for i in range(10)], list(range(10))
+    first = evaluate(names, same, "--benchmarks", "digits")
+    own = evaluate(names, same, "--data", f"test={write(tmp_path / 'own', names)}")
+    assert own["test"]["examples"] == 10 and first["test"]["examples"] > 10
+    capsys.readouterr()
+    assert evaluate(names, same, "--benchmarks", "digits") == first
+    printed = capsys.readouterr().out.splitlines()
+    assert {"reader on digits:test", "reader on digits:noisy: finished before"} <= set(printed)
 
 
 def test_number_labels_are_the_outputs_of_that_name(tmp_path, evaluate):

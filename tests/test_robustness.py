@@ -540,7 +540,8 @@ def test_unknown_class_folder_ends_before_any_model_runs(tmp_path, monkeypatch):
             ("r-200=/nowhere",),
             "r-200 is a set or a row of its own here: choose another name",
         ),
-        (["v2"], ("test=/nowhere",), "test is a set or a row of its own here"),  # of the digits
+        (["digits"], ("test=/nowhere",), "test is a set or a row of its own here"),
+        (["digits", "sketch"], (), "the digits have a row sketch too"),
         (["v2"], ("real=/nowhere",), "real is a set or a row of its own here: choose another name"),
         (["v2"], ("v2=/nowhere/0.tar",), r"there is no file /nowhere/0\.tar"),
     ],
