@@ -572,6 +572,8 @@ def request_of(args, accelerator, model_name, weights, config, which, ds, revisi
         request["names"] = names
     if which.name not in (*sets.HUB, "digits"):
         request["turned"] = True  # as photographs' Exif tags say
+    if which.corruption:
+        request["images"] = "by file"  # their places among its own were their keys once
     return json.loads(json.dumps(request))
 
 

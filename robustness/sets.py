@@ -203,8 +203,8 @@ class Pictures(torch.utils.data.IterableDataset):
                 keys = range(start, min(start + self.batch_size, len(self.ds)))
                 rows = self.ds[keys.start : keys.stop]
                 if self.root:
-                    names = [image["path"].replace(self.root, "") for image in rows["image"]]
-                yield rows, names if self.root else [str(key) for key in keys]
+                    keys = [image["path"].replace(self.root, "") for image in rows["image"]]
+                yield rows, list(map(str, keys))
             return
         whole = self.ds.num_shards >= shares
         ds = self.ds.shard(shares, share) if whole else None

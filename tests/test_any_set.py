@@ -439,6 +439,8 @@ def test_an_image_that_imagenet_c_lacks_in_one_corruption_is_left_out_of_their_m
     found = json.loads((tmp_path / "out" / "results.json").read_text())["corrupted"]["reader"]["c"]
     assert found["corruptions"] == {"fog": {"1": 0.5}, "snow": {"1": pytest.approx(1 / 3)}}
     assert found["mean"] == pytest.approx(1 / 3)
+    record = json.loads(next((tmp_path / "out" / "predictions").glob("*/c*.json")).read_text())
+    assert record["request"]["images"] == "by file"
 
 
 # --------------------------------------------------------------------------------------------------
