@@ -61,11 +61,12 @@ def test_classes_are_those_of_a_metadata_file_as_datasets_reads_it(tmp_path, kin
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_class_in_a_metadata_file_is_the_text_that_stands_there(tmp_path, kind):
-    """Not a number, which would lose a leading zero."""
-    root = with_metadata(tmp_path / "images", kind, cat="007", dog="12")
-    assert set(labels_for_training(root).values()) == {"007", "12"}
-    assert set(labels_for_evaluation(root / "train").values()) == {"007", "12"}
+@pytest.mark.parametrize("classes", [("007", "12"), ("NA", "null"), ("1e3", "True")], ids=str)
+def test_a_class_in_a_metadata_file_is_the_text_that_stands_there(tmp_path, kind, classes):
+    """Not a number, which would lose a leading zero, nor pandas' word for nothing."""
+    root = with_metadata(tmp_path / "images", kind, cat=classes[0], dog=classes[1])
+    assert set(labels_for_training(root).values()) == set(classes)
+    assert set(labels_for_evaluation(root / "train").values()) == set(classes)
 
 
 def test_images_that_no_metadata_lists_are_said_and_lines_without_a_file_refused(tmp_path, capfd):
