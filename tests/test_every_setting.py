@@ -600,6 +600,28 @@ def test_a_folder_that_is_overwritten_is_a_fresh_runs(world, places, run_once, t
         assert found[name] == expected[name], name
 
 
+def test_a_run_that_dies_at_once_leaves_nothing_of_the_one_that_it_overwrites(
+    tmp_path, monkeypatch
+):
+    """Else the earlier one's results would be taken for its own."""
+
+    def die(*_):
+        raise ZeroDivisionError
+
+    flags = {"dataset": str(write_folder(tmp_path / "images")), "model": "tiny_net", "img_size": 16}
+    flags |= {"save_interval": 1, "checkpoint_interval": 1, "model_ema": True, "epochs": 2}
+    train(train_imagenet, tmp_path, **flags)
+    monkeypatch.setattr(loop, "update", die)
+    left, run = [], tmp_path / "run"
+    for earlier in (True, False):
+        if not earlier:
+            shutil.rmtree(run)
+        with pytest.raises(ZeroDivisionError):
+            train(train_imagenet, tmp_path, "--overwrite", **flags)
+        left.append({str(path.relative_to(run)) for path in run.rglob("*")})
+    assert left[0] == left[1] > {"settings.yaml"}
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_flags_about_one_execution(world, places, run_once, tmp_path, capsys):
     """The same run by a recipe; what replaces or continues it; what does not run at all."""
