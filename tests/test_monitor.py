@@ -1,6 +1,7 @@
 """What stops a run: signals, and a loss that is not finite."""
 
 import json
+import math
 import signal
 from argparse import Namespace
 
@@ -30,6 +31,18 @@ def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.signal(signal.SIGINT, previous) is signal.default_int_handler
+
+
+def test_updates_without_a_finite_loss_count_in_a_row():
+    parts = {"args": Namespace(epochs=1, checkpoint_interval=None), "batches": Namespace(updates=9)}
+    job = Namespace(accelerator=Accelerator(cpu=True), **parts)
+    with monitor.Monitor(job, run.Progress()) as watch:
+        watch.interval = 100
+        counts = []
+        for loss in (math.nan, math.inf, 1.0, math.nan):
+            watch.after_update(torch.tensor(loss))
+            counts.append(watch.bad.item())
+    assert counts == [1, 2, 0, 1]
 
 
 def test_loss_that_stays_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, images):

@@ -254,9 +254,12 @@ def test_last_and_best_are_the_epochs_that_they_say(tmp_path, accelerator, monke
 
 
 @pytest.mark.parametrize("size", [1, 5, 7, 10])
-def test_top1_counts_every_example_once(accelerator, size):
+@pytest.mark.parametrize("classes", [4, 1000])
+def test_top1_counts_every_example_once(accelerator, size, classes):
     torch.manual_seed(size)
-    logits, labels = torch.randn(size, 4), torch.randint(0, 4, (size,))
+    logits, labels = torch.randn(size, classes), torch.randint(0, classes, (size,))
+    for number in range(size):  # every second one is right, the others wrong by 256 if that can be
+        logits[number, (labels[number] + number % 2 * min(256, classes - 1)) % classes] += 10
     examples = [{"image": row, "label": label} for row, label in zip(logits, labels)]
     loader = accelerator.prepare(torch.utils.data.DataLoader(examples, batch_size=3))
     model = torch.nn.Identity()
