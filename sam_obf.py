@@ -123,8 +123,9 @@ class OutputBiasForgetting:
             if soft:
                 p_y = (target * p).sum(dim, keepdim=True)
             else:
+                target = target.long()  # of which uint8 has no -100
                 kept = target != self.ignore_index
-                index = target.where(kept, 0).long().unsqueeze(dim)
+                index = target.where(kept, 0).unsqueeze(dim)
                 p_y = p.gather(dim, index)
             p_y = p_y.clamp_min(torch.finfo(p.dtype).tiny)
             alpha = self.gamma * ((1 - lam / p_y) / (1 - lam)).clamp_min(0)

@@ -172,3 +172,10 @@ def test_obf_refuses_arguments(options, words):
 def test_obf_refuses_what_cross_entropy_would_not_take(shape, target):
     with pytest.raises(ValueError, match=r"class indices.*logits\.movedim\(-1, 1\)"):
         OutputBiasForgetting()(torch.zeros(shape), target)
+
+
+def test_labels_of_one_byte_mean_the_same_classes():
+    """-100 in uint8 is 156."""
+    logits, labels = torch.randn(4, 200), torch.tensor([156, 156, 3, 5])
+    found = [OutputBiasForgetting()(logits, y) for y in (labels, labels.to(torch.uint8))]
+    torch.testing.assert_close(*found)
