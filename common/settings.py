@@ -1,6 +1,7 @@
 """Settings: flags, recipes and methods; a recipe's keys are the flags' names."""
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -445,7 +446,7 @@ def announce_replacement(files: str, old: list[str], new: list[str]) -> None:
 def resolved(args) -> dict:
     """The settings of a run, as a recipe would hold them."""
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
+    return json.loads(json.dumps(settings))  # tuples are lists, also within --opt-kwargs
 
 
 def shared_on_resume(args) -> dict:

@@ -209,3 +209,12 @@ def test_output_where_nothing_can_be_written(tmp_path, monkeypatch, kind, words)
             InputError, match=f"cannot write to .*{words}.*; choose another --output"
         ):
             parse(tmp_path, None, "--output", str(tmp_path / kind / "below" / "run"), *flags)
+
+
+def test_settings_are_as_they_are_read_back(tmp_path):
+    """A resumed run is compared with what is in its checkpoint, where tuples are lists."""
+    flags = ("--opt-kwargs", "betas=(0.9,0.95)", "--model-kwargs", "sizes=(1,(2,3))")
+    found = settings.resolved(parse(tmp_path, None, *flags))
+    assert found == yaml.safe_load(yaml.safe_dump(found))
+    assert found["opt_kwargs"] == {"betas": [0.9, 0.95]}
+    assert found["model_kwargs"] == {"sizes": [1, [2, 3]]}
