@@ -177,7 +177,7 @@ class Pictures(torch.utils.data.IterableDataset):
 
     Args:
         name: of a ``Pass``.
-        label_names: the model's, among which the labels are if they are strings.
+        label_names: the model's; labels without classes of their own are as for ``classes_of``.
         root: the folder of the set's files, if these name the images: in ImageNet-C a picture has
             the same name in each corruption, whichever files there are besides.
     """
