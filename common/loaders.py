@@ -538,7 +538,7 @@ def train_batches(args, accelerator, split, transform, loaded, labels=None):
     place of the split's own, unless that is a stream.
     """
     if isinstance(split, datasets.IterableDataset):
-        known = (split.info.splits or {}).get("train")
+        known = (split.info.splits or {}).get(str(split.split))
         size = args.train_num_samples or (known and known.num_examples)
         if not size:
             raise InputError(

@@ -10,7 +10,7 @@ from timm.models import save_for_hf
 
 import eval_robustness
 import train_imagenet
-from common import data
+from common import data, loaders, settings
 from common.data import Names
 from common.errors import InputError
 
@@ -150,3 +150,24 @@ def test_names_without_a_set_of_ones_own_are_an_error(tmp_path, unusual):
         save_for_hf(model, tmp_path / "model", model_config=names, safe_serialization=True)
         flags = ["--model", str(tmp_path / "model"), "--data", f"mine={folder}", "--label-key", "x"]
         eval_robustness.main([*flags, "--output", str(tmp_path / "out")])
+
+
+def test_a_streamed_split_has_its_own_length_not_that_of_another(tmp_path, accelerator):
+    sizes = {"train": 2, "extra": 6, "validation": 4}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    header = ["---", "dataset_info:", "  splits:"]
+    for split, size in sizes.items():
+        columns = {"image": [picture(i) for i in range(size)], "label": [0, 1] * (size // 2)}
+        ds = datasets.Dataset.from_dict(columns, features=features)
+        ds.to_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
+        header += [f"  - name: {split}", f"    num_examples: {size}", "    num_bytes: 9"]
+    (tmp_path / "hub" / "README.md").write_text("\n".join([*header, "---", ""]))
+    for chosen in ("train", "extra"):
+        flags = ["--dataset", str(tmp_path / "hub"), "--train-split", chosen, "--streaming"]
+        args = settings.parse(settings.parser("", ""), [*flags, "--output", str(tmp_path / "run")])
+        split = data.load(args.dataset, True, names=Names.of(args))["train"]
+        crop = timm.data.create_transform(32, is_training=True)
+        size, _ = loaders.train_batches(args, accelerator, split, crop, 2)
+        assert size == sizes[chosen]
