@@ -45,8 +45,8 @@ def save(accelerator, model, optimizer, ema, folder: Path, record: dict, keep: i
     Raises:
         InputError: the disk is full; earlier checkpoints are untouched.
     """
-    final, draft = folder / f"step-{record['progress']['updates']:08d}", folder / "draft"
-    if final.exists():
+    final, draft = folder / _name(record["progress"]["updates"]), folder / "draft"
+    if (final / "progress.json").exists():
         return
     averages = [ema.state_dict()] if ema else []
     needed = _bytes([model.state_dict(), optimizer.state_dict(), *averages])
@@ -64,10 +64,9 @@ def save(accelerator, model, optimizer, ema, folder: Path, record: dict, keep: i
             sizes = {str(file.relative_to(draft)): file.stat().st_size for file in files}
             record = {"format": FORMAT, **record, "files": sizes}
             (draft / "progress.json").write_text(json.dumps(record, indent=2) + "\n")
+            shutil.rmtree(final, ignore_errors=True)  # if a kill left a part of one
             draft.rename(final)
-            for old in _all(folder)[:-keep]:
-                (old / "progress.json").unlink()  # whatever else is left now is no checkpoint
-                shutil.rmtree(old)
+            remove(_all(folder)[:-keep])
 
 
 @contextlib.contextmanager
@@ -128,8 +127,24 @@ def _tensors(state):
             yield from _tensors(value)
 
 
+def _name(updates):
+    return f"step-{updates:08d}"
+
+
 def _all(folder):
     return sorted(path.parent for path in folder.glob("step-*/progress.json"))
+
+
+def newer(folder: Path, updates: int) -> list[Path]:
+    """The checkpoints in ``folder`` of more than these updates, the newest last."""
+    return [checkpoint for checkpoint in _all(folder) if checkpoint.name > _name(updates)]
+
+
+def remove(found: list[Path]) -> None:
+    """Remove checkpoints; one of which a kill leaves a part is none."""
+    for checkpoint in reversed(found):
+        (checkpoint / "progress.json").unlink()
+        shutil.rmtree(checkpoint)
 
 
 def find(resume: str, folder: Path) -> Path | None:

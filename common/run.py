@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from common import checkpoints, report
 from common.build import Job
 from common.errors import WORKER_REMEDY, InputError
+from common.folders import some
 from common.metrics import Top1, in_memory
 from common.settings import resolved, shared_on_resume
 
@@ -93,13 +94,13 @@ def start(job: Job) -> Progress:
     continues = checkpoint and checkpoint.parent.resolve() == (output / "checkpoints").resolve()
     if not continues:
         progress.best = -1.0  # another run's best model stays with it
-    accelerator.wait_for_everyone()  # the main process is about to change the folder
-    with checkpoints.fail_together(accelerator), checkpoints.writing(output):
-        if accelerator.is_main_process:
-            prepare_folder(output, resolved(args), progress.epoch if continues else None)
     if checkpoint:
         checkpoints.restore(accelerator, job.ema, checkpoint)
         accelerator.print(f"resuming from {checkpoint}: {reached(job, progress, output)}")
+    accelerator.wait_for_everyone()  # the main process is about to change the folder
+    with checkpoints.fail_together(accelerator), checkpoints.writing(output):
+        if accelerator.is_main_process:
+            prepare_folder(output, resolved(args), progress if continues else None)
     if checkpoint and not continues:
         begin = f"metrics.jsonl, best/ and epochs/ of {output} begin here"
         accelerator.print(f"{begin}: earlier epochs' stay in that run")
@@ -140,19 +141,37 @@ def find_checkpoint(args) -> Path | None:
     return checkpoint
 
 
-def prepare_folder(output: Path, settings: dict, epoch: int | None) -> None:
-    """Keep of an earlier run what it wrote in its first ``epoch`` ones, or nothing if None."""
-    if epoch is None:
+def prepare_folder(output: Path, settings: dict, progress: Progress | None) -> None:
+    """Keep of an earlier run what it wrote until ``progress``, or nothing if None."""
+    if progress is None:
         for name in ("checkpoints", TRACKED, *MODELS):
             shutil.rmtree(output / name, ignore_errors=True)
         for name in FILES:
             (output / name).unlink(missing_ok=True)
+    elif newer := checkpoints.newer(output / "checkpoints", progress.updates):
+        names = [checkpoint.name for checkpoint in newer]
+        print(f"removed, since training goes on from before: {some(names)} in {newer[0].parent}")
+        (output / "results.json").unlink(missing_ok=True)  # the run is no longer finished
+        checkpoints.remove(newer)
     output.mkdir(parents=True, exist_ok=True)
-    metrics = output / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
-    metrics.write_text("".join(f"{line}\n" for line in kept))
+    # A line that a kill cut off is of an epoch that is evaluated again.
+    whole = [line for line in metrics_lines(output) if line.endswith("}")]
+    kept = [line for line in whole if json.loads(line)["epoch"] <= progress.epoch]
+    write_metrics(output, kept)
     (output / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def metrics_lines(output: Path) -> list[str]:
+    """The lines of ``metrics.jsonl``, none if there is no such file."""
+    metrics = output / "metrics.jsonl"
+    return metrics.read_text().splitlines() if metrics.exists() else []
+
+
+def write_metrics(output: Path, lines: list[str]) -> None:
+    """Write ``metrics.jsonl`` whole or not at all."""
+    draft = output / "metrics.draft"
+    draft.write_text("".join(f"{line}\n" for line in lines))
+    draft.replace(output / "metrics.jsonl")
 
 
 def identity(job: Job) -> dict:
@@ -291,8 +310,7 @@ def log_epoch(
     output = Path(job.args.output)
     with checkpoints.fail_together(job.accelerator), checkpoints.writing(output):
         if job.accelerator.is_main_process:
-            with (output / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            write_metrics(output, [*metrics_lines(output), json.dumps(line)])
 
 
 def evaluate_saved(job: Job) -> dict[str, dict]:

@@ -298,6 +298,37 @@ def test_another_run_s_checkpoint_brings_its_training_but_not_its_models_and_met
     assert len((other / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_going_on_from_an_older_checkpoint_removes_the_newer_ones_and_the_results(
+    tmp_path, images, monkeypatch, capsys
+):
+    path, whole = short_run(tmp_path, images)
+    output = shutil.copytree(whole, tmp_path / "again")
+    (output / "checkpoints" / "step-00000009").mkdir()  # what a kill left of one is none
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", None)  # whoever comes to train is killed
+        with pytest.raises(TypeError):
+            in_process(path, output, "--resume", str(output / "checkpoints" / "step-00000007"))
+    assert "goes on from before: step-00000008 in" in capsys.readouterr().out
+    assert updates_saved(output) == 7 and not (output / "results.json").exists()
+    (output / "checkpoints" / "step-00000008").mkdir()  # a kill while it was removed
+    (output / "checkpoints" / "step-00000008" / "optimizer.bin").write_bytes(b"")
+    in_process(path, output, "--resume", "auto")
+    printed = capsys.readouterr().out
+    assert "removed" not in printed and "1 of 2 epochs and 3 of 4 updates are trained" in printed
+    assert_same_run(whole, output)
+    assert updates_saved(output) == 8
+
+
+def test_a_line_of_metrics_that_a_kill_cut_off_is_written_again(tmp_path, images, monkeypatch):
+    path, whole = short_run(tmp_path, images)
+    output = shutil.copytree(whole, tmp_path / "again")
+    first, second = (whole / "metrics.jsonl").read_text().splitlines()
+    for part in (second[:20], second[:-1], ""):
+        (output / "metrics.jsonl").write_text(f"{first}\n{part}")
+        in_process(path, output, "--resume", "auto")
+        assert_same_run(whole, output)
+
+
 @pytest.mark.slow
 def test_run_whose_checkpoints_were_removed_is_not_trained_anew_unasked(
     tmp_path, images, monkeypatch
