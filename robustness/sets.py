@@ -267,7 +267,10 @@ class Pictures(torch.utils.data.IterableDataset):
             if self.name in HUB:
                 self.places[label] = class_index(str(label), self.name)
             elif isinstance(label, str) or _numbered(self.label_names):
-                self.places[label] = outputs([str(label)], list(self.label_names))[0]
+                try:
+                    self.places[label] = outputs([str(label)], list(self.label_names))[0]
+                except InputError as error:
+                    raise InputError(f"{self.name}: {error}") from error
             else:
                 self.places[label] = self._known(label, math.inf, path)
         return self.places[label]

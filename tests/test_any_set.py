@@ -288,7 +288,7 @@ def test_numbers_without_names_in_tars_are_for_outputs_called_by_numbers(tmp_pat
     with pytest.raises(InputError, match=r"\('0', '1', .*\) mean none of the 10 outputs"):
         evaluate(CIFAR, order, "--data", f"mine={place}")
     beyond = write_tars(tmp_path / "beyond", [3, 10], [3, 4])
-    with pytest.raises(InputError, match=r"\('10'\) mean none of the 10 outputs"):
+    with pytest.raises(InputError, match=r"mine: .*\('10'\) mean none of the 10 outputs"):
         evaluate(label_names, order, "--data", f"mine={beyond}")
 
 
