@@ -49,6 +49,8 @@ def parser() -> settings.Parser:
     p.add_argument(
         "--script", choices=scripts, default=scripts[0], help="what a run is (%(default)s)"
     )
+    in_place = "YAML file of settings, in place of the sweep's recipe (that)"
+    p.add_argument("--recipe", help=in_place)
     p.add_argument("--trials", type=int, help="points to draw from each grid (all of them)")
     p.add_argument("--trial-seed", type=int, default=0, help="of the draw (%(default)s)")
     listed = "print a command for each unfinished point, for a scheduler, and train nothing (no)"
@@ -96,6 +98,8 @@ def read_sweep(path: Path) -> dict:
     for key in sweep["choose"]:
         if key not in [varied for varied, _ in axes]:
             raise InputError(f"{path} is to choose {key!r}, which no grid varies")
+    if "output" in [*sweep["settings"], *dict(axes)]:
+        raise InputError(f"{path} has output, and each run has its own: drop it, and give --output")
     return sweep
 
 
@@ -149,12 +153,15 @@ def name_of(point: dict) -> str:
 
 
 def flags_of(args, sweep, rest, point) -> list[str]:
-    """The command line of a run."""
+    """The command line of a run, without --recipe: a point's null overrides what a recipe sets."""
     p = importlib.import_module(args.script).parser()
-    recipe = ["--recipe", str(Path(args.sweep).parent / sweep["recipe"])] if sweep["recipe"] else []
-    own = settings.as_flags(p, sweep["settings"] | point, f"the sweep {args.sweep}")
+    path = args.recipe or (sweep["recipe"] and Path(args.sweep).parent / sweep["recipe"])
+    recipe = settings.read_recipe(Path(path)) if path else {}
+    settings.as_flags(p, recipe, f"the recipe {path}")  # to name it where a key is unknown
+    own = recipe | sweep["settings"] | point
+    flags = settings.as_flags(p, own, f"the sweep {args.sweep}")
     output = str(args.output / "runs" / name_of(point))
-    return [*recipe, *own, *rest, "--output", output, "--resume", "auto"]
+    return [*flags, *rest, "--output", output, "--resume", "auto"]
 
 
 def check_flags(script, rest, axes):
@@ -168,6 +175,9 @@ def check_flags(script, rest, axes):
     given = vars(p.parse_known_args(rest)[0])
     if given["dry_run"]:
         raise InputError("--dry-run trains nothing to compare: use it on a run of --script")
+    if given["resume"]:
+        own = "every run of a sweep goes on from its own checkpoint"
+        raise InputError(f"--resume {given['resume']}: {own}, so drop it")
     for key in axes:
         if given[key] is not None:
             where = "on the command line, and the sweep varies it"
@@ -181,12 +191,15 @@ def check_points(sweep, script, commands, processes) -> dict[str, argparse.Names
         InputError: one cannot be trained, or there are no validation images to choose on.
     """
     checked = {name: settings.parse(script.parser(), flags) for name, flags in commands.items()}
+    sources = {}
     for point in checked.values():
         _, _, point.m = loaders.split_batch(point, processes)
-    shares = point.streaming, point.validation_share, point.train_share, data.Names.of(point)
-    if sweep["choose"] and "validation" not in data.load(point.dataset, *shares):
-        what = f"{point.dataset!r} has no validation images to choose on"
-        raise InputError(f"{what}: give --validation-share")
+        shares = (point.streaming, point.validation_share, point.train_share)
+        sources[(point.dataset, *shares, data.Names.of(point))] = None
+    for source in sources if sweep["choose"] else ():
+        if "validation" not in data.load(*source):
+            what = f"{source[0]!r} has no validation images to choose on"
+            raise InputError(f"{what}: give --validation-share")
     return checked
 
 

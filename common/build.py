@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import LoggerType, TorchDynamoPlugin, set_seed
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -121,9 +121,10 @@ def build_accelerator(args) -> Accelerator:
         log_with=args.log_with,
         project_dir=args.output,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        dynamo_backend=args.torchcompile,
         kwargs_handlers=[ddp],
     )
+    # All runs of a process share Accelerate's state: given above, the first one's would stay.
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=args.torchcompile)
     use_fast_kernels(accelerator.device)
     fsdp, full = getattr(accelerator.state, "fsdp_plugin", None), StateDictType.FULL_STATE_DICT
     if fsdp is not None and (fsdp.fsdp_version != 2 or fsdp.state_dict_type != full):

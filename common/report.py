@@ -101,24 +101,24 @@ def draw_curves(groups, path):
         groups: by name, ``read_metrics`` of a run, or of all runs that differ in the seed alone.
             Of more than ``MAX_CURVES`` the best on the held-out images at the end are drawn.
     """
-    first = next(iter(groups.values()))
-    held_out = "validation" if "validation" in first[0] else "test"
+    own = {name: held_out_of(rows[0]) for name, rows in groups.items()}
 
     def final(name):
-        accuracies = series(groups[name], "epoch", held_out)
+        accuracies = series(groups[name], "epoch", own[name])
         return np.mean(accuracies[max(accuracies)])
 
     best = sorted(groups, key=final, reverse=True)[:MAX_CURVES]
     shown = {name: rows for name, rows in groups.items() if name in best}
     runs = {name: len({row["run"] for row in rows}) for name, rows in shown.items()}
     labels = {name: f"{name} ({runs[name]} runs)" if runs[name] > 1 else name for name in shown}
-    titles = {"loss": "training loss", held_out: f"top-1 on {held_out}, %"}
+    held_out = dict.fromkeys(own[name] for name in shown)
+    titles = {"loss": "training loss", **{key: f"top-1 on {key}, %" for key in held_out}}
     titles |= {"train": "top-1 in training, %", "lr": "learning rate", "rho": "rho"}
     curves = {key: {n: series(rows, "epoch", key) for n, rows in shown.items()} for key in titles}
     panels = [key for key in titles if any(curves[key].values())]
     if "rho" in panels and not any(map(_changes, curves["rho"].values())):
         panels.remove("rho")
-    top1 = [v for key in (held_out, "train") for v in _values(curves[key])]
+    top1 = [v for key in (*held_out, "train") for v in _values(curves[key])]
     logits = max(top1) > HIGH
     grid = {"layout": "constrained", "squeeze": False}
     columns = min(len(panels), 3 if len(panels) > 4 else 2)
@@ -127,7 +127,7 @@ def draw_curves(groups, path):
     for axis, key in itertools.zip_longest(axes.flat, panels):
         axis.set_visible(key is not None)
         if key is not None:
-            accuracy = key in (held_out, "train")
+            accuracy = key in (*held_out, "train")
             _draw_panel(axis, curves[key], labels, titles[key], accuracy, logits)
     if len(shown) > 1:
         several = f"the {len(shown)} best of {len(groups)} settings"
@@ -135,6 +135,11 @@ def draw_curves(groups, path):
         handles = axes[0, 0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside right", frameon=False, fontsize=8, title=title)
     save(figure, path, _about_curves(panels, logits, max(runs.values()) > 1))
+
+
+def held_out_of(accuracies: dict) -> str:
+    """The split that a run is judged on while it trains: validation, else test."""
+    return "validation" if "validation" in accuracies else "test"
 
 
 def _values(curves):
@@ -191,27 +196,31 @@ def show_sweep(rows, choose):
         chosen = {key: point[key] for key in choose if key in point}
         candidates = groups.setdefault(pairs(shown), {})
         candidates.setdefault(pairs(chosen), []).append(row["results"])
-    splits = list(rows[0]["results"])
+    splits = list(dict.fromkeys(split for row in rows for split in row["results"]))
+    held_out = {held_out_of(row["results"]) for row in rows}
     head = ["settings", "chosen", "of", "runs"] if choose else ["settings", "runs"]
     lines = [head + [f"{split} %" for split in splits]]
-    held_out, means = "validation" if "validation" in splits else splits[0], []
+    means = []
     for shown, candidates in groups.items():
         chosen = next(iter(candidates))
         if choose:
             chosen = max(candidates, key=lambda name: mean_top1(candidates[name], "validation"))
         results = candidates[chosen]
-        means.append(mean_top1(results, held_out))
+        means.append(mean_top1(results, held_out_of(results[0])))
         cells = [shown, chosen, str(len(candidates))] if choose else [shown]
         cells.append(str(len(results)))
         for split in splits:
-            values = [100 * result[split] for result in results]
+            values = [100 * result[split] for result in results if split in result]
             spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.2f}{spread}")
+            cells.append(f"{np.mean(values):.2f}{spread}" if values else "-")
         lines.append(cells)
-    if len(means) > 1:
+    marked = f"the best on {min(held_out)} in bold"
+    if len(held_out) > 1:
+        marked = "none in bold, since only some runs have validation images"
+    elif len(means) > 1:
         best = lines[1 + int(np.argmax(means))]
         best[0] = f"**{best[0]}**"
-    print(f"\nTop-1, mean ± standard deviation over seeds; the best on {held_out} in bold:\n")
+    print(f"\nTop-1, mean ± standard deviation over seeds; {marked}:\n")
     table(lines, True)
 
 

@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from helpers import ROOT, TORCHRUN, fresh_process, write_folder
 
 import sweep
 import train_imagenet
-from common import loaders, report, settings
+from common import build, loaders, report, settings
 from common.errors import InputError, clear_errors
 
 GRID = {"method": ["sam", "obf"], "lr": [0.01, 0.02], "seed": [0, 1]}
@@ -277,6 +278,100 @@ def test_a_point_overrides_the_sweeps_settings_they_the_recipe_and_the_command_l
     ):
         sweep.main([*flags, "--momentum", "0.5"])
     assert len(parsed) == 2
+
+
+def test_null_takes_back_what_the_recipe_sets(tmp_path, monkeypatch):
+    """In a grid and in the sweep's settings, of the sweep's recipe and of another."""
+    for name, value in (("recipe", 1.5), ("other", 2.5)):
+        recipe = {"clip_grad": value, "reprob": value / 10, "layer_decay": value / 5}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    flags = write_sweep(tmp_path, {"clip_grad": [None, 0.5]}, recipe="recipe.yaml")
+    sweep_file = yaml.safe_load((tmp_path / "small.yaml").read_text())
+    sweep_file["settings"]["layer_decay"] = None
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(sweep_file))
+    other = ["--recipe", str(tmp_path / "other.yaml"), "--output", str(tmp_path / "other")]
+    for changes, reprob in (([], 0.15), (other, 0.25)):
+        calls, parsed = faked(monkeypatch), []
+        train = train_imagenet.main
+
+        def parse(argv):
+            parsed.append(settings.parse(train_imagenet.parser(), argv))
+            train(argv)
+
+        monkeypatch.setattr(train_imagenet, "main", parse)
+        sweep.main([*flags, *changes])
+        assert [point["clip_grad"] for point in calls] == ["None", "0.5"]
+        found = [(args.clip_grad, args.layer_decay, args.reprob) for args in parsed]
+        assert found == [(None, None, reprob), (0.5, None, reprob)]
+
+
+def test_an_unknown_key_of_the_recipe_names_the_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("learning_rat: 1")
+    flags = write_sweep(tmp_path, {"seed": [0]}, recipe="recipe.yaml")
+    with pytest.raises(InputError, match=r"the recipe .*/recipe\.yaml has an unknown key"):
+        sweep.main(flags)
+
+
+def test_what_every_run_has_of_its_own_is_refused(tmp_path):
+    flags = write_sweep(tmp_path, {"seed": [0]})
+    with pytest.raises(InputError, match="--resume there: every run of a sweep goes on from its"):
+        sweep.main([*flags, "--resume", "there"])
+    for changes in ({"settings": {"output": "there"}}, {"grids": [{"output": ["a", "b"]}]}):
+        flags = write_sweep(tmp_path, {"seed": [0]})
+        content = yaml.safe_load((tmp_path / "small.yaml").read_text()) | changes
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(InputError, match="has output, and each run has its own: drop it"):
+            sweep.main(flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_with_different_splits_are_tabulated_and_drawn(tmp_path, monkeypatch, capsys):
+    draw, save, drawn = report.draw_curves, report.save, []
+
+    def results(point):
+        run = tmp_path / "out" / "runs" / ",".join(f"{k}={v}" for k, v in point.items())
+        held_out = {"validation": 0.25} if point["validation_share"] == "0.5" else {"test": 0.75}
+        run.mkdir(parents=True)
+        line = {"epoch": 1, "loss": 1.0, "train": 0.5, **held_out, "lr": 0.1, "rho": None}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return held_out | {"test": 0.75}
+
+    calls = faked(monkeypatch, results)
+    monkeypatch.setattr(report, "draw_curves", draw)
+    monkeypatch.setattr(report, "save", lambda figure, *a: drawn.append(figure) or save(figure, *a))
+    sweep.main(write_sweep(tmp_path, {"validation_share": [None, 0.5], "seed": [0, 1]}))
+    printed = capsys.readouterr().out
+    rows = [line.strip("| ").split("|") for line in printed.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    assert rows[0] == ["settings", "runs", "test %", "validation %"]
+    assert rows[2] == ["validation_share=None", "2", "75.00 ± 0.00", "-"]
+    assert rows[3] == ["validation_share=0.5", "2", "75.00 ± 0.00", "25.00 ± 0.00"]
+    assert "none in bold, since only some runs have validation images" in printed
+    assert [row["validation"] for row in table(tmp_path)] == ["", "0.25", "", "0.25"]
+    panels = {axis.get_title(): axis for axis in drawn[0].axes if axis.get_visible()}
+    for split, top1 in (("test", 0.75), ("validation", 0.25)):
+        lines = panels[f"top-1 on {split}, %"].lines
+        assert [list(line.get_ydata()) for line in lines if len(line.get_ydata())] == [[top1]]
+    assert len(calls) == 4
+
+
+def test_every_points_data_must_have_images_to_choose_on(tmp_path, monkeypatch):
+    calls = faked(monkeypatch)
+    write_folder(tmp_path / "images")
+    write_folder(tmp_path / "without", splits=("train", "test"))
+    for order in (["images", "without"], ["without", "images"]):
+        grid = {"dataset": [str(tmp_path / name) for name in order], "lr": [0.1]}
+        with pytest.raises(InputError, match="/without' has no validation images to choose on"):
+            sweep.main(write_sweep(tmp_path, grid, choose=["lr"]))
+    assert calls == []
+
+
+def test_each_run_of_a_worker_is_compiled_as_it_says(tmp_path):
+    Accelerator()  # as a sweep's own, before those of its runs
+    for backend in (None, "eager", "aot_eager", None):
+        args = argparse.Namespace(log_with=None, output=None, torchcompile=backend, freeze=0)
+        model = build.build_accelerator(args).prepare(torch.nn.Linear(2, 2))
+        assert isinstance(model, torch._dynamo.OptimizedModule) == (backend is not None)
 
 
 def test_flags_of_one_script_alone_override_no_grid_either(tmp_path):
