@@ -193,6 +193,9 @@ def check_points(sweep, script, commands, processes) -> dict[str, argparse.Names
     checked = {name: settings.parse(script.parser(), flags) for name, flags in commands.items()}
     sources = {}
     for point in checked.values():
+        if point.push_to_hub:
+            over = "the runs of a sweep would upload over each other"
+            raise InputError(f"push_to_hub {point.push_to_hub}: {over}, so drop it")
         _, _, point.m = loaders.split_batch(point, processes)
         shares = (point.streaming, point.validation_share, point.train_share)
         sources[(point.dataset, *shares, data.Names.of(point))] = None
@@ -210,7 +213,8 @@ def check_folder(args, axes, checked):
         InputError: it does, or it cannot be written.
     """
     # These may differ between points.
-    free = {"m", *axes, *itertools.chain.from_iterable(own for _, own in METHODS.values())}
+    of_methods = itertools.chain.from_iterable(own for _, own in METHODS.values())
+    free = {"m", *axes, *of_methods, *settings.EMA}
     shared = {"script": args.script} | settings.resolved(next(iter(checked.values())))
     settings.make_output(args.output / "locks")
     file, draft = args.output / "sweep.yaml", args.output / "sweep.draft"

@@ -132,7 +132,8 @@ def _name(updates):
 
 
 def _all(folder):
-    return sorted(path.parent for path in folder.glob("step-*/progress.json"))
+    number = 8 * "[0-9]"  # a copy by the user, step-00000009-good, is none of the run's own
+    return sorted(path.parent for path in folder.glob(f"step-{number}/progress.json"))
 
 
 def newer(folder: Path, updates: int) -> list[Path]:
@@ -140,11 +141,11 @@ def newer(folder: Path, updates: int) -> list[Path]:
     return [checkpoint for checkpoint in _all(folder) if checkpoint.name > _name(updates)]
 
 
-def remove(found: list[Path]) -> None:
-    """Remove checkpoints; one of which a kill leaves a part is none."""
-    for checkpoint in reversed(found):
-        (checkpoint / "progress.json").unlink()
-        shutil.rmtree(checkpoint)
+def remove(folders: list[Path]) -> None:
+    """Remove checkpoints and models; what a kill leaves of a checkpoint is none."""
+    for folder in folders:
+        (folder / "progress.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def find(resume: str, folder: Path) -> Path | None:

@@ -87,11 +87,16 @@ def band(axis, values, **style):
         axis.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's ``metrics.jsonl``; in each, ``run`` is the folder."""
+def metrics_rows(folder: Path) -> list[dict]:
+    """The lines of a run's ``metrics.jsonl``, without one that a kill cut off."""
     file = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [{**row, "run": str(folder)} for row in rows]
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """``metrics_rows``; in each, ``run`` is the folder."""
+    return [{**row, "run": str(folder)} for row in metrics_rows(folder)]
 
 
 def draw_curves(groups, path):

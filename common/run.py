@@ -91,8 +91,14 @@ def start(job: Job) -> Progress:
     progress = Progress()
     if checkpoint:
         progress = Progress(**checkpoints.read(checkpoint, identity(job)))
-    continues = checkpoint and checkpoint.parent.resolve() == (output / "checkpoints").resolve()
-    if not continues:
+    continues = checkpoint and checkpoint.resolve().parent == (output / "checkpoints").resolve()
+    trained = trained_epochs(job, progress)
+    later = later_than(output, trained, progress) if continues else []
+    chooses = job.batches.held_out == "validation" and progress.best >= 0
+    gone = continues and chooses and trained < args.epochs and not (output / "best").exists()
+    if gone:
+        accelerator.print(f"{output}/best is gone: it begins anew with epoch {progress.epoch + 1}")
+    if not continues or gone or output / "best" in later:
         progress.best = -1.0  # another run's best model stays with it
     if checkpoint:
         checkpoints.restore(accelerator, job.ema, checkpoint)
@@ -100,7 +106,9 @@ def start(job: Job) -> Progress:
     accelerator.wait_for_everyone()  # the main process is about to change the folder
     with checkpoints.fail_together(accelerator), checkpoints.writing(output):
         if accelerator.is_main_process:
-            prepare_folder(output, resolved(args), progress if continues else None)
+            if trained < args.epochs:
+                (output / "results.json").unlink(missing_ok=True)  # of a run that was finished
+            prepare_folder(output, resolved(args), progress.epoch if continues else None, later)
     if checkpoint and not continues:
         begin = f"metrics.jsonl, best/ and epochs/ of {output} begin here"
         accelerator.print(f"{begin}: earlier epochs' stay in that run")
@@ -111,10 +119,15 @@ def start(job: Job) -> Progress:
     return progress
 
 
+def trained_epochs(job: Job, progress: Progress) -> int:
+    """How many epochs are trained, evaluated or not."""
+    return progress.epoch + (progress.epoch_updates == job.batches.updates)
+
+
 def reached(job: Job, progress: Progress, output: Path) -> str:
     """How far a resumed run has come, in words."""
     updates, epochs = job.batches.updates, job.args.epochs
-    trained = progress.epoch + (progress.epoch_updates == updates)  # evaluated or not
+    trained = trained_epochs(job, progress)
     if trained == epochs:
         left = "only evaluated again" if (output / "results.json").exists() else "now evaluated"
         return f"all {epochs} epochs are trained, so the models are {left}"
@@ -141,36 +154,43 @@ def find_checkpoint(args) -> Path | None:
     return checkpoint
 
 
-def prepare_folder(output: Path, settings: dict, progress: Progress | None) -> None:
-    """Keep of an earlier run what it wrote until ``progress``, or nothing if None."""
-    if progress is None:
+def later_than(output: Path, epoch: int, progress: Progress) -> list[Path]:
+    """What a run has kept of its training after ``progress``, in which it trained ``epoch`` epochs.
+
+    That are checkpoints, models by epoch, and the best model if a later epoch was the best.
+    """
+    later = checkpoints.newer(output / "checkpoints", progress.updates)
+    models = sorted((output / "epochs").glob(4 * "[0-9]"))
+    later += [model for model in models if int(model.name) > epoch]
+    rows = [row for row in report.metrics_rows(output) if row["epoch"] > epoch]
+    if any((row.get("validation") or -1) > progress.best for row in rows):
+        later.append(output / "best")
+    return later
+
+
+def prepare_folder(output: Path, settings: dict, epoch: int | None, later: list[Path]) -> None:
+    """Keep of an earlier run what it wrote in its first ``epoch`` ones, or nothing if None.
+
+    ``later`` is what it kept after that.
+    """
+    if epoch is None:
         for name in ("checkpoints", TRACKED, *MODELS):
             shutil.rmtree(output / name, ignore_errors=True)
         for name in FILES:
             (output / name).unlink(missing_ok=True)
-    elif newer := checkpoints.newer(output / "checkpoints", progress.updates):
-        names = [checkpoint.name for checkpoint in newer]
-        print(f"removed, since training goes on from before: {some(names)} in {newer[0].parent}")
-        (output / "results.json").unlink(missing_ok=True)  # the run is no longer finished
-        checkpoints.remove(newer)
+    if later:
+        names = [str(path.relative_to(output)) for path in later]
+        print(f"removed from {output}, since training goes on from before: {some(names)}")
+        checkpoints.remove(later)
     output.mkdir(parents=True, exist_ok=True)
-    # A line that a kill cut off is of an epoch that is evaluated again.
-    whole = [line for line in metrics_lines(output) if line.endswith("}")]
-    kept = [line for line in whole if json.loads(line)["epoch"] <= progress.epoch]
-    write_metrics(output, kept)
+    write_metrics(output, [row for row in report.metrics_rows(output) if row["epoch"] <= epoch])
     (output / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
-def metrics_lines(output: Path) -> list[str]:
-    """The lines of ``metrics.jsonl``, none if there is no such file."""
-    metrics = output / "metrics.jsonl"
-    return metrics.read_text().splitlines() if metrics.exists() else []
-
-
-def write_metrics(output: Path, lines: list[str]) -> None:
+def write_metrics(output: Path, rows: list[dict]) -> None:
     """Write ``metrics.jsonl`` whole or not at all."""
     draft = output / "metrics.draft"
-    draft.write_text("".join(f"{line}\n" for line in lines))
+    draft.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     draft.replace(output / "metrics.jsonl")
 
 
@@ -310,7 +330,7 @@ def log_epoch(
     output = Path(job.args.output)
     with checkpoints.fail_together(job.accelerator), checkpoints.writing(output):
         if job.accelerator.is_main_process:
-            write_metrics(output, [*metrics_lines(output), json.dumps(line)])
+            write_metrics(output, [*report.metrics_rows(output), line])
 
 
 def evaluate_saved(job: Job) -> dict[str, dict]:

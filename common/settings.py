@@ -31,6 +31,7 @@ INTERVALS = ("checkpoint_interval", "checkpoint_hist", "save_interval")
 FREE_ON_RESUME = (
     "output", "workers", "channels_last", "torchcompile", "log_with", "push_to_hub", *INTERVALS
 )  # fmt: skip
+EMA = {"model_ema_decay": 0.9998, "model_ema_warmup": False}  # defaults, with model_ema alone
 # Where a setting's value, or each of its values, must lie.
 RANGES = {
     **dict.fromkeys(("batch_size", "device_batch_size", "m", "train_num_samples"), "[1, inf)"),
@@ -290,7 +291,7 @@ def resolve_ema(args) -> None:
     Raises:
         InputError: a setting of theirs is given, and they are not asked for.
     """
-    for key, default in (("model_ema_decay", 0.9998), ("model_ema_warmup", False)):
+    for key, default in EMA.items():
         if args.model_ema and getattr(args, key) is None:
             setattr(args, key, default)
         elif not args.model_ema and getattr(args, key):
@@ -377,8 +378,8 @@ def check_earlier_run(args, output: Path) -> None:
     Raises:
         InputError: it is not so.
     """
-    resumed = output if args.resume == "auto" else Path(os.path.abspath(args.resume or "/"))
-    continues = output in (resumed, *resumed.parents)
+    resumed, own = Path(args.resume or "/").resolve(), output.resolve() / "checkpoints"
+    continues = args.resume == "auto" or own in (resumed, resumed.parent, resumed / "checkpoints")
     if continues and args.overwrite:
         both = f"--resume {args.resume} continues the run that --overwrite would replace"
         raise InputError(f"{both}: drop one of them")

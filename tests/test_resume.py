@@ -31,7 +31,7 @@ from helpers import (
     write_folder,
 )
 
-from common import checkpoints, loop, run
+from common import checkpoints, loop, report, run
 from common.errors import InputError
 from common.settings import FREE_ON_RESUME
 
@@ -298,17 +298,24 @@ def test_another_run_s_checkpoint_brings_its_training_but_not_its_models_and_met
     assert len((other / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def die_in_training(monkeypatch, recipe, output, *flags):
+    """Go on with a run that is killed before its first update."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", None)
+        with pytest.raises(TypeError):
+            in_process(recipe, output, *flags)
+
+
 def test_going_on_from_an_older_checkpoint_removes_the_newer_ones_and_the_results(
     tmp_path, images, monkeypatch, capsys
 ):
     path, whole = short_run(tmp_path, images)
     output = shutil.copytree(whole, tmp_path / "again")
     (output / "checkpoints" / "step-00000009").mkdir()  # what a kill left of one is none
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "update", None)  # whoever comes to train is killed
-        with pytest.raises(TypeError):
-            in_process(path, output, "--resume", str(output / "checkpoints" / "step-00000007"))
-    assert "goes on from before: step-00000008 in" in capsys.readouterr().out
+    die_in_training(
+        monkeypatch, path, output, "--resume", str(output / "checkpoints" / "step-00000007")
+    )
+    assert "goes on from before: checkpoints/step-00000008\n" in capsys.readouterr().out
     assert updates_saved(output) == 7 and not (output / "results.json").exists()
     (output / "checkpoints" / "step-00000008").mkdir()  # a kill while it was removed
     (output / "checkpoints" / "step-00000008" / "optimizer.bin").write_bytes(b"")
@@ -317,6 +324,69 @@ def test_going_on_from_an_older_checkpoint_removes_the_newer_ones_and_the_result
     assert "removed" not in printed and "1 of 2 epochs and 3 of 4 updates are trained" in printed
     assert_same_run(whole, output)
     assert updates_saved(output) == 8
+
+
+def test_going_on_from_an_older_checkpoint_leaves_no_model_of_the_training_after_it(
+    tmp_path, images, monkeypatch, capsys
+):
+    path, output = short_run(tmp_path, images, save_interval=1)
+    first, second = report.metrics_rows(output)
+    rows = [first, second | {"validation": 0.99}]  # so best/ is of the second epoch
+    run.write_metrics(output, rows)
+    older = str(output / "checkpoints" / "step-00000007")
+    kept = (output / "epochs" / "0001" / "model.safetensors").read_bytes()
+    die_in_training(monkeypatch, path, output, "--resume", older)
+    said = "checkpoints/step-00000008, epochs/0002, best"
+    assert f"since training goes on from before: {said}\n" in capsys.readouterr().out
+    assert not (output / "best").exists() and os.listdir(output / "epochs") == ["0001"]
+    in_process(path, output, "--resume", "auto")
+    assert "run/best is gone: it begins anew with epoch 2\n" in capsys.readouterr().out
+    assert (output / "epochs" / "0001" / "model.safetensors").read_bytes() == kept
+    results = json.loads((output / "results.json").read_text())
+    assert results["best"] == results["last"] and report.metrics_rows(output)[0] == first
+
+
+@pytest.mark.parametrize("place", ["relative", "link"])
+def test_a_runs_own_checkpoint_is_known_whatever_its_path(tmp_path, images, monkeypatch, place):
+    path, whole = short_run(tmp_path, images)
+    output = shutil.copytree(whole, tmp_path / "again")
+    checkpoint = output / "checkpoints" / "step-00000007"
+    flags = {"relative": ("../..", "."), "link": (output, output / "good")}[place]
+    if place == "relative":
+        monkeypatch.chdir(checkpoint)
+    else:
+        (output / "good").symlink_to(checkpoint)
+    die_in_training(monkeypatch, path, Path(flags[0]), "--resume", str(flags[1]))
+    assert metrics(output) == metrics(whole)[:1] and updates_saved(output) == 7
+    monkeypatch.chdir(tmp_path)
+    in_process(path, output, "--resume", "auto")
+    assert_same_run(whole, output)
+
+
+def test_a_copy_of_a_checkpoint_is_no_reason_to_remove_the_run_or_the_copy(
+    tmp_path, images, monkeypatch
+):
+    path, whole = short_run(tmp_path, images)
+    output = shutil.copytree(whole, tmp_path / "again")
+    older = output / "checkpoints" / "step-00000007"
+    shutil.copytree(older, output / "backup" / "step-00000007")
+    with pytest.raises(InputError, match="again exists: continue that run with --resume auto"):
+        in_process(path, output, "--resume", str(output / "backup" / "step-00000007"))
+    assert_same_run(whole, output)
+    copy = older.rename(older.with_name("step-00000007-good"))
+    die_in_training(monkeypatch, path, output, "--resume", str(copy))
+    assert os.listdir(copy.parent) == [copy.name]
+    in_process(path, output, "--resume", str(copy))
+    assert_same_run(whole, output)
+
+
+def test_results_are_no_longer_there_once_a_run_trains_again(tmp_path, images, monkeypatch):
+    """Whoever removes its newest checkpoint; a sweep would take the run for finished."""
+    path, whole = short_run(tmp_path, images)
+    output = shutil.copytree(whole, tmp_path / "again")
+    shutil.rmtree(output / "checkpoints" / "step-00000008")
+    die_in_training(monkeypatch, path, output, "--resume", "auto")
+    assert not (output / "results.json").exists()
 
 
 def test_a_line_of_metrics_that_a_kill_cut_off_is_written_again(tmp_path, images, monkeypatch):

@@ -316,6 +316,8 @@ def test_what_every_run_has_of_its_own_is_refused(tmp_path):
     flags = write_sweep(tmp_path, {"seed": [0]})
     with pytest.raises(InputError, match="--resume there: every run of a sweep goes on from its"):
         sweep.main([*flags, "--resume", "there"])
+    with pytest.raises(InputError, match=r"push_to_hub me/x: .*upload over each other, so drop it"):
+        sweep.main([*flags, "--push-to-hub", "me/x"])
     for changes in ({"settings": {"output": "there"}}, {"grids": [{"output": ["a", "b"]}]}):
         flags = write_sweep(tmp_path, {"seed": [0]})
         content = yaml.safe_load((tmp_path / "small.yaml").read_text()) | changes
@@ -364,6 +366,13 @@ def test_every_points_data_must_have_images_to_choose_on(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="/without' has no validation images to choose on"):
             sweep.main(write_sweep(tmp_path, grid, choose=["lr"]))
     assert calls == []
+
+
+def test_points_with_and_without_averages_are_of_one_sweep_in_any_order(tmp_path, monkeypatch):
+    calls = faked(monkeypatch)
+    for order in ([None, True], [True, None], [True, False, None]):
+        sweep.main(write_sweep(tmp_path, {"model_ema": order}))
+    assert [point["model_ema"] for point in calls] == ["None", "True", "False"]
 
 
 def test_each_run_of_a_worker_is_compiled_as_it_says(tmp_path):
