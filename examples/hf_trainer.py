@@ -1,6 +1,7 @@
 """SAM and output bias forgetting (OBF) in a Hugging Face Trainer: copy this and sam_obf.py.
 
-``python hf_trainer.py`` trains a small ResNet on scikit-learn's digits.
+``python hf_trainer.py`` trains a small ResNet on scikit-learn's digits, which the class does not
+need.
 """
 
 import tempfile
@@ -23,19 +24,23 @@ from sam_obf import SAM, OutputBiasForgetting
 class SAMTrainer(Trainer):
     """A Trainer (transformers 4.57 or newer) that perturbs the weights for each micro-batch.
 
-    Each process perturbs with each of its micro-batches, so m is ``per_device_train_batch_size``:
-    for a smaller m and the same update, raise ``gradient_accumulation_steps``. A checkpoint keeps
-    rho, as it keeps lr.
+    Each process perturbs with each of its micro-batches, so m is ``per_device_train_batch_size``.
+    For a smaller m at the same update, lower it and raise ``gradient_accumulation_steps``. The
+    loss that it logs is that of the perturbed weights. A checkpoint keeps rho, as it keeps lr: a
+    run that is resumed goes on with that.
+
+    With accumulation the gradient is the mean over micro-batches for every model. Trainer alone
+    adds them up for those (BERT) that do not divide by ``num_items_in_batch``.
 
     Args:
-        rho: length of the perturbation; 0 is Trainer alone, at one pass.
+        rho: length of the perturbation; with 0 there is none, and an update takes one pass.
         adaptive: "both" is ASAM; see ``SAM``.
-        forget: None ascends the loss, whatever it is (SAM). An ``OutputBiasForgetting`` ascends
-            that (OBF), for models that return ``logits`` (..., K) for ``labels`` that are class
+        forget: None is SAM, which ascends the loss that is minimised. An ``OutputBiasForgetting``
+            is OBF, for models that return ``logits`` (..., K) for ``labels`` that are class
             indices (...), or -100 where there is none: of sentences, images, tokens, language
             models. Give it ``link="softmax"``, since these models are trained by cross-entropy.
-            Its ``lam`` is 1/K by default, for a vocabulary about 1e-5: gamma then acts on nearly
-            every token, also on those that the model has yet to learn.
+            Its ``lam`` is 1/K by default, which is about 1e-5 where K is a vocabulary. Then gamma
+            acts on nearly every token, also on those that the model predicts badly.
     """
 
     def __init__(self, *args, rho=0.05, adaptive=None, forget=None, **kwargs):

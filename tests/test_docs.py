@@ -99,7 +99,7 @@ def test_a_page_names_no_flag_that_does_not_exist(page):
     for script in flags.SCRIPTS:
         for action in flags.flags_of(script):
             known |= set(action.option_strings)
-    for script in (ROOT / "experiments").glob("*/*.py"):
+    for script in [*ROOT.glob("experiments/*/*.py"), *ROOT.glob("examples/*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
     text = page.read_text()
     if page == COMING_FROM:  # the first column of its tables has the flags of the other code

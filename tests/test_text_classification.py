@@ -117,9 +117,13 @@ def test_every_flag_reaches_fine_tuning(tmp_path, monkeypatch):
         ("--method sam --gamma 0.5", "--gamma is of --method obf"),
         ("--method base --rho 0.5", "--rho has no effect on --method base"),
         ("--method sam --rho 0", "--rho 0.0 must be above 0"),
+        ("--method sam --rho nan", "--rho nan must be above 0"),
+        ("--method obf --gamma 2", "--gamma 2.0 must be from 0 to 1"),
+        ("--epochs 0", "--epochs 0 must be at least 1"),
+        ("--batch-size 0", "--batch-size 0 must be at least 1"),
     ],
 )
-def test_settings_without_effect(flags, message, capsys):
+def test_settings_that_make_no_sense(flags, message, capsys):
     with pytest.raises(SystemExit):
         text_classification.parse(["--dataset", "x", *flags.split()])
     assert message in capsys.readouterr().err
@@ -131,8 +135,36 @@ def test_data_that_does_not_fit(tmp_path):
         text_classification.load(named)
     with pytest.raises(SystemExit, match="has the splits train: it needs train, and one to judge"):
         text_classification.load(write(tmp_path / "alone", splits=("train",)))
-    unlabelled = tmp_path / "unlabelled"
-    write(unlabelled, splits=("train",))
-    write(unlabelled, labels=("animal", "machine"), splits=("test",))
-    with pytest.raises(SystemExit, match="test: a row has no label, or one that train does not"):
-        text_classification.load(str(unlabelled))
+    with pytest.raises(SystemExit, match=r"train\.csv is a file: give its folder"):
+        text_classification.load(str(tmp_path / "alone" / "train.csv"))
+    other = tmp_path / "other"
+    write(other, splits=("train",))
+    write(other, labels=("animal", "machine"), splits=("test",))
+    with pytest.raises(SystemExit, match="test: train has no label 'machine'; remove such rows"):
+        text_classification.load(str(other))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (("the cat", -1), "the label of a row is -1, which is none; remove such rows"),
+        (("the cat", ""), "the label of a row is empty; remove such rows"),
+        (("", 1), "the text of a row is empty; remove such rows"),
+    ],
+)
+def test_a_row_without_a_label_or_text_is_no_class_of_its_own(tmp_path, split, row, message):
+    place = write(tmp_path / "data", labels=(0, 1))
+    with (tmp_path / "data" / f"{split}.csv").open("a", newline="") as file:
+        csv.writer(file).writerow(row)
+    with pytest.raises(SystemExit, match=f"{split}: {message}"):
+        text_classification.load(place)
+
+
+@pytest.mark.parametrize("none", [-1, ""])
+def test_a_split_without_labels_is_not_judged_and_that_is_said(tmp_path, none, capsys):
+    place = write(tmp_path / "data", labels=(0, 1), splits=("train", "validation"))
+    write(tmp_path / "data", labels=(none, none), splits=("test",))
+    splits, names = text_classification.load(place)
+    assert set(splits) == {"train", "validation"} and names == ["0", "1"]
+    assert "test: not judged, since its rows have no labels" in capsys.readouterr().out
