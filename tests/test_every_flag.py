@@ -666,6 +666,7 @@ SWEPT = {"sweep": "<sweep.yaml>"}
 SWEEP_ROWS = {
     "sweep": Row("<other_sweep.yaml>", "trained"),
     "script": Row("finetune_cifar", "scripts"),
+    "recipe": Row("<recipe.yaml>", "trained"),
     "trials": Row(2, "points"),
     "trial_seed": Row(1, "points", {"trials": 3}),
     "list": Row(True, "trained scripts"),
@@ -681,6 +682,7 @@ def sweeps(places):
     for name, clip in (("sweep", 1.0), ("other_sweep", 2.0)):
         content = {"settings": SHARED | {"clip_grad": clip}, "grids": [POINTS]}
         (places / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    (places / "recipe.yaml").write_text(yaml.safe_dump({"reprob": 0.25}))
 
 
 SWEEPS = Script(sweep, Sweeping, SWEPT, SWEEP_ROWS)
@@ -704,7 +706,7 @@ def test_points_of_another_flag_are_not_taken_for_a_sweeps_own(key, run_once, pl
     for number, (then, earlier, fresh) in enumerate(in_either_order(SWEEPS, key, run_once)):
         late = again(sweep, Sweeping, then, places, earlier, tmp_path / str(number))
         if late.parts["refused"]:
-            assert key in ("sweep", "script")  # the others only choose points
+            assert key in ("sweep", "script", "recipe")  # the others only choose points
             assert contents(late.folder) == contents(earlier.folder)
             continue
         assert late.parts["points"] == fresh.parts["points"]
@@ -743,8 +745,8 @@ def test_each_setting_reaches_the_points_of_a_sweep_and_is_its_folders(key, plac
     """Of a sweep with one setting changed, an earlier one's folder is refused, unless the setting
     changes no result; so is a point that was trained with it.
     """
-    if key in (*settings.NOT_SETTINGS, "output", "decoder"):
-        return  # torchcodec, the other decoder, need not be there
+    if key in (*settings.NOT_SETTINGS, "output", "push_to_hub", "decoder"):
+        return  # each run has its own, or none; torchcodec, the other decoder, need not be there
     row, axis = SETTINGS[key], "lr" if key == "seed" else "seed"
     base = {**SHARED, "m": 4, "streaming": key == "train_num_samples", **row.base}
     both = [base, {**base, **row.beside, key: row.value}]
@@ -764,10 +766,10 @@ def test_each_setting_reaches_the_points_of_a_sweep_and_is_its_folders(key, plac
         assert not late.parts["trained"]
         refused = "".join(late.parts["refused"])
         assert ("was trained with" in refused) == (key not in settings.FREE_ON_RESUME)
-        # Also before any point is finished; there a method's own may differ between points.
+        # Also before any point is finished; there a method's and averages' own may differ.
         shutil.rmtree(late.folder / "runs")
         values = {**flags[then], "list": True, "output": str(late.folder)}
         refused = "".join(watched(sweep, Sweeping, values, places, late.folder).parts["refused"])
         methods = itertools.chain.from_iterable(own for _, own in METHODS.values())
-        free = {"m", *methods, *settings.FREE_ON_RESUME}
+        free = {"m", *methods, *settings.EMA, *settings.FREE_ON_RESUME}
         assert ("was trained with" in refused) == (key not in free)
