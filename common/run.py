@@ -157,7 +157,7 @@ def find_checkpoint(args) -> Path | None:
 def later_than(output: Path, epoch: int, progress: Progress) -> list[Path]:
     """What a run has kept of its training after ``progress``, in which it trained ``epoch`` epochs.
 
-    That are checkpoints, models by epoch, and the best model if a later epoch was the best.
+    These are checkpoints, models by epoch, and the best model if a later epoch was the best.
     """
     later = checkpoints.newer(output / "checkpoints", progress.updates)
     models = sorted((output / "epochs").glob(4 * "[0-9]"))
