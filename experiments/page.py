@@ -1,6 +1,7 @@
 """What the experiments' scripts share: data files, numbers as text, tables on pages."""
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -8,8 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import timm
+import torch
 import yaml
+from timm.data import create_transform, resolve_data_config
 
+from common import data
+from common.images import decode
 from robustness.intervals import holm, over_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +46,28 @@ def finished(sweep: Path) -> Iterator[tuple[Path, dict, dict]]:
     for file in sorted(sweep.glob("runs/*/results.json")):
         settings = yaml.safe_load((file.parent / "settings.yaml").read_text())
         yield file.parent, settings, json.loads(file.read_text())
+
+
+def training_images(settings: dict):
+    """What a run trained on, with the right labels."""
+    return _split(*(settings[key] for key in ("dataset", "validation_share", "train_share")))
+
+
+@functools.cache  # the runs of a sweep share it
+def _split(dataset: str, validation_share: float | None, train_share: float | None):
+    return data.load(dataset, False, validation_share, train_share)["train"]
+
+
+def predicted(model: Path, images: list[dict]) -> torch.Tensor:
+    """The class that a model predicts for each image, without augmentation."""
+    opened = timm.create_model(f"local-dir:{model}", pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model=opened))
+    classes = []
+    for start in range(0, len(images), 256):
+        inputs = [transform(decode(image)) for image in images[start : start + 256]]
+        with torch.no_grad():
+            classes.append(opened(torch.stack(inputs)).argmax(-1))
+    return torch.cat(classes)
 
 
 def spread(values, factor: float = 1.0) -> str:
@@ -104,6 +132,16 @@ def verdict(found: dict, size: float) -> str:
     if max(-found["low"], found["high"]) < size:
         return "too small to matter"
     return "not shown"
+
+
+def best_in_bold(shares: pd.Series, others: pd.Series | None = None) -> str:
+    """What was tried as "value: share, ...", shares in %; ``others`` stand in parentheses."""
+    cells = []
+    for value, share in shares.items():
+        cell = f"{value:g}: {100 * share:.1f}"
+        cell += "" if others is None else f" ({100 * others[value]:.1f})"
+        cells.append(f"**{cell}**" if value == shares.idxmax() else cell)
+    return ", ".join(cells)
 
 
 def markdown(rows: list[dict]) -> str:

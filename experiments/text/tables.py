@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments import page
 from experiments.page import decisions, difference, interval, remake, spread, write
 from experiments.text.run import FIRST_SEEDS, ROWS, SETTINGS
 
@@ -108,10 +109,7 @@ def tuning() -> list[dict]:
     tries, rows = pd.read_csv(DATA / "tune.csv"), []
     for (setting, row), own in tries.groupby(["setting", "row"], sort=False):
         tuned = ROWS[row][0]
-        cells = [f"{x:g}: {100 * y:.1f}" for x, y in zip(own[tuned], own["accuracy"])]
-        best = int(own["accuracy"].reset_index(drop=True).idxmax())
-        cells[best] = f"**{cells[best]}**"
-        values = ", ".join(cells)
+        values = page.best_in_bold(own.set_index(tuned)["accuracy"])
         rows.append({"setting": f"`{setting}`", "row": row, "lr or rho: held out, %": values})
     return rows or [{"": "nothing is tuned yet"}]
 

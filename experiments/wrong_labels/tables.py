@@ -4,16 +4,13 @@ python -m experiments.wrong_labels.tables                    # write the tables 
 python -m experiments.wrong_labels.tables --collect outputs  # first make data/ anew, from outputs/
 """
 
-import functools
 from pathlib import Path
 
 import pandas as pd
-import timm
 import torch
-from timm.data import create_transform, resolve_data_config
 
 from common import data
-from common.images import decode
+from experiments import page
 from experiments.page import decisions, difference, finished, interval, remake, spread, write
 
 HERE = Path(__file__).resolve().parent
@@ -71,23 +68,13 @@ def collect_controls(outputs: Path):
     write(DATA / "controls.csv", pd.DataFrame(rows).sort_values(["control", "seed"]).round(6))
 
 
-@functools.cache
-def training_images(dataset: str, validation_share: float, train_share: float):
-    """What all runs trained on, with the right labels."""
-    return data.load(dataset, False, validation_share, train_share)["train"]
-
-
 def reproduced(model: Path, settings: dict) -> float:
     """The share of a run's wrong labels that its model predicts, on images without augmentation."""
-    shares = (settings["validation_share"], settings["train_share"])
-    split = training_images(settings["dataset"], *shares)
+    split = page.training_images(settings)
     labels = torch.from_numpy(data.noisy_labels(split, settings["label_noise"], settings["seed"]))
     wrong = (labels != torch.tensor(split["label"])).nonzero().flatten()
-    opened = timm.create_model(f"local-dir:{model}", pretrained=True).eval()
-    transform = create_transform(**resolve_data_config(model=opened))
-    images = torch.stack([transform(decode(row)) for row in split[wrong.tolist()]["image"]])
-    with torch.no_grad():
-        return (opened(images).argmax(-1) == labels[wrong]).double().mean().item()
+    predicted = page.predicted(model, split[wrong.tolist()]["image"])
+    return (predicted == labels[wrong]).double().mean().item()
 
 
 def read() -> pd.DataFrame:
@@ -151,13 +138,11 @@ def tuning() -> list[dict]:
     runs, lines = read(), []
     runs = runs[runs["seed"].isin([300, 301]) & ~runs["row"].isin([LAST, BEST])]
     for (noise, row), own in runs.groupby(["noise", "row"], sort=False):
-        cells = []
-        for (rho, chosen), tries in own.groupby(["rho", "chosen"]):
-            means = 100 * tries[["validation", "test"]].mean()
-            cell = f"{rho:g}: {means['validation']:.1f} ({means['test']:.1f})"
-            cells.append(f"**{cell}**" if chosen else cell)
-        line = {"wrong labels": f"{noise:.0%}", "method": row}
-        lines.append(line | {"rho: held out, % (test, %)": ", ".join(cells)})
+        means = own.groupby("rho")[["validation", "test"]].mean()
+        cells = page.best_in_bold(means["validation"], means["test"])
+        lines.append(
+            {"wrong labels": f"{noise:.0%}", "method": row, "rho: held out, % (test, %)": cells}
+        )
     return lines
 
 

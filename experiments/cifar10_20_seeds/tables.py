@@ -1,0 +1,165 @@
+"""The tables of this page, from the files in data/; run it from the repository's root.
+
+python -m experiments.cifar10_20_seeds.tables                    # write the tables anew
+python -m experiments.cifar10_20_seeds.tables --collect outputs  # first data/, from outputs/
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from common import report
+from experiments import page
+from experiments.page import decisions, difference, interval, spread, write
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"
+SCRIPT = "python -m experiments.cifar10_20_seeds.tables"
+METHODS = {"base": "base", "sam": "SAM", "asam": "ASAM", "obf": "OBF, gamma to 0"}
+EPOCHS = {30: "", 60: ", twice the epochs", 120: ", four times the epochs"}
+TWICE, FOUR_TIMES = "base, twice the epochs", "base, four times the epochs"
+ORDER = ["base", "base, m 32", TWICE, "SAM", "SAM, m 32", "ASAM", "OBF, gamma to 0"]
+ORDER += [f"{name}, twice the epochs" for name in ("SAM", "SAM, m 32", "ASAM")] + [FOUR_TIMES]
+SIZE = 0.5  # points that would matter, by the plan
+# Which row is to be better than which, by the plan's families.
+FAMILIES = {
+    "1": [
+        ("SAM", "base"),
+        ("ASAM", "base"),
+        ("OBF, gamma to 0", "base"),
+        ("SAM, m 32", "base, m 32"),
+        ("SAM, m 32", "SAM"),
+        ("base, m 32", "base"),
+        ("OBF, gamma to 0", "SAM"),
+        (TWICE, "base"),
+        (TWICE, "SAM, m 32"),
+        (TWICE, "ASAM"),
+    ],
+    "2": [
+        *((f"{name}, twice the epochs", FOUR_TIMES) for name in ("SAM", "SAM, m 32", "ASAM")),
+        (FOUR_TIMES, TWICE),
+    ],
+}
+
+
+def row_of(settings: dict) -> str:
+    """The name of a run's row."""
+    m = f", m {settings['m']}" if settings["m"] != settings["batch_size"] else ""
+    return METHODS[settings["method"]] + m + EPOCHS[settings["epochs"]]
+
+
+def collect(outputs: Path):
+    """Make the data files from the runs that are there, and their models' evaluation."""
+    tried = []
+    for sweep in ("tune", "rho"):
+        for _, settings, results in page.finished(outputs / f"cifar10_20_seeds_{sweep}"):
+            line = {"row": row_of(settings)}
+            line |= {key: settings[key] for key in ("lr", "weight_decay", "rho", "seed")}
+            tried.append(line | {"validation": results["last"]["validation"]})
+    keys = ["row", "lr", "weight_decay", "rho", "seed"]
+    write(DATA / "tune.csv", pd.DataFrame(tried).sort_values(keys).round(6))
+
+    rows, folder = [], outputs / "cifar10_20_seeds"
+    judged = json.loads((outputs / "cifar10_20_seeds_test" / "results.json").read_text())
+    for run, settings, results in page.finished(folder):
+        measures = judged["results"][str(run / "last")]["test"]
+        split = page.training_images(settings)
+        right = page.predicted(run / "last", split["image"]) == torch.tensor(split["label"])
+        rows.append(
+            {
+                "row": row_of(settings),
+                **{key: settings[key] for key in ("lr", "weight_decay", "rho", "seed")},
+                "test": results["last"]["test"],
+                **{key: measures[key] for key in ("nll", "ece")},
+                "train": right.double().mean().item(),
+                "seconds": sum(epoch["seconds"] for epoch in report.read_metrics(run)),
+            }
+        )
+    runs = pd.DataFrame(rows)
+    runs["at"] = runs["row"].map(ORDER.index)
+    write(DATA / "runs.csv", runs.sort_values(["at", "seed"]).drop(columns="at").round(6))
+
+
+def runs_of_whole_seeds() -> pd.DataFrame:
+    """The runs of the seeds that every row of the first family has."""
+    runs = pd.read_csv(DATA / "runs.csv")
+    rows = {row for pair in FAMILIES["1"] for row in pair}
+    counts = runs[runs["row"].isin(rows)].groupby("seed")["row"].nunique()
+    return runs[runs["seed"].isin(counts.index[counts == len(rows)])]
+
+
+def decisive() -> list[dict]:
+    """The comparisons that decide, corrected within each family."""
+    runs = runs_of_whole_seeds()
+    return [
+        {"family": family, **line}
+        for family, pairs in FAMILIES.items()
+        for line in decisions(runs, pairs, SIZE)
+    ]
+
+
+def relative_time(runs: pd.DataFrame) -> pd.Series:
+    """By row: the time of its training in units of base's, as the median over the same seeds."""
+    seconds = runs.pivot(index="seed", columns="row", values="seconds")
+    return seconds.div(seconds["base"], axis=0).median()
+
+
+def passes(row: str) -> int:
+    """How many passes a row makes, in units of base's."""
+    epochs = {name: count // 30 for count, name in EPOCHS.items()}
+    times = next((count for name, count in epochs.items() if name and row.endswith(name)), 1)
+    return times * (1 if row.startswith("base") else 2)
+
+
+def accuracy() -> list[dict]:
+    """Each row, with its cost."""
+    runs = runs_of_whole_seeds()
+    time, lines = relative_time(runs), []
+    for row, own in runs.groupby("row", sort=False):
+        line = {"row": row, "n": len(own)}
+        line["rho"] = "" if row.startswith("base") else f"{own['rho'].iloc[0]:g}"
+        line |= {"passes": passes(row), "time": f"{time[row]:.1f}"}
+        line["test, %"] = spread(own["test"], 100)
+        line["points above base"] = "" if row == "base" else interval(difference(runs, row, "base"))
+        line |= {"NLL": spread(own["nll"]), "ECE, %": f"{100 * own['ece'].mean():.1f}"}
+        lines.append(line | {"on training images, %": f"{100 * own['train'].mean():.1f}"})
+    return lines
+
+
+def base() -> list[dict]:
+    """What base was tried with: the mean of two seeds on held-out images, and lr's best."""
+    tried = pd.read_csv(DATA / "tune.csv")
+    tried = tried[tried["row"] == "base"]
+    means = tried.groupby(["weight_decay", "lr"])["validation"].mean()
+    lines = []
+    for weight_decay, own in means.groupby("weight_decay"):
+        line = {"weight decay": f"{weight_decay:g}"}
+        for (_, lr), mean in own.items():
+            text = f"{100 * mean:.1f}"
+            line[f"lr {lr:g}"] = f"**{text}**" if mean == means.max() else text
+        lines.append(line)
+    return lines
+
+
+def rho() -> list[dict]:
+    """What each method was tried with, at base's lr and weight decay."""
+    tried = pd.read_csv(DATA / "tune.csv")
+    lines = []
+    for row, own in tried[tried["row"] != "base"].groupby("row", sort=False):
+        means = own.groupby("rho")["validation"].mean()
+        lines.append({"method": row, "rho: held out, %": page.best_in_bold(means)})
+    return lines
+
+
+TABLES = {"decisive": decisive, "accuracy": accuracy, "base": base, "rho": rho}
+
+
+def main(argv=None):
+    """Run as from the command line."""
+    page.remake(__doc__, HERE / "README.md", SCRIPT, TABLES, collect, argv)
+
+
+if __name__ == "__main__":
+    main()
