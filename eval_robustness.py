@@ -823,13 +823,11 @@ def summarise(args, tables, classes):
 
 
 def write_results(output, summary, notes):
-    """Write results.json whole or not at all; nothing but the disk can fail here."""
+    """Write results.json, then remove the tables and pictures that belong to the earlier one."""
     versions = {module.__name__: module.__version__ for module in (torch, timm, datasets)}
     content = {**summary, "passes": notes, "versions": versions}
-    draft = output / "results.json.draft"
-    draft.write_text(json.dumps(content, indent=2) + "\n")
     earlier = earlier_files(output)
-    draft.replace(output / "results.json")
+    checkpoints.write_whole(output / "results.json", json.dumps(content, indent=2) + "\n")
     for name in earlier:
         (output / name).unlink(missing_ok=True)
 

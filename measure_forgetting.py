@@ -541,7 +541,8 @@ def measure_all(args, accelerator, runs, split):
                     measured = measure(args, run, int(epoch.name), model, batches)
                 except (ValueError, NotImplementedError) as error:  # torch lacks a derivative
                     raise InputError(f"cannot measure {epoch}: {error}") from error
-                write_record(record_file(args, epoch), {"request": request, **measured})
+                record = json.dumps({"request": request, **measured}, indent=2)
+                checkpoints.write_whole(record_file(args, epoch), f"{record}\n")
             bar.update()
     accelerator.wait_for_everyone()
     records = [json.loads(record_file(args, epoch).read_text()) for _, epoch in tasks]
@@ -567,14 +568,6 @@ def request_of(args, run, epoch, images, memory_format):
 def is_measured(file, request) -> bool:
     """Whether there is a finished measurement of the same."""
     return file.exists() and json.loads(file.read_text())["request"] == request
-
-
-def write_record(file, record):
-    """Write a measurement whole or not at all."""
-    draft = file.with_suffix(".draft")
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(json.dumps(record, indent=2) + "\n")
-    draft.replace(file)
 
 
 def saturated(measured, thresholds, labels) -> list[float]:

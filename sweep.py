@@ -27,7 +27,7 @@ from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from common import allocator, data, loaders, report, settings
+from common import allocator, checkpoints, data, loaders, report, settings
 from common.errors import InputError, clear_errors, lost_process
 from common.methods import METHODS
 
@@ -217,11 +217,10 @@ def check_folder(args, axes, checked):
     free = {"m", *axes, *of_methods, *settings.EMA}
     shared = {"script": args.script} | settings.resolved(next(iter(checked.values())))
     settings.make_output(args.output / "locks")
-    file, draft = args.output / "sweep.yaml", args.output / "sweep.draft"
+    file = args.output / "sweep.yaml"
     with FileLock(args.output / "locks" / "sweep.lock"):
         if not file.exists():
-            draft.write_text(yaml.safe_dump(shared))
-            draft.replace(file)
+            checkpoints.write_whole(file, yaml.safe_dump(shared))
     check_same(args.output, settings.read_recipe(file), shared, free)
     for name, point in checked.items():
         if results_of(args, name) is not None:

@@ -107,6 +107,14 @@ def writing(folder: Path | str, needed: int = 0):
         ) from error
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all: a kill, or a full disk, leaves the earlier one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
+    draft.write_text(text)
+    draft.replace(file)
+
+
 def make_room(folder: Path, needed: int) -> None:
     """Create ``folder``, without a draft; raise ``OSError`` if ``needed`` bytes do not fit."""
     folder.mkdir(parents=True, exist_ok=True)

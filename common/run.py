@@ -188,10 +188,9 @@ def prepare_folder(output: Path, settings: dict, epoch: int | None, later: list[
 
 
 def write_metrics(output: Path, rows: list[dict]) -> None:
-    """Write ``metrics.jsonl`` whole or not at all."""
-    draft = output / "metrics.draft"
-    draft.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    draft.replace(output / "metrics.jsonl")
+    """Write ``metrics.jsonl``, a row a line."""
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    checkpoints.write_whole(output / "metrics.jsonl", lines)
 
 
 def identity(job: Job) -> dict:
@@ -382,7 +381,7 @@ def write_results(job: Job, results: dict) -> None:
         top1[name] = {split: result["top1"] for split, result in splits.items()}
     with checkpoints.fail_together(job.accelerator), checkpoints.writing(output):
         if job.accelerator.is_main_process:
-            (output / "results.json").write_text(json.dumps(top1, indent=2) + "\n")
+            checkpoints.write_whole(output / "results.json", json.dumps(top1, indent=2) + "\n")
             report.draw_curves({output.name: report.read_metrics(output)}, output / "curves.png")
             if args.push_to_hub:
                 last = (output / "last", resolved(args), top1["last"])

@@ -572,13 +572,13 @@ def test_a_finished_measurement_is_known_by_each_key_of_its_request(run_once, tm
     """Another value, a key that only the old one has, and one that only the new one has."""
     earlier = run_once(measure_forgetting, Measuring, MEASURE)
     record, file = earlier.parts["records"][0], tmp_path / "record.json"
-    measure_forgetting.write_record(file, record)
+    file.write_text(json.dumps(record))
     assert measure_forgetting.is_measured(file, record["request"])
     for other in other_records(record["request"]):
         assert not measure_forgetting.is_measured(file, other), f"taken for {other}"
-        measure_forgetting.write_record(file, {**record, "request": other})
+        file.write_text(json.dumps({**record, "request": other}))
         assert not measure_forgetting.is_measured(file, record["request"]), other
-        measure_forgetting.write_record(file, record)
+        file.write_text(json.dumps(record))
 
 
 OTHER_CONFIG = {
