@@ -41,6 +41,22 @@ def write(file: Path, rows: pd.DataFrame | list[dict]):
     print(f"{file.name}: {len(frame)} rows")
 
 
+def update(file: Path, rows: list[dict], keys: list[str], order: list[str]):
+    """Write a data file anew, but keep what it has of runs that are not among ``rows``.
+
+    So an experiment may go on where the folders of its earlier runs are lost.
+
+    Args:
+        keys: the columns by which runs are told apart and sorted; ``row`` is one of them.
+        order: the rows' names, as they are sorted.
+    """
+    frame = pd.DataFrame(rows).round(6)
+    if file.exists():
+        frame = pd.concat([frame, pd.read_csv(file)]).drop_duplicates(keys)
+    at = {name: i for i, name in enumerate(order)}
+    write(file, frame.sort_values(keys, key=lambda own: own.map(at) if own.name == "row" else own))
+
+
 def finished(sweep: Path) -> Iterator[tuple[Path, dict, dict]]:
     """The folder, settings and results of each run of a sweep that has ended."""
     for file in sorted(sweep.glob("runs/*/results.json")):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,7 @@ def test_a_seed_counts_where_every_row_of_the_first_family_has_it(invented):
     assert list(table) == tables.ORDER
     assert {row["n"] for name, row in table.items() if name in ("base", "SAM", "ASAM")} == {3}
     assert table[tables.FOUR_TIMES]["n"] == 2
-    assert [table[name]["passes"] for name in tables.ORDER] == [1, 1, 2, 2, 2, 2, 2, 4, 4, 4, 4]
+    assert [table[name]["passes"] for name in tables.ORDER] == [1, 1, 1, 2, 2, 2, 2, 2, 4, 4, 4, 4]
     assert table["SAM"]["time"] == "2.0" and table[tables.FOUR_TIMES]["time"] == "4.0"
     assert table["base"]["rho"] == "" and table["SAM"]["rho"] == "0.05"
     assert float(re.match(r"[+-][\d.]+", table["SAM"]["points above base"])[0]) == pytest.approx(
@@ -109,12 +110,28 @@ def test_data_files_are_made_from_the_runs_and_their_evaluation(tmp_path, monkey
     runs = pd.read_csv(tmp_path / "data" / "runs.csv")
     assert runs["row"].tolist() == ["SAM, m 32, twice the epochs"] * 2 + [tables.FOUR_TIMES]
     assert runs["seed"].tolist() == [100, 101, 100]
+    recipe = {"method": "base", "epochs": 30, "m": 128, "batch_size": 128, "weight_decay": 5e-4}
+    assert tables.row_of(recipe | {"seed": 90}) == "base"
+    assert tables.row_of(recipe | {"seed": 100}) == tables.UNTUNED
     assert runs["test"].tolist() == [0.63, 0.62, 0.61]
     assert runs["seconds"].tolist() == [4.0, 4.0, 3.5]
     assert set(runs["nll"]) == {1.5} and set(runs["train"]) == {0.75}
     tried = pd.read_csv(tmp_path / "data" / "tune.csv")
-    assert tried["row"].tolist() == ["OBF, gamma to 0", "base"]
-    assert tried["validation"].tolist() == [0.7, 0.6]
+    assert tried["row"].tolist() == ["base", "OBF, gamma to 0"]
+    assert tried["validation"].tolist() == [0.6, 0.7]
+
+    # Another machine has other runs, and one of the same, made anew.
+    for sweep in ("cifar10_20_seeds", "cifar10_20_seeds_tune", "cifar10_20_seeds_rho"):
+        shutil.rmtree(tmp_path / sweep)
+    pretend("cifar10_20_seeds_tune", "a", 0.65, [1.0], **tuned)
+    pretend("cifar10_20_seeds", "a", 0.64, [1.0], method="base", epochs=120, seed=100)
+    pretend("cifar10_20_seeds", "b", 0.66, [1.0], method="base", epochs=30, seed=100)
+    found.write_text(json.dumps({"results": judged}))
+    tables.collect(tmp_path)
+    runs = pd.read_csv(tmp_path / "data" / "runs.csv")
+    assert runs["row"].tolist()[:3] == ["base", *["SAM, m 32, twice the epochs"] * 2]
+    assert runs["test"].tolist() == [0.66, 0.63, 0.62, 0.64]
+    assert pd.read_csv(tmp_path / "data" / "tune.csv")["validation"].tolist() == [0.65, 0.7]
 
 
 @pytest.mark.skipif(not tables.DATA.exists(), reason="the runs have not ended yet")

@@ -14,6 +14,6 @@ train() {
 }
 train tune ${out}_tune
 train rho ${out}_rho
-train sweep $out
+for seeds in seeds equal_budgets more_seeds; do train $seeds $out; done
 python eval_robustness.py --model $out/runs/*/last --data test="$dataset" --output ${out}_test
 python -m experiments.cifar10_20_seeds.tables --collect outputs

@@ -12,7 +12,7 @@ import torch
 
 from common import report
 from experiments import page
-from experiments.page import decisions, difference, interval, spread, write
+from experiments.page import decisions, difference, interval, spread
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -20,8 +20,11 @@ SCRIPT = "python -m experiments.cifar10_20_seeds.tables"
 METHODS = {"base": "base", "sam": "SAM", "asam": "ASAM", "obf": "OBF, gamma to 0"}
 EPOCHS = {30: "", 60: ", twice the epochs", 120: ", four times the epochs"}
 TWICE, FOUR_TIMES = "base, twice the epochs", "base, four times the epochs"
-ORDER = ["base", "base, m 32", TWICE, "SAM", "SAM, m 32", "ASAM", "OBF, gamma to 0"]
+UNTUNED = "base, the recipe's weight decay"
+RECIPE, FIRST_SEED = 5e-4, 100  # that weight decay; smaller seeds are for tuning
+ORDER = ["base", UNTUNED, "base, m 32", TWICE, "SAM", "SAM, m 32", "ASAM", "OBF, gamma to 0"]
 ORDER += [f"{name}, twice the epochs" for name in ("SAM", "SAM, m 32", "ASAM")] + [FOUR_TIMES]
+KEYS = ["row", "lr", "weight_decay", "rho", "seed"]  # by which runs are told apart
 SIZE = 0.5  # points that would matter, by the plan
 # Which row is to be better than which, by the plan's families.
 FAMILIES = {
@@ -46,20 +49,21 @@ FAMILIES = {
 
 def row_of(settings: dict) -> str:
     """The name of a run's row."""
+    if settings["weight_decay"] == RECIPE and settings["seed"] >= FIRST_SEED:
+        return UNTUNED
     m = f", m {settings['m']}" if settings["m"] != settings["batch_size"] else ""
     return METHODS[settings["method"]] + m + EPOCHS[settings["epochs"]]
 
 
 def collect(outputs: Path):
-    """Make the data files from the runs that are there, and their models' evaluation."""
+    """Add the runs that are there, and their models' evaluation, to the data files."""
     tried = []
     for sweep in ("tune", "rho"):
         for _, settings, results in page.finished(outputs / f"cifar10_20_seeds_{sweep}"):
             line = {"row": row_of(settings)}
-            line |= {key: settings[key] for key in ("lr", "weight_decay", "rho", "seed")}
+            line |= {key: settings[key] for key in KEYS[1:]}
             tried.append(line | {"validation": results["last"]["validation"]})
-    keys = ["row", "lr", "weight_decay", "rho", "seed"]
-    write(DATA / "tune.csv", pd.DataFrame(tried).sort_values(keys).round(6))
+    page.update(DATA / "tune.csv", tried, KEYS, ORDER)
 
     rows, folder = [], outputs / "cifar10_20_seeds"
     judged = json.loads((outputs / "cifar10_20_seeds_test" / "results.json").read_text())
@@ -70,16 +74,14 @@ def collect(outputs: Path):
         rows.append(
             {
                 "row": row_of(settings),
-                **{key: settings[key] for key in ("lr", "weight_decay", "rho", "seed")},
+                **{key: settings[key] for key in KEYS[1:]},
                 "test": results["last"]["test"],
                 **{key: measures[key] for key in ("nll", "ece")},
                 "train": right.double().mean().item(),
                 "seconds": sum(epoch["seconds"] for epoch in report.read_metrics(run)),
             }
         )
-    runs = pd.DataFrame(rows)
-    runs["at"] = runs["row"].map(ORDER.index)
-    write(DATA / "runs.csv", runs.sort_values(["at", "seed"]).drop(columns="at").round(6))
+    page.update(DATA / "runs.csv", rows, KEYS, ORDER)
 
 
 def runs_of_whole_seeds() -> pd.DataFrame:
