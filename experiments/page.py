@@ -14,7 +14,7 @@ import torch
 import yaml
 from timm.data import create_transform, resolve_data_config
 
-from common import data
+from common import data, report
 from common.images import decode
 from robustness.intervals import holm, over_seeds
 
@@ -62,6 +62,25 @@ def finished(sweep: Path) -> Iterator[tuple[Path, dict, dict]]:
     for file in sorted(sweep.glob("runs/*/results.json")):
         settings = yaml.safe_load((file.parent / "settings.yaml").read_text())
         yield file.parent, settings, json.loads(file.read_text())
+
+
+def lines_of(sweep: Path, row_of: Callable, keys: list[str]) -> Iterator[tuple[Path, dict, dict]]:
+    """The folder, settings and line of a data file of each run of a sweep that has ended.
+
+    Args:
+        row_of: the name of a run's row, from its settings.
+        keys: "row", and the settings that the line has besides accuracy and seconds.
+    """
+    for run, settings, results in finished(sweep):
+        line = {"row": row_of(settings)} | {key: settings[key] for key in keys if key != "row"}
+        seconds = sum(epoch["seconds"] for epoch in report.read_metrics(run))
+        yield run, settings, line | results["last"] | {"seconds": seconds}
+
+
+def relative_time(runs: pd.DataFrame) -> pd.Series:
+    """By row: the time of its training in units of base's, as the median over the same seeds."""
+    seconds = runs.pivot(index="seed", columns="row", values="seconds")
+    return seconds.div(seconds["base"], axis=0).median()
 
 
 def training_images(settings: dict):
@@ -158,6 +177,27 @@ def best_in_bold(shares: pd.Series, others: pd.Series | None = None) -> str:
         cell += "" if others is None else f" ({100 * others[value]:.1f})"
         cells.append(f"**{cell}**" if value == shares.idxmax() else cell)
     return ", ".join(cells)
+
+
+def tried(tries: pd.DataFrame, key: str) -> list[dict]:
+    """The table of what each row was tried with, by the mean over seeds on held-out images."""
+    return [
+        {"row": row, f"{key}: held out, %": best_in_bold(own.groupby(key)["validation"].mean())}
+        for row, own in tries.groupby("row", sort=False)
+    ]
+
+
+def tried_together(tries: pd.DataFrame, key: str, other: str) -> list[dict]:
+    """The table of two settings that were tried together, a line for each value of ``key``."""
+    means = 100 * tries.groupby([key, other])["validation"].mean()
+    lines = []
+    for value, own in means.groupby(key):
+        line = {f"{key}, held out, %": f"{value:g}"}
+        for point, mean in own.items():
+            name = f"{other} {point[1]:g}"
+            line[name] = f"**{mean:.1f}**" if point == means.idxmax() else f"{mean:.1f}"
+        lines.append(line)
+    return lines
 
 
 def markdown(rows: list[dict]) -> str:

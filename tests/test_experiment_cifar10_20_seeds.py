@@ -72,10 +72,10 @@ def test_p_values_are_corrected_within_each_family(invented):
 
 def test_two_seeds_choose_lr_and_weight_decay_together_and_rho(invented):
     assert tables.base() == [
-        {"weight decay": "0.001", "lr 0.1": "49.9", "lr 0.2": "**69.9**"},
-        {"weight decay": "0.01", "lr 0.1": "49.0", "lr 0.2": "69.0"},
+        {"weight_decay, held out, %": "0.001", "lr 0.1": "49.9", "lr 0.2": "**69.9**"},
+        {"weight_decay, held out, %": "0.01", "lr 0.1": "49.0", "lr 0.2": "69.0"},
     ]
-    assert tables.rho() == [{"method": "SAM", "rho: held out, %": "**0.1: 60.0**, 0.2: 50.0"}]
+    assert tables.rho() == [{"row": "SAM", "rho: held out, %": "**0.1: 60.0**, 0.2: 50.0"}]
 
 
 def test_data_files_are_made_from_the_runs_and_their_evaluation(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from common import report
 from experiments import page
 from experiments.page import decisions, difference, interval, spread
 
@@ -57,31 +56,19 @@ def row_of(settings: dict) -> str:
 
 def collect(outputs: Path):
     """Add the runs that are there, and their models' evaluation, to the data files."""
-    tried = []
-    for sweep in ("tune", "rho"):
-        for _, settings, results in page.finished(outputs / f"cifar10_20_seeds_{sweep}"):
-            line = {"row": row_of(settings)}
-            line |= {key: settings[key] for key in KEYS[1:]}
-            tried.append(line | {"validation": results["last"]["validation"]})
+    sweeps = [outputs / f"cifar10_20_seeds_{name}" for name in ("tune", "rho")]
+    tried = [line for sweep in sweeps for *_, line in page.lines_of(sweep, row_of, KEYS)]
     page.update(DATA / "tune.csv", tried, KEYS, ORDER)
 
-    rows, folder = [], outputs / "cifar10_20_seeds"
-    judged = json.loads((outputs / "cifar10_20_seeds_test" / "results.json").read_text())
-    for run, settings, results in page.finished(folder):
-        measures = judged["results"][str(run / "last")]["test"]
+    judged = json.loads((outputs / "cifar10_20_seeds_test" / "results.json").read_text())["results"]
+    lines = []
+    for run, settings, line in page.lines_of(outputs / "cifar10_20_seeds", row_of, KEYS):
+        measures = judged[str(run / "last")]["test"]
         split = page.training_images(settings)
         right = page.predicted(run / "last", split["image"]) == torch.tensor(split["label"])
-        rows.append(
-            {
-                "row": row_of(settings),
-                **{key: settings[key] for key in KEYS[1:]},
-                "test": results["last"]["test"],
-                **{key: measures[key] for key in ("nll", "ece")},
-                "train": right.double().mean().item(),
-                "seconds": sum(epoch["seconds"] for epoch in report.read_metrics(run)),
-            }
-        )
-    page.update(DATA / "runs.csv", rows, KEYS, ORDER)
+        line |= {"nll": measures["nll"], "ece": measures["ece"]}
+        lines.append(line | {"train": right.double().mean().item()})
+    page.update(DATA / "runs.csv", lines, KEYS, ORDER)
 
 
 def runs_of_whole_seeds() -> pd.DataFrame:
@@ -102,12 +89,6 @@ def decisive() -> list[dict]:
     ]
 
 
-def relative_time(runs: pd.DataFrame) -> pd.Series:
-    """By row: the time of its training in units of base's, as the median over the same seeds."""
-    seconds = runs.pivot(index="seed", columns="row", values="seconds")
-    return seconds.div(seconds["base"], axis=0).median()
-
-
 def passes(row: str) -> int:
     """How many passes a row makes, in units of base's."""
     epochs = {name: count // 30 for count, name in EPOCHS.items()}
@@ -118,7 +99,7 @@ def passes(row: str) -> int:
 def accuracy() -> list[dict]:
     """Each row, with its cost."""
     runs = runs_of_whole_seeds()
-    time, lines = relative_time(runs), []
+    time, lines = page.relative_time(runs), []
     for row, own in runs.groupby("row", sort=False):
         line = {"row": row, "n": len(own)}
         line["rho"] = "" if row.startswith("base") else f"{own['rho'].iloc[0]:g}"
@@ -131,28 +112,15 @@ def accuracy() -> list[dict]:
 
 
 def base() -> list[dict]:
-    """What base was tried with: the mean of two seeds on held-out images, and lr's best."""
+    """What base was tried with."""
     tried = pd.read_csv(DATA / "tune.csv")
-    tried = tried[tried["row"] == "base"]
-    means = tried.groupby(["weight_decay", "lr"])["validation"].mean()
-    lines = []
-    for weight_decay, own in means.groupby("weight_decay"):
-        line = {"weight decay": f"{weight_decay:g}"}
-        for (_, lr), mean in own.items():
-            text = f"{100 * mean:.1f}"
-            line[f"lr {lr:g}"] = f"**{text}**" if mean == means.max() else text
-        lines.append(line)
-    return lines
+    return page.tried_together(tried[tried["row"] == "base"], "weight_decay", "lr")
 
 
 def rho() -> list[dict]:
     """What each method was tried with, at base's lr and weight decay."""
     tried = pd.read_csv(DATA / "tune.csv")
-    lines = []
-    for row, own in tried[tried["row"] != "base"].groupby("row", sort=False):
-        means = own.groupby("rho")["validation"].mean()
-        lines.append({"method": row, "rho: held out, %": page.best_in_bold(means)})
-    return lines
+    return page.tried(tried[tried["row"] != "base"], "rho")
 
 
 TABLES = {"decisive": decisive, "accuracy": accuracy, "base": base, "rho": rho}
