@@ -23,7 +23,7 @@ UNTUNED = "base, the recipe's weight decay"
 RECIPE, FIRST_SEED = 5e-4, 100  # that weight decay; smaller seeds are for tuning
 ORDER = ["base", UNTUNED, "base, m 32", TWICE, "SAM", "SAM, m 32", "ASAM", "OBF, gamma to 0"]
 ORDER += [f"{name}, twice the epochs" for name in ("SAM", "SAM, m 32", "ASAM")] + [FOUR_TIMES]
-KEYS = ["row", "lr", "weight_decay", "rho", "seed"]  # by which runs are told apart
+KEYS = ["row", "epochs", "lr", "weight_decay", "rho", "seed"]  # by which runs are told apart
 SIZE = 0.5  # points that would matter, by the plan
 # Which row is to be better than which, by the plan's families.
 FAMILIES = {
@@ -89,11 +89,9 @@ def decisive() -> list[dict]:
     ]
 
 
-def passes(row: str) -> int:
-    """How many passes a row makes, in units of base's."""
-    epochs = {name: count // 30 for count, name in EPOCHS.items()}
-    times = next((count for name, count in epochs.items() if name and row.endswith(name)), 1)
-    return times * (1 if row.startswith("base") else 2)
+def passes(own: pd.DataFrame) -> int:
+    """How many passes the runs of a row make, in units of base's."""
+    return own["epochs"].iloc[0] // 30 * (1 if own["row"].iloc[0].startswith("base") else 2)
 
 
 def accuracy() -> list[dict]:
@@ -102,8 +100,9 @@ def accuracy() -> list[dict]:
     time, lines = page.relative_time(runs), []
     for row, own in runs.groupby("row", sort=False):
         line = {"row": row, "n": len(own)}
+        line["weight decay"] = f"{own['weight_decay'].iloc[0]:g}"
         line["rho"] = "" if row.startswith("base") else f"{own['rho'].iloc[0]:g}"
-        line |= {"passes": passes(row), "time": f"{time[row]:.1f}"}
+        line |= {"passes": passes(own), "time": f"{time[row]:.1f}"}
         line["test, %"] = spread(own["test"], 100)
         line["points above base"] = "" if row == "base" else interval(difference(runs, row, "base"))
         line |= {"NLL": spread(own["nll"]), "ECE, %": f"{100 * own['ece'].mean():.1f}"}
@@ -118,9 +117,11 @@ def base() -> list[dict]:
 
 
 def rho() -> list[dict]:
-    """What each method was tried with, at base's lr and weight decay."""
+    """What each method was tried with, at base's lr."""
     tried = pd.read_csv(DATA / "tune.csv")
-    return page.tried(tried[tried["row"] != "base"], "rho")
+    tried = tried[tried["row"] != "base"]
+    names = tried["row"] + tried["weight_decay"].map(", weight decay {:g}".format)
+    return page.tried(tried.assign(row=names), "rho")
 
 
 TABLES = {"decisive": decisive, "accuracy": accuracy, "base": base, "rho": rho}
