@@ -66,6 +66,12 @@ def passes(runs: pd.DataFrame, row: str) -> float:
     return updates[row] / updates["base"] * (1 if ROWS[row][0] == "lr" else 2)
 
 
+def relative_time(runs: pd.DataFrame) -> pd.Series:
+    """By row: the processor's time in training, in units of base's."""
+    seconds = runs.groupby("row")["cpu_seconds"].mean()
+    return seconds / seconds["base"]
+
+
 def decisive() -> list[dict]:
     """The comparisons that decide, corrected within each setting."""
     rows = [
@@ -80,7 +86,7 @@ def accuracy() -> list[dict]:
     """Each row in each setting, with its cost."""
     rows = []
     for setting, runs in measured().items():
-        base = runs[runs["row"] == "base"]["cpu_seconds"].mean()
+        time = relative_time(runs)
         for row in ROWS:
             own = runs[runs["row"] == row]
             above = difference(runs, row, "base")
@@ -94,7 +100,7 @@ def accuracy() -> list[dict]:
                 "points above base": "",
                 "NLL": spread(own["nll"]),
                 "passes": f"{passes(runs, row):g}",
-                "time": f"{own['cpu_seconds'].mean() / base:.2f}",
+                "time": f"{time[row]:.2f}",
             }
             if row != "base":
                 line["points above base"] = interval(above)
