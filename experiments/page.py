@@ -191,11 +191,12 @@ def tried_together(tries: pd.DataFrame, key: str, other: str) -> list[dict]:
     """The table of two settings that were tried together, a line for each value of ``key``."""
     means = 100 * tries.groupby([key, other])["validation"].mean()
     lines = []
-    for value, own in means.groupby(key):
+    for value, own in means.unstack().iterrows():
         line = {f"{key}, held out, %": f"{value:g}"}
-        for point, mean in own.items():
-            name = f"{other} {point[1]:g}"
-            line[name] = f"**{mean:.1f}**" if point == means.idxmax() else f"{mean:.1f}"
+        for another, mean in own.items():
+            text = "" if np.isnan(mean) else f"{mean:.1f}"
+            best = (value, another) == means.idxmax()
+            line[f"{other} {another:g}"] = f"**{text}**" if best else text
         lines.append(line)
     return lines
 
