@@ -40,10 +40,14 @@ class Monitor:
         self.epoch_start = time.monotonic() - self.progress.seconds
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         self.bar.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if error is None:  # or a signal during the last evaluation would be lost
+            accelerator = self.job.accelerator
+            signals = torch.tensor([self.signal], device=accelerator.device)
+            self.stop_by(accelerator.gather(signals).max().item())
 
     def _stop(self, number, _):
         self.signal = number
@@ -73,10 +77,19 @@ class Monitor:
         self.show(mean)
         if number or (due and not last):
             run.save_checkpoint(self.job, progress)
+        self.stop_by(number)
+
+    def stop_by(self, number: int) -> None:
+        """Stop the program, if ``number`` is a signal's and not 0.
+
+        Raises:
+            SystemExit: it is.
+        """
         if number:
             self.bar.close()
             run.finish_trackers(self.job.accelerator)
-            stopped = f"stopped by {signal.Signals(number).name} after update {progress.updates}"
+            name, updates = signal.Signals(number).name, self.progress.updates
+            stopped = f"stopped by {name} after update {updates}"
             self.job.accelerator.print(f"{stopped}; go on with --resume auto")
             raise SystemExit(0 if number == signal.SIGTERM else 128 + number)
 

@@ -253,3 +253,12 @@ def metrics(output):
     for line in lines:
         del line["seconds"]
     return lines
+
+
+def assert_same_run(one, other):
+    """Bit for bit: weights, metrics, results."""
+    assert metrics(one) == metrics(other)
+    for file in ("results.json", "best/model.safetensors", "last/model.safetensors"):
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+    for a, b in zip(final_weights(one).values(), final_weights(other).values(), strict=True):
+        assert torch.equal(a, b)

@@ -8,7 +8,14 @@ from argparse import Namespace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import final_weights, in_process, recipe, updates_saved, write_folder
+from helpers import (
+    assert_same_run,
+    final_weights,
+    in_process,
+    recipe,
+    updates_saved,
+    write_folder,
+)
 
 from common import loop, monitor, run
 from common.errors import InputError
@@ -26,11 +33,34 @@ def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
     )  # a shell's background jobs ignore Ctrl-C
     parts = {"args": Namespace(epochs=1), "batches": Namespace(updates=1)}
     job = Namespace(accelerator=Accelerator(cpu=True), **parts)
-    with monitor.Monitor(job, run.Progress()):
+    with pytest.raises(KeyboardInterrupt), monitor.Monitor(job, run.Progress()):
         signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert signal.signal(signal.SIGINT, previous) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_in_the_last_epochs_evaluation_stops_the_run_which_goes_on(
+    tmp_path, images, monkeypatch, capsys, how, code
+):
+    """Or a sweep would begin its next run, and never stop."""
+    path, validate, seen = recipe(tmp_path, images, workers=0, epochs=2), run.validate, []
+
+    def interrupted(job, progress):
+        seen.append(progress.epoch)
+        if progress.epoch == 1:
+            signal.raise_signal(how)
+        return validate(job, progress)
+
+    in_process(path, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(run, "validate", interrupted)
+        in_process(path, tmp_path / "run")
+    assert stopped.value.code == code and seen == [0, 1]
+    assert f"stopped by {how.name} after update 8; go on" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "results.json").exists()
+    in_process(path, tmp_path / "run", "--resume", "auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_updates_without_a_finite_loss_count_in_a_row():

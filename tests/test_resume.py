@@ -19,6 +19,7 @@ from filelock import FileLock
 from helpers import (
     ROOT,
     TORCHRUN,
+    assert_same_run,
     final_weights,
     finish,
     in_process,
@@ -42,15 +43,6 @@ from common.settings import FREE_ON_RESUME
 def images(tmp_path_factory):
     """Four updates an epoch."""
     return write_folder(tmp_path_factory.mktemp("images"), images=8)
-
-
-def assert_same_run(one, other):
-    """Bit for bit: weights, metrics, results."""
-    assert metrics(one) == metrics(other)
-    for file in ("results.json", "best/model.safetensors", "last/model.safetensors"):
-        assert (one / file).read_bytes() == (other / file).read_bytes(), file
-    for a, b in zip(final_weights(one).values(), final_weights(other).values(), strict=True):
-        assert torch.equal(a, b)
 
 
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has started no threads
