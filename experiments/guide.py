@@ -5,24 +5,37 @@ python -m experiments.guide
 
 import re
 
-from experiments.cifar10 import tables as cifar10
+import pandas as pd
+
+from experiments import page
+from experiments.cifar10_20_seeds import tables as right_labels
 from experiments.page import ROOT, compared, difference, fill, interval, verdict
 from experiments.text import tables as texts
 from experiments.wrong_labels import tables as wrong_labels
 
 SCRIPT = "python -m experiments.guide"
 RIGHT, WRONG = "right labels", "{:.0f} % of the labels wrong"
-# Points that would matter with right labels: those of experiments/cifar10_20_seeds/plan.md.
-SIZE = 0.5
 NAMES = {
-    cifar10.TWICE: "SGD for twice the epochs",
+    right_labels.TWICE: "SGD for twice the epochs",
+    right_labels.UNTUNED: "SGD, the recipe's lr and weight decay",
     wrong_labels.BEST: "SGD, best epoch on held-out images",
 }
 # The README's rows, by their labels.
 HEADLINE = {
-    RIGHT: ("SAM", "OBF, gamma 1", "ASAM", cifar10.TWICE),
+    RIGHT: (right_labels.UNTUNED, "SAM", "OBF, gamma to 0", "ASAM", right_labels.TWICE),
     WRONG.format(40): (wrong_labels.BEST, "SAM", "OBF, gamma to 0", "SGD, weight decay 0.005"),
 }
+
+# The guide's first table: a situation, and the row to try in it, by its labels or setting.
+SITUATIONS = [
+    ("few images, from scratch", RIGHT, "SAM"),
+    ("the same, time for twice the epochs", RIGHT, right_labels.TWICE),
+    ("the same, small m", RIGHT, "SAM, m 32"),
+    ("many wrong labels", WRONG.format(40), "SGD, weight decay 0.005"),
+    ("the same, at a small weight decay", WRONG.format(40), "SAM"),
+    ("a language model", "sst5-2000", texts.TWICE),
+    ("the same, many wrong labels", "trec-1000-wrong", "ASAM"),
+]
 
 
 def line(labels, row, rho, found, n, time, size) -> dict:
@@ -38,29 +51,39 @@ def line(labels, row, rho, found, n, time, size) -> dict:
     }
 
 
+def above(runs: pd.DataFrame, row: str, base: str, pairs: list[tuple[str, str]]) -> dict:
+    """How far a row is above base, with ``holm`` if that is among the pairs that decide."""
+    return compared(runs, pairs).get((row, base)) or difference(runs, row, base)
+
+
+def relative_time() -> dict[str, float]:
+    """By row: its time in units of base's. OBF's does not depend on gamma."""
+    time = page.relative_time(right_labels.runs_of_whole_seeds()).to_dict()
+    return time | {"OBF, gamma 1": time["OBF, gamma to 0"]}
+
+
 def with_right_labels() -> dict[str, dict]:
-    """By row of experiments/cifar10: a row of the guide."""
-    found, runs, time = cifar10.compared(), cifar10.runs_by_row(), cifar10.relative_time()
-    lines = {}
-    for row in ("SAM", "OBF, gamma 1", "OBF, gamma to 0", "ASAM", cifar10.TWICE):
-        one, own = found[row, "above base"], runs[row]
-        points = one | {key: 100 * one[key] for key in ("mean", "low", "high")}
-        lines[row] = line(RIGHT, row, own["rho"].iloc[0], points, len(own), time[row], SIZE)
+    """By row of experiments/cifar10_20_seeds: a row of the guide."""
+    runs, time, lines = right_labels.runs_of_whole_seeds(), relative_time(), {}
+    pairs, size = right_labels.FAMILIES["1"], right_labels.SIZE
+    for row in (*HEADLINE[RIGHT], "SAM, m 32"):
+        own = runs[runs["row"] == row]
+        rho = 0 if row in NAMES else own["rho"].iloc[0]
+        how = (above(runs, row, "base", pairs), len(own), f"{time[row]:.1f}", size)
+        lines[row] = line(RIGHT, row, rho, *how)
     return lines
 
 
 def with_wrong_labels(noise: float) -> dict[str, dict]:
     """By row of experiments/wrong_labels: a row of the guide, above base's last epoch."""
-    runs = wrong_labels.runs_of(noise)
-    found = compared(runs, wrong_labels.pairs(runs))
-    time, lines = cifar10.relative_time(), {}
+    runs, time, lines = wrong_labels.runs_of(noise), relative_time(), {}
+    pairs, size = wrong_labels.pairs(runs), wrong_labels.SIZE
     for row, own in runs.groupby("row", sort=False):
         if row == wrong_labels.LAST:
             continue
-        pair, rho = (row, wrong_labels.LAST), own["rho"].iloc[0]
-        one = found[pair] if pair in found else difference(runs, *pair)
-        how = (len(own), time.get(row, time["base"]), wrong_labels.SIZE)
-        lines[row] = line(WRONG.format(100 * noise), row, rho, one, *how)
+        found = above(runs, row, wrong_labels.LAST, pairs)
+        how = (found, len(own), f"{time.get(row, 1):.1f}", size)
+        lines[row] = line(WRONG.format(100 * noise), row, own["rho"].iloc[0], *how)
     return lines
 
 
@@ -78,48 +101,68 @@ def afterwards() -> dict[str, dict]:
     return lines
 
 
-def situations() -> dict[str, dict[str, dict]]:
-    """The rows of the guide, by their labels."""
+def with_images() -> dict[str, dict[str, dict]]:
+    """The guide's rows of images, by their labels."""
     wrong = {WRONG.format(100 * noise): with_wrong_labels(noise) for noise in wrong_labels.levels()}
     wrong[WRONG.format(40)] |= afterwards()
     return {RIGHT: with_right_labels(), **wrong}
 
 
 def guide() -> list[dict]:
-    """Every row."""
-    return [row for lines in situations().values() for row in lines.values()]
+    """Every row of images."""
+    return [row for lines in with_images().values() for row in lines.values()]
 
 
-def text() -> list[dict]:
-    """Every row with a language model; what decides there is base for the same passes."""
-    rows = []
+def with_text() -> dict[str, dict[str, dict]]:
+    """The rows of a language model, by setting; what decides there is base for the same passes."""
+    lines = {}
     for setting, runs in texts.measured().items():
-        decided = compared(runs, texts.COMPARISONS)
+        decided, time = compared(runs, texts.COMPARISONS), texts.relative_time(runs)
         for row in [row for row in texts.ROWS if row != "base"]:
-            above = difference(runs, row, "base")
             rho = runs["rho"][runs["row"] == row].iloc[0]
             found = {
                 "sentences": f"`{setting}`",
                 "trained with": f"{row}, rho {rho:g}" if rho else row,
-                "points above base (95 %)": interval(above),
+                "points above base (95 %)": interval(difference(runs, row, "base")),
                 "points above base for twice the epochs (95 %)": "",
                 "n": runs["seed"].nunique(),
-                "passes": f"{texts.passes(runs, row):g}",
+                "time": f"{time[row]:.1f}",
                 "verdict": "",
             }
             if one := decided.get((row, texts.TWICE)):
                 found["points above base for twice the epochs (95 %)"] = interval(one)
                 found["verdict"] = verdict(one, texts.SIZE.get(setting, 1.0))
-            rows.append(found)
-    return rows or [{"": "no setting has five seeds yet"}]
+            lines.setdefault(setting, {})[row] = found
+    return lines
+
+
+def text() -> list[dict]:
+    """Every row of a language model."""
+    return [row for lines in with_text().values() for row in lines.values()]
+
+
+def situations() -> list[dict]:
+    """The rows of ``SITUATIONS``, each with a link to its page."""
+    found, lines = with_images() | with_text(), []
+    for situation, labels, row in SITUATIONS:
+        one = found[labels][row]
+        above = one.get("points above SGD (95 %)") or one["points above base (95 %)"]
+        line = {"situation": situation, "try": one["trained with"], "points above base": above}
+        line |= {key: one[key] for key in ("n", "time", "verdict")}
+        experiment = {RIGHT: "cifar10_20_seeds", WRONG.format(40): "wrong_labels"}.get(
+            labels, "text"
+        )
+        lines.append(line | {"measured": f"[here](../experiments/{experiment}/README.md)"})
+    return lines
 
 
 def headline() -> list[dict]:
     """The README's rows."""
-    found = situations()
+    found = with_images()
     return [found[labels][row] for labels, rows in HEADLINE.items() for row in rows]
 
 
 if __name__ == "__main__":
-    fill(ROOT / "docs" / "guide.md", SCRIPT, {"guide": guide, "text": text})
+    tables = {"situations": situations, "guide": guide, "text": text}
+    fill(ROOT / "docs" / "guide.md", SCRIPT, tables)
     fill(ROOT / "README.md", SCRIPT, {"headline": headline})

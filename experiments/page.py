@@ -78,9 +78,12 @@ def lines_of(sweep: Path, row_of: Callable, keys: list[str]) -> Iterator[tuple[P
 
 
 def relative_time(runs: pd.DataFrame) -> pd.Series:
-    """By row: the time of its training in units of base's, as the median over the same seeds."""
-    seconds = runs.pivot(index="seed", columns="row", values="seconds")
-    return seconds.div(seconds["base"], axis=0).median()
+    """By row: the time of its training in units of base's, each by its fastest seed.
+
+    Other work may have run beside the others.
+    """
+    seconds = runs.groupby("row")["seconds"].min()
+    return seconds / seconds["base"]
 
 
 def training_images(settings: dict):

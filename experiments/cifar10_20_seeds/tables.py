@@ -80,11 +80,12 @@ def runs_of_whole_seeds() -> pd.DataFrame:
 
 
 def decisive() -> list[dict]:
-    """The comparisons that decide, corrected within each family."""
+    """The comparisons that decide, corrected within each family all of whose rows have run."""
     runs = runs_of_whole_seeds()
     return [
         {"family": family, **line}
         for family, pairs in FAMILIES.items()
+        if {row for pair in pairs for row in pair} <= set(runs["row"])
         for line in decisions(runs, pairs, SIZE)
     ]
 
