@@ -5,8 +5,6 @@ python -m experiments.guide
 
 import re
 
-import pandas as pd
-
 from experiments import page
 from experiments.cifar10_20_seeds import tables as right_labels
 from experiments.page import ROOT, compared, difference, fill, interval, verdict
@@ -26,7 +24,7 @@ HEADLINE = {
     WRONG.format(40): (wrong_labels.BEST, "SAM", "OBF, gamma to 0", "SGD, weight decay 0.005"),
 }
 
-# The guide's first table: a situation, and the row to try in it, by its labels or setting.
+# The guide's first table: a situation, and the row that tells of it, by its labels or setting.
 SITUATIONS = [
     ("few images, from scratch", RIGHT, "SAM"),
     ("the same, time for twice the epochs", RIGHT, right_labels.TWICE),
@@ -51,11 +49,6 @@ def line(labels, row, rho, found, n, time, size) -> dict:
     }
 
 
-def above(runs: pd.DataFrame, row: str, base: str, pairs: list[tuple[str, str]]) -> dict:
-    """How far a row is above base, with ``holm`` if that is among the pairs that decide."""
-    return compared(runs, pairs).get((row, base)) or difference(runs, row, base)
-
-
 def relative_time() -> dict[str, float]:
     """By row: its time in units of base's. OBF's does not depend on gamma."""
     time = page.relative_time(right_labels.runs_of_whole_seeds()).to_dict()
@@ -65,11 +58,12 @@ def relative_time() -> dict[str, float]:
 def with_right_labels() -> dict[str, dict]:
     """By row of experiments/cifar10_20_seeds: a row of the guide."""
     runs, time, lines = right_labels.runs_of_whole_seeds(), relative_time(), {}
-    pairs, size = right_labels.FAMILIES["1"], right_labels.SIZE
+    decided = compared(runs, right_labels.FAMILIES["1"])
     for row in (*HEADLINE[RIGHT], "SAM, m 32"):
         own = runs[runs["row"] == row]
         rho = 0 if row in NAMES else own["rho"].iloc[0]
-        how = (above(runs, row, "base", pairs), len(own), f"{time[row]:.1f}", size)
+        found = decided.get((row, "base")) or difference(runs, row, "base")
+        how = (found, len(own), f"{time[row]:.1f}", right_labels.SIZE)
         lines[row] = line(RIGHT, row, rho, *how)
     return lines
 
@@ -77,12 +71,12 @@ def with_right_labels() -> dict[str, dict]:
 def with_wrong_labels(noise: float) -> dict[str, dict]:
     """By row of experiments/wrong_labels: a row of the guide, above base's last epoch."""
     runs, time, lines = wrong_labels.runs_of(noise), relative_time(), {}
-    pairs, size = wrong_labels.pairs(runs), wrong_labels.SIZE
+    decided, base = compared(runs, wrong_labels.pairs(runs)), wrong_labels.LAST
     for row, own in runs.groupby("row", sort=False):
-        if row == wrong_labels.LAST:
+        if row == base:
             continue
-        found = above(runs, row, wrong_labels.LAST, pairs)
-        how = (found, len(own), f"{time.get(row, 1):.1f}", size)
+        found = decided.get((row, base)) or difference(runs, row, base)
+        how = (found, len(own), f"{time.get(row, 1):.1f}", wrong_labels.SIZE)
         lines[row] = line(WRONG.format(100 * noise), row, own["rho"].iloc[0], *how)
     return lines
 
@@ -147,7 +141,7 @@ def situations() -> list[dict]:
     for situation, labels, row in SITUATIONS:
         one = found[labels][row]
         above = one.get("points above SGD (95 %)") or one["points above base (95 %)"]
-        line = {"situation": situation, "try": one["trained with"], "points above base": above}
+        line = {"situation": situation, "tried": one["trained with"], "points above base": above}
         line |= {key: one[key] for key in ("n", "time", "verdict")}
         experiment = {RIGHT: "cifar10_20_seeds", WRONG.format(40): "wrong_labels"}.get(
             labels, "text"

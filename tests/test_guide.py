@@ -31,7 +31,13 @@ def test_no_row_has_fewer_than_five_seeds():
 
 
 @pytest.mark.parametrize(
-    "file, table", [("docs/guide.md", guide.guide), ("README.md", guide.headline)]
+    "file, table",
+    [
+        ("docs/guide.md", guide.situations),
+        ("docs/guide.md", guide.guide),
+        ("docs/guide.md", guide.text),
+        ("README.md", guide.headline),
+    ],
 )
 def test_the_guide_and_the_readme_have_the_tables_of_the_data(file, table):
     assert page.markdown(table()) in (page.ROOT / file).read_text(), f"run {guide.SCRIPT}"
